@@ -1,0 +1,1 @@
+"""gguf-sd: Stable Diffusion in one quantised GGUF file."""
