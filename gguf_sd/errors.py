@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class GgufSdError(Exception):
-    """Bad input: one sentence that says what is wrong, where, and what to do. The CLI prints it and exits 2."""
+    """Bad input: one sentence saying what is wrong, where, and what to do. The CLI prints it, exit code 2."""
