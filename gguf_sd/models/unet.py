@@ -1,0 +1,287 @@
+"""The conditional UNet of Stable Diffusion 1.x and XL, module names as in the original (LDM) checkpoints.
+
+Activations are channels-last throughout: a feature map [B, C, H, W] in channels-last memory is, without a
+copy, the token sequence [B, H*W, C] that the transformer blocks work on. Convolutions with a 1x1 kernel are
+linears over that sequence.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from gguf_sd_kernels import ops
+from torch import Tensor, nn
+
+from gguf_sd.config import UNetConfig
+
+
+def tokens(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, H*W, C]; a view when x is channels-last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def feature_map(x: Tensor, height: int, width: int) -> Tensor:
+    """[B, H*W, C] -> channels-last [B, C, H, W], a view."""
+    return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+class Pointwise(nn.Linear):
+    """A 1x1 convolution on [B, C, H, W], run as a linear on the channels-last view."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation of [B, C, H, W], with SiLU applied to its result where ``silu``."""
+
+    def __init__(self, groups: int, channels: int, eps: float, silu: bool = True):
+        super().__init__(groups, channels, eps=eps)
+        self.silu = silu
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weight is not None and self.bias is not None
+        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions with the timestep embedding added between them, around a skip connection."""
+
+    def __init__(self, in_channels: int, out_channels: int, time_dim: int, groups: int):
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            GroupNorm(groups, in_channels, 1e-5),
+            nn.Identity(),  # keeps the checkpoint's numbering: its SiLU is part of GroupNorm here
+            nn.Conv2d(in_channels, out_channels, 3, padding=1),
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(time_dim, out_channels))
+        self.out_layers = nn.Sequential(
+            GroupNorm(groups, out_channels, 1e-5),
+            nn.Identity(),
+            nn.Identity(),  # dropout in training code
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+        )
+        same = in_channels == out_channels
+        self.skip_connection = nn.Identity() if same else Pointwise(in_channels, out_channels)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x [B, C, H, W], emb [B, time_dim] -> [B, out_channels, H, W]."""
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; keys and values come from ``context`` or, without one, from x itself."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim, dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x [B, N, dim], context [B, M, context_dim] -> [B, N, dim]."""
+        source = x if context is None else context
+        q, k, v = (
+            projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projected in (self.to_q(x), self.to_k(source), self.to_v(source))
+        )
+        return self.to_out(ops.attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class GEGLU(nn.Module):
+    """x * gelu(gate), both from one projection (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, dim: int, inner: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.geglu(self.proj(x))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the prompt, feed-forward; each with a LayerNorm before it."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int):
+        super().__init__()
+        self.attn1 = Attention(dim, dim, heads)
+        self.ff = FeedForward(dim)
+        self.attn2 = Attention(dim, context_dim, heads)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int, depth: int, groups: int):
+        super().__init__()
+        self.norm = GroupNorm(groups, dim, 1e-6, silu=False)
+        self.proj_in = nn.Linear(dim, dim)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(dim, context_dim, heads) for _ in range(depth)
+        )
+        self.proj_out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x [B, dim, H, W], context [B, M, context_dim] -> [B, dim, H, W]."""
+        h = self.proj_in(tokens(self.norm(x)))
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        return x + feature_map(self.proj_out(h), x.shape[2], x.shape[3])
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour enlargement to the size of the skip it will meet, then a 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.conv(nn.functional.interpolate(x, size=size))
+
+
+class Stage(nn.Sequential):
+    """One numbered block of the checkpoint: each layer is handed what it takes."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, size: tuple[int, int]) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            elif isinstance(layer, Upsample):
+                x = layer(x, size)
+            else:
+                x = layer(x)
+        return x
+
+
+def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
+    """Sinusoids of the timestep, cosines first: [B] -> float32 [B, dim]. As in diffusers' get_timestep_embedding
+    with flip_sin_to_cos and no shift."""
+    half = dim // 2
+    frequencies = torch.exp(
+        -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    )
+    angles = timesteps.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class UNet(nn.Module):
+    """Predicts the noise (or v) in latents, given a timestep and the encoded prompt.
+
+    The state dict has the names of the original checkpoints without ``model.diffusion_model.``; 1x1
+    convolutions hold 2-D weights.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        channels, time_dim, groups = config.block_out_channels, config.time_dim, config.norm_groups
+        self.time_embed = nn.Sequential(
+            nn.Linear(channels[0], time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
+        )
+        if config.vector_dim:
+            embed = nn.Sequential(
+                nn.Linear(config.vector_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
+            )
+            self.label_emb = nn.Sequential(embed)
+
+        def transformer(level: int, depth: int) -> SpatialTransformer:
+            return SpatialTransformer(
+                channels[level], config.context_dim, config.num_heads[level], depth, groups
+            )
+
+        def stage(level: int, in_channels: int) -> list[nn.Module]:
+            layers: list[nn.Module] = [ResBlock(in_channels, channels[level], time_dim, groups)]
+            if depth := config.transformer_layers[level]:
+                layers.append(transformer(level, depth))
+            return layers
+
+        width = channels[0]
+        blocks = [Stage(nn.Conv2d(config.in_channels, width, 3, padding=1))]
+        skips = [width]
+        for level, out in enumerate(channels):
+            for _ in range(config.layers_per_block):
+                blocks.append(Stage(*stage(level, width)))
+                width = out
+                skips.append(width)
+            if level < len(channels) - 1:
+                blocks.append(Stage(Downsample(width)))
+                skips.append(width)
+        self.input_blocks = nn.ModuleList(blocks)
+
+        self.middle_block = Stage(
+            ResBlock(width, width, time_dim, groups),
+            transformer(-1, config.mid_transformer_layers),
+            ResBlock(width, width, time_dim, groups),
+        )
+
+        blocks = []
+        for level, out in reversed(list(enumerate(channels))):
+            for i in range(config.layers_per_block + 1):
+                layers = stage(level, width + skips.pop())
+                width = out
+                if level > 0 and i == config.layers_per_block:
+                    layers.append(Upsample(width))
+                blocks.append(Stage(*layers))
+        self.output_blocks = nn.ModuleList(blocks)
+        self.out = nn.Sequential(
+            GroupNorm(groups, width, 1e-5),
+            nn.Identity(),
+            nn.Conv2d(width, config.out_channels, 3, padding=1),
+        )
+
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, context: Tensor, vector: Tensor | None = None
+    ) -> Tensor:
+        """latents [B, in_channels, H, W], timesteps [B], context [B, M, context_dim], vector [B, vector_dim]
+        -> prediction [B, out_channels, H, W] in the dtype of latents."""
+        emb = timestep_embedding(timesteps, self.config.block_out_channels[0]).to(latents.dtype)
+        emb = self.time_embed(emb)
+        if self.config.vector_dim:
+            if vector is None:
+                raise ValueError("this UNet needs a vector of pooled text and sizes")
+            emb = emb + self.label_emb(vector)
+
+        h = latents.contiguous(memory_format=torch.channels_last)
+        skips: list[Tensor] = []
+        for block in self.input_blocks:
+            h = block(h, emb, context, (0, 0))
+            skips.append(h)
+        h = self.middle_block(h, emb, context, (0, 0))
+        for block in self.output_blocks:
+            h = torch.cat([h, skips.pop()], dim=1)
+            size = (skips[-1].shape[2], skips[-1].shape[3]) if skips else (0, 0)
+            h = block(h, emb, context, size)
+        return self.out(h)

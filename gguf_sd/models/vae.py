@@ -1,0 +1,166 @@
+"""The KL autoencoder: pictures to latents and back, module names as in the original (LDM) checkpoints."""
+
+from __future__ import annotations
+
+import torch
+from gguf_sd_kernels import ops
+from torch import Tensor, nn
+
+from gguf_sd.config import VAEConfig
+from gguf_sd.models.unet import GroupNorm, Pointwise, feature_map, tokens
+
+EPS = 1e-6
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, groups: int):
+        super().__init__()
+        self.norm1 = GroupNorm(groups, in_channels, EPS)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = GroupNorm(groups, out_channels, EPS)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.nin_shortcut = nn.Identity() if same else Pointwise(in_channels, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(self.norm1(x))
+        return self.nin_shortcut(x) + self.conv2(self.norm2(h))
+
+
+class AttnBlock(nn.Module):
+    """Self-attention with one head over all pixels."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm = GroupNorm(groups, channels, EPS, silu=False)
+        self.q = nn.Linear(channels, channels)
+        self.k = nn.Linear(channels, channels)
+        self.v = nn.Linear(channels, channels)
+        self.proj_out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = tokens(self.norm(x))[:, None]
+        h = ops.attention(self.q(h), self.k(h), self.v(h))
+        return x + feature_map(self.proj_out(h[:, 0]), x.shape[2], x.shape[3])
+
+
+class Mid(nn.Module):
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Downsample(nn.Module):
+    """Halves each side; the padding is one pixel on the right and the bottom only."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(nn.functional.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(nn.functional.interpolate(x, scale_factor=2.0))
+
+
+class Level(nn.Module):
+    """The resnet blocks of one resolution, then the change of resolution, if any."""
+
+    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int):
+        super().__init__()
+        self.block = nn.ModuleList(
+            ResnetBlock(in_channels if i == 0 else out_channels, out_channels, groups) for i in range(layers)
+        )
+        self.downsample: nn.Module = nn.Identity()
+        self.upsample: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return self.upsample(self.downsample(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        channels, groups = config.block_out_channels, config.norm_groups
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        width = channels[0]
+        for i, out in enumerate(channels):
+            level = Level(width, out, config.layers_per_block, groups)
+            if i < len(channels) - 1:
+                level.downsample = Downsample(out)
+            self.down.append(level)
+            width = out
+        self.mid = Mid(width, groups)
+        self.norm_out = GroupNorm(groups, width, EPS)
+        self.conv_out = nn.Conv2d(width, 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(self.norm_out(self.mid(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        channels, groups = config.block_out_channels, config.norm_groups
+        width = channels[-1]
+        self.conv_in = nn.Conv2d(config.latent_channels, width, 3, padding=1)
+        self.mid = Mid(width, groups)
+        levels = []
+        for i, out in reversed(list(enumerate(channels))):
+            level = Level(width, out, config.layers_per_block + 1, groups)
+            if i > 0:
+                level.upsample = Upsample(out)
+            levels.append(level)
+            width = out
+        self.up = nn.ModuleList(reversed(levels))  # the checkpoint numbers them by resolution, finest first
+        self.norm_out = GroupNorm(groups, width, EPS)
+        self.conv_out = nn.Conv2d(width, config.in_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(self.norm_out(x))
+
+
+class VAE(nn.Module):
+    """State dict names are those of the original checkpoints without ``first_stage_model.``; 1x1 convolutions
+    hold 2-D weights."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = Pointwise(2 * config.latent_channels, 2 * config.latent_channels)
+        self.post_quant_conv = Pointwise(config.latent_channels, config.latent_channels)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W] in -1 … 1 -> mean and standard deviation [B, 4, H/8, W/8] of the *unscaled* latents
+        (multiply by ``config.scaling_factor`` for the UNet)."""
+        x = images.contiguous(memory_format=torch.channels_last)
+        mean, log_variance = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return mean, (0.5 * log_variance.clamp(-30.0, 20.0)).exp()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents [B, 4, h, w], as the UNet gives them -> images [B, 3, 8h, 8w], about -1 … 1."""
+        z = (latents / self.config.scaling_factor).contiguous(memory_format=torch.channels_last)
+        return self.decoder(self.post_quant_conv(z))

@@ -1,0 +1,182 @@
+"""Every naming scheme that Stable Diffusion checkpoints come in, mapped to one: the original (LDM) names.
+
+A canonical name is ``PREFIX + module path``, with the prefixes below. Single-file checkpoints and most GGUF
+files have these names already, up to a prefix; diffusers' names are translated by tables of module paths that
+follow from the model's configuration.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from gguf_sd.config import UNetConfig, VAEConfig
+
+UNET = "model.diffusion_model."
+VAE = "first_stage_model."
+TEXT = "cond_stage_model.transformer."
+XL_TEXT = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
+
+# Prefixes that tools write instead (stable-diffusion.cpp, ComfyUI exports), longest first within a family.
+PREFIX_ALIASES = {
+    "unet.": UNET,
+    "vae.": VAE,
+    "te.text_model.": TEXT + "text_model.",
+    "te.": TEXT,
+}
+
+# Tensors of single-file checkpoints that are no weights of the model at inference.
+IGNORED = re.compile(
+    r"(model_ema\.(decay|num_updates)|betas|alphas_cumprod.*|sqrt_.*|log_one_minus_.*|posterior_.*|lvlb_weights"
+    r"|.*\.position_ids|logvar|scale_factor|denoiser\.sigmas|first_stage_model\.loss\..*|optimizer.*"
+    r"|cond_stage_model\.logit_scale|conditioner\.embedders\.1\.model\.logit_scale)"
+)
+
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_UNET_TOP = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_VAE_TOP = {
+    "encoder.conv_in": "encoder.conv_in",
+    "encoder.conv_norm_out": "encoder.norm_out",
+    "encoder.conv_out": "encoder.conv_out",
+    "decoder.conv_in": "decoder.conv_in",
+    "decoder.conv_norm_out": "decoder.norm_out",
+    "decoder.conv_out": "decoder.conv_out",
+    "quant_conv": "quant_conv",
+    "post_quant_conv": "post_quant_conv",
+}
+_VAE_RESNET = {
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "norm2": "norm2",
+    "conv2": "conv2",
+    "conv_shortcut": "nin_shortcut",
+}
+_VAE_ATTENTION = {
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+_VAE_ATTENTION_OLD = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}  # diffusers < 0.12
+
+
+def _join(prefix: str, new_prefix: str, leaves: Mapping[str, str]) -> dict[str, str]:
+    return {f"{prefix}.{old}": f"{new_prefix}.{new}" for old, new in leaves.items()}
+
+
+def unet_modules(config: UNetConfig) -> dict[str, str]:
+    """diffusers' module paths of the UNet -> LDM's. Transformer blocks have the same inner names in both."""
+    paths = dict(_UNET_TOP)
+    levels, layers = len(config.block_out_channels), config.layers_per_block
+
+    def resnet(diffusers: str, ldm: str) -> None:
+        paths.update(_join(diffusers, ldm, _RESNET))
+
+    for level in range(levels):
+        first = level * (layers + 1) + 1
+        for j in range(layers):
+            resnet(f"down_blocks.{level}.resnets.{j}", f"input_blocks.{first + j}.0")
+            paths[f"down_blocks.{level}.attentions.{j}"] = f"input_blocks.{first + j}.1"
+        paths[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{first + layers}.0.op"
+
+        up = levels - 1 - level  # diffusers counts the way up from the lowest resolution
+        upsampler = 2 if config.transformer_layers[level] else 1
+        for j in range(layers + 1):
+            block = up * (layers + 1) + j
+            resnet(f"up_blocks.{up}.resnets.{j}", f"output_blocks.{block}.0")
+            paths[f"up_blocks.{up}.attentions.{j}"] = f"output_blocks.{block}.1"
+        paths[f"up_blocks.{up}.upsamplers.0.conv"] = (
+            f"output_blocks.{up * (layers + 1) + layers}.{upsampler}.conv"
+        )
+    resnet("mid_block.resnets.0", "middle_block.0")
+    paths["mid_block.attentions.0"] = "middle_block.1"
+    resnet("mid_block.resnets.1", "middle_block.2")
+    return paths
+
+
+def vae_modules(config: VAEConfig) -> dict[str, str]:
+    """diffusers' module paths of the autoencoder -> LDM's."""
+    paths = dict(_VAE_TOP)
+    levels, layers = len(config.block_out_channels), config.layers_per_block
+    for level in range(levels):
+        for j in range(layers):
+            paths |= _join(
+                f"encoder.down_blocks.{level}.resnets.{j}", f"encoder.down.{level}.block.{j}", _VAE_RESNET
+            )
+        paths[f"encoder.down_blocks.{level}.downsamplers.0.conv"] = f"encoder.down.{level}.downsample.conv"
+        up = levels - 1 - level
+        for j in range(layers + 1):
+            paths |= _join(
+                f"decoder.up_blocks.{level}.resnets.{j}", f"decoder.up.{up}.block.{j}", _VAE_RESNET
+            )
+        paths[f"decoder.up_blocks.{level}.upsamplers.0.conv"] = f"decoder.up.{up}.upsample.conv"
+    for part in ("encoder", "decoder"):
+        for i in (0, 1):
+            paths |= _join(f"{part}.mid_block.resnets.{i}", f"{part}.mid.block_{i + 1}", _VAE_RESNET)
+        # Old names first, so that inverting the table gives today's names.
+        paths |= _join(f"{part}.mid_block.attentions.0", f"{part}.mid.attn_1", _VAE_ATTENTION_OLD)
+        paths |= _join(f"{part}.mid_block.attentions.0", f"{part}.mid.attn_1", _VAE_ATTENTION)
+    return paths
+
+
+def rename(name: str, modules: Mapping[str, str]) -> str | None:
+    """The tensor ``name`` with its longest known module path replaced; None where no path fits."""
+    parts = name.split(".")
+    for n in range(len(parts) - 1, 0, -1):
+        if (new := modules.get(".".join(parts[:n]))) is not None:
+            return ".".join([new, *parts[n:]])
+    return None
+
+
+def inverted(modules: Mapping[str, str]) -> dict[str, str]:
+    """The same table from LDM's names to diffusers'."""
+    return {new: old for old, new in modules.items()}
+
+
+def canonical_names(names: Iterable[str]) -> dict[str, str]:
+    """Canonical name -> name in the file, for single-file checkpoints and the GGUF files of other tools.
+
+    Known prefixes are replaced, bare UNet files (no prefix at all) get theirs, and VAE attention under its
+    diffusers names its original ones. Tensors that inference does not use are left out; unknown ones are kept
+    as they are, for the loader to name.
+    """
+    names = list(names)
+    bare = "input_blocks.0.0.weight" in names
+    result: dict[str, str] = {}
+    for name in names:
+        new = name
+        if bare:
+            new = UNET + name
+        for alias, prefix in PREFIX_ALIASES.items():
+            if new.startswith(alias):
+                new = prefix + new.removeprefix(alias)
+                break
+        new = _canonical_vae_attention(new)
+        if not IGNORED.fullmatch(new):
+            result[new] = name
+    return result
+
+
+def _canonical_vae_attention(name: str) -> str:
+    head, marker, tail = name.partition(".mid.attn_1.")
+    if not marker or not head.startswith(VAE):
+        return name
+    leaf, _, kind = tail.rpartition(".")
+    leaf = (_VAE_ATTENTION_OLD | _VAE_ATTENTION).get(leaf, leaf)
+    return f"{head}{marker}{leaf}.{kind}"
