@@ -74,7 +74,5 @@ def row_values(qtype: str, n_bytes: int) -> int:
     """Values in a row of ``n_bytes`` bytes; raises ValueError when that is not a whole number of blocks."""
     fmt = block_format(qtype)
     if n_bytes <= 0 or n_bytes % fmt.type_size:
-        raise ValueError(
-            f"{qtype} blocks have {fmt.type_size} bytes; a row of {n_bytes} bytes does not fit them"
-        )
+        raise ValueError(f"{qtype} blocks have {fmt.type_size} bytes; a row of {n_bytes} bytes does not fit them")
     return n_bytes // fmt.type_size * fmt.block_size

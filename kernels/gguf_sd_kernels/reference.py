@@ -16,9 +16,7 @@ from .formats import block_format, row_bytes, row_values
 CHUNK_VALUES = 1 << 16
 
 
-def dequantize(
-    blocks: Tensor, qtype: str, dtype: torch.dtype = torch.float32, out: Tensor | None = None
-) -> Tensor:
+def dequantize(blocks: Tensor, qtype: str, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
     """Decodes blocks, uint8 ``[rows, row_bytes]``, to ``[rows, cols]`` of ``dtype`` on the same device.
 
     ``out``, when given, is a contiguous ``[rows, cols]`` tensor of ``dtype`` that receives the result.
@@ -28,12 +26,7 @@ def dequantize(
     rows, cols = blocks.shape[0], row_values(qtype, blocks.shape[1])
     if out is None:
         out = torch.empty(rows, cols, dtype=dtype, device=blocks.device)
-    elif (
-        out.shape != (rows, cols)
-        or out.dtype != dtype
-        or out.device != blocks.device
-        or not out.is_contiguous()
-    ):
+    elif out.shape != (rows, cols) or out.dtype != dtype or out.device != blocks.device or not out.is_contiguous():
         raise ValueError(
             f"out must be a contiguous {(rows, cols)} {dtype} tensor on {blocks.device}, "
             f"got {tuple(out.shape)} {out.dtype} on {out.device}, strides {out.stride()}"
@@ -75,7 +68,8 @@ def conv2d(
     """Convolves ``x [B, IC, H, W]`` with a weight of ``shape`` (OC, IC, KH, KW) -> ``[B, OC, H', W']``.
 
     ``tap_major``: rows hold (KH, KW, IC), which decode straight into a channels-last weight; otherwise they
-    hold (IC, KH, KW). Computes in ``x.dtype``. Raises ValueError when x, blocks and shape do not fit one another.
+    hold (IC, KH, KW). Computes in ``x.dtype``.
+    Raises ValueError when x, blocks and shape do not fit one another.
     """
     out_channels, in_channels, *_ = shape
     if x.ndim != 4 or x.shape[1] != in_channels:
@@ -113,9 +107,7 @@ def conv_weight(
 def _decode(blocks: Tensor, qtype: str) -> Tensor:
     """uint8 ``[n, type_size]`` -> float32 ``[n, block_size]``, field by field in file order."""
     fmt = block_format(qtype)
-    d, m, high, quants = blocks.split(
-        [fmt.scale_bytes, fmt.min_bytes, fmt.high_bytes, fmt.quant_bytes], dim=1
-    )
+    d, m, high, quants = blocks.split([fmt.scale_bytes, fmt.min_bytes, fmt.high_bytes, fmt.quant_bytes], dim=1)
     if fmt.quant_bytes == fmt.block_size:
         q = quants.view(torch.int8).float()
     else:
@@ -142,9 +134,7 @@ def _bits(high: Tensor) -> Tensor:
 
 def _check_blocks(blocks: Tensor, qtype: str) -> None:
     if blocks.dtype != torch.uint8 or blocks.ndim != 2:
-        raise ValueError(
-            f"{qtype} blocks are uint8 [rows, row_bytes], got {blocks.dtype} {list(blocks.shape)}"
-        )
+        raise ValueError(f"{qtype} blocks are uint8 [rows, row_bytes], got {blocks.dtype} {list(blocks.shape)}")
     row_values(qtype, blocks.shape[1])
 
 

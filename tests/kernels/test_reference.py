@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 QTYPES = list(ops.FORMATS)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Relative error of a product in each dtype: weights rounded once, accumulated in float32, results rounded once.
+# Relative error of a product: weights rounded once, accumulated in float32, results rounded once.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -61,9 +61,7 @@ def test_format_is_ggmls(qtype: str) -> None:
 @pytest.mark.parametrize(("rows", "cols"), [(1, 32), (7, 96), (129, 2048 + 32)])
 def test_dequantize_is_gguf_rounded_once(qtype: str, dtype: torch.dtype, rows: int, cols: int) -> None:
     blocks = random_blocks(qtype, rows, cols, seed=rows)
-    want = torch.from_numpy(gguf.quants.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[qtype])).to(
-        dtype
-    )
+    want = torch.from_numpy(gguf.quants.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[qtype])).to(dtype)
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(ops.dequantize(blocks, qtype, dtype).view(bits), want.view(bits))
     out = torch.full((rows, cols), float("nan"), dtype=dtype)
