@@ -101,9 +101,7 @@ def unet_modules(config: UNetConfig) -> dict[str, str]:
             block = up * (layers + 1) + j
             resnet(f"up_blocks.{up}.resnets.{j}", f"output_blocks.{block}.0")
             paths[f"up_blocks.{up}.attentions.{j}"] = f"output_blocks.{block}.1"
-        paths[f"up_blocks.{up}.upsamplers.0.conv"] = (
-            f"output_blocks.{up * (layers + 1) + layers}.{upsampler}.conv"
-        )
+        paths[f"up_blocks.{up}.upsamplers.0.conv"] = f"output_blocks.{up * (layers + 1) + layers}.{upsampler}.conv"
     resnet("mid_block.resnets.0", "middle_block.0")
     paths["mid_block.attentions.0"] = "middle_block.1"
     resnet("mid_block.resnets.1", "middle_block.2")
@@ -116,15 +114,11 @@ def vae_modules(config: VAEConfig) -> dict[str, str]:
     levels, layers = len(config.block_out_channels), config.layers_per_block
     for level in range(levels):
         for j in range(layers):
-            paths |= _join(
-                f"encoder.down_blocks.{level}.resnets.{j}", f"encoder.down.{level}.block.{j}", _VAE_RESNET
-            )
+            paths |= _join(f"encoder.down_blocks.{level}.resnets.{j}", f"encoder.down.{level}.block.{j}", _VAE_RESNET)
         paths[f"encoder.down_blocks.{level}.downsamplers.0.conv"] = f"encoder.down.{level}.downsample.conv"
         up = levels - 1 - level
         for j in range(layers + 1):
-            paths |= _join(
-                f"decoder.up_blocks.{level}.resnets.{j}", f"decoder.up.{up}.block.{j}", _VAE_RESNET
-            )
+            paths |= _join(f"decoder.up_blocks.{level}.resnets.{j}", f"decoder.up.{up}.block.{j}", _VAE_RESNET)
         paths[f"decoder.up_blocks.{level}.upsamplers.0.conv"] = f"decoder.up.{up}.upsample.conv"
     for part in ("encoder", "decoder"):
         for i in (0, 1):

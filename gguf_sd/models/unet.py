@@ -14,6 +14,7 @@ from gguf_sd_kernels import ops
 from torch import Tensor, nn
 
 from gguf_sd.config import UNetConfig
+from gguf_sd.layers import Pointwise
 
 
 def tokens(x: Tensor) -> Tensor:
@@ -26,13 +27,6 @@ def feature_map(x: Tensor, height: int, width: int) -> Tensor:
     return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
-class Pointwise(nn.Linear):
-    """A 1x1 convolution on [B, C, H, W], run as a linear on the channels-last view."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
 class GroupNorm(nn.GroupNorm):
     """Group normalisation of [B, C, H, W], with SiLU applied to its result where ``silu``."""
 
@@ -41,7 +35,6 @@ class GroupNorm(nn.GroupNorm):
         self.silu = silu
 
     def forward(self, x: Tensor) -> Tensor:
-        assert self.weight is not None and self.bias is not None
         return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
 
 
@@ -137,9 +130,7 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.norm = GroupNorm(groups, dim, 1e-6, silu=False)
         self.proj_in = nn.Linear(dim, dim)
-        self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(dim, context_dim, heads) for _ in range(depth)
-        )
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(dim, context_dim, heads) for _ in range(depth))
         self.proj_out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -170,7 +161,7 @@ class Upsample(nn.Module):
         return self.conv(nn.functional.interpolate(x, size=size))
 
 
-class Stage(nn.Sequential):
+class Stage(nn.ModuleList):
     """One numbered block of the checkpoint: each layer is handed what it takes."""
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor, size: tuple[int, int]) -> Tensor:
@@ -190,9 +181,7 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     """Sinusoids of the timestep, cosines first: [B] -> float32 [B, dim]. As in diffusers' get_timestep_embedding
     with flip_sin_to_cos and no shift."""
     half = dim // 2
-    frequencies = torch.exp(
-        -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-    )
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half)
     angles = timesteps.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -208,19 +197,13 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         channels, time_dim, groups = config.block_out_channels, config.time_dim, config.norm_groups
-        self.time_embed = nn.Sequential(
-            nn.Linear(channels[0], time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
-        )
+        self.time_embed = nn.Sequential(nn.Linear(channels[0], time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
         if config.vector_dim:
-            embed = nn.Sequential(
-                nn.Linear(config.vector_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
-            )
+            embed = nn.Sequential(nn.Linear(config.vector_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
             self.label_emb = nn.Sequential(embed)
 
         def transformer(level: int, depth: int) -> SpatialTransformer:
-            return SpatialTransformer(
-                channels[level], config.context_dim, config.num_heads[level], depth, groups
-            )
+            return SpatialTransformer(channels[level], config.context_dim, config.num_heads[level], depth, groups)
 
         def stage(level: int, in_channels: int) -> list[nn.Module]:
             layers: list[nn.Module] = [ResBlock(in_channels, channels[level], time_dim, groups)]
@@ -229,22 +212,24 @@ class UNet(nn.Module):
             return layers
 
         width = channels[0]
-        blocks = [Stage(nn.Conv2d(config.in_channels, width, 3, padding=1))]
+        blocks = [Stage([nn.Conv2d(config.in_channels, width, 3, padding=1)])]
         skips = [width]
         for level, out in enumerate(channels):
             for _ in range(config.layers_per_block):
-                blocks.append(Stage(*stage(level, width)))
+                blocks.append(Stage(stage(level, width)))
                 width = out
                 skips.append(width)
             if level < len(channels) - 1:
-                blocks.append(Stage(Downsample(width)))
+                blocks.append(Stage([Downsample(width)]))
                 skips.append(width)
         self.input_blocks = nn.ModuleList(blocks)
 
         self.middle_block = Stage(
-            ResBlock(width, width, time_dim, groups),
-            transformer(-1, config.mid_transformer_layers),
-            ResBlock(width, width, time_dim, groups),
+            [
+                ResBlock(width, width, time_dim, groups),
+                transformer(-1, config.mid_transformer_layers),
+                ResBlock(width, width, time_dim, groups),
+            ]
         )
 
         blocks = []
@@ -254,7 +239,7 @@ class UNet(nn.Module):
                 width = out
                 if level > 0 and i == config.layers_per_block:
                     layers.append(Upsample(width))
-                blocks.append(Stage(*layers))
+                blocks.append(Stage(layers))
         self.output_blocks = nn.ModuleList(blocks)
         self.out = nn.Sequential(
             GroupNorm(groups, width, 1e-5),
@@ -262,9 +247,7 @@ class UNet(nn.Module):
             nn.Conv2d(width, config.out_channels, 3, padding=1),
         )
 
-    def forward(
-        self, latents: Tensor, timesteps: Tensor, context: Tensor, vector: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor, vector: Tensor | None = None) -> Tensor:
         """latents [B, in_channels, H, W], timesteps [B], context [B, M, context_dim], vector [B, vector_dim]
         -> prediction [B, out_channels, H, W] in the dtype of latents."""
         emb = timestep_embedding(timesteps, self.config.block_out_channels[0]).to(latents.dtype)

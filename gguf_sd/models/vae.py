@@ -7,7 +7,8 @@ from gguf_sd_kernels import ops
 from torch import Tensor, nn
 
 from gguf_sd.config import VAEConfig
-from gguf_sd.models.unet import GroupNorm, Pointwise, feature_map, tokens
+from gguf_sd.layers import Pointwise
+from gguf_sd.models.unet import GroupNorm, feature_map, tokens
 
 EPS = 1e-6
 
@@ -141,7 +142,7 @@ class Decoder(nn.Module):
         return self.conv_out(self.norm_out(x))
 
 
-class VAE(nn.Module):
+class Autoencoder(nn.Module):
     """State dict names are those of the original checkpoints without ``first_stage_model.``; 1x1 convolutions
     hold 2-D weights."""
 

@@ -1,0 +1,96 @@
+"""Layers whose weight stays in quantised blocks: thin modules over the kernels."""
+
+from __future__ import annotations
+
+import torch
+from gguf_sd_kernels import ops
+from torch import Tensor, nn
+
+from gguf_sd.quant_tensor import QuantTensor
+
+
+class PointwiseForward:
+    """Mixin for linears that are 1x1 convolutions: runs on [B, C, H, W] through its channels-last view."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # type: ignore[misc]
+
+
+class Pointwise(PointwiseForward, nn.Linear):
+    """A 1x1 convolution in full precision, weight [out, in]."""
+
+
+class Quantized(nn.Module):
+    """Holds the blocks as a buffer, so that `.to(device)` moves them and `.to(dtype)` leaves them alone."""
+
+    blocks: Tensor
+
+    def __init__(self, weight: QuantTensor, bias: Tensor | None):
+        super().__init__()
+        self.register_buffer("blocks", weight.blocks)
+        self.qtype, self.shape, self.tap_major = weight.qtype, weight.shape, weight.tap_major
+        self.bias = bias
+
+    @property
+    def weight(self) -> QuantTensor:
+        """The weight, still quantised."""
+        return QuantTensor(self.blocks, self.qtype, self.shape, self.tap_major)
+
+    def extra_repr(self) -> str:
+        return f"{self.qtype}, shape={list(self.shape)}, bias={self.bias is not None}"
+
+
+class QuantLinear(Quantized):
+    """y = x W^T + b, with W [out, in] in blocks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.blocks, self.qtype, self.bias)
+
+
+class QuantPointwise(PointwiseForward, QuantLinear):
+    """A 1x1 convolution with its weight in blocks."""
+
+
+class QuantConv2d(Quantized):
+    """A convolution of [B, C, H, W] with W [out, in, kh, kw] in blocks."""
+
+    def __init__(self, weight: QuantTensor, bias: Tensor | None, stride: int, padding: int):
+        super().__init__(weight, bias)
+        self.stride, self.padding = stride, padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, channels, kh, kw = self.shape
+        return ops.conv2d(
+            x,
+            self.blocks,
+            self.qtype,
+            (out, channels, kh, kw),
+            self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            tap_major=self.tap_major,
+        )
+
+
+def quantized(module: nn.Linear | nn.Conv2d, weight: QuantTensor) -> nn.Module:
+    """The quantised counterpart of a linear, pointwise or convolution module; it takes over the bias."""
+    if isinstance(module, nn.Conv2d):
+        assert not isinstance(module.padding, str)
+        return QuantConv2d(weight, module.bias, module.stride[0], module.padding[0])
+    kind = QuantPointwise if isinstance(module, Pointwise) else QuantLinear
+    return kind(weight, module.bias)
+
+
+def resident(module: Quantized, dtype: torch.dtype) -> nn.Module:
+    """The full-precision counterpart: the weight dequantised once, to ``dtype``."""
+    weight = nn.Parameter(module.weight.dequantize(dtype), requires_grad=False)
+    out, features = module.shape[:2]
+    with torch.device("meta"):
+        full: nn.Module
+        if isinstance(module, QuantConv2d):
+            full = nn.Conv2d(features, out, module.shape[2], module.stride, module.padding)
+        else:
+            kind = Pointwise if isinstance(module, QuantPointwise) else nn.Linear
+            full = kind(features, out)
+    full.weight, full.bias = weight, module.bias
+    return full

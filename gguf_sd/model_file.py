@@ -1,0 +1,98 @@
+"""A GGUF file seen as a Stable Diffusion model: its configuration, and its parts by canonical name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import torch
+
+from gguf_sd.config import ModelConfig
+from gguf_sd.errors import GgufSdError
+from gguf_sd.gguf_file import GGUFFile
+from gguf_sd.load import Source, assign
+from gguf_sd.models.text import TextEncoder
+from gguf_sd.models.unet import UNet
+from gguf_sd.models.vae import Autoencoder
+from gguf_sd.recognise import recognise
+from gguf_sd.tensor_names import TEXT, UNET, VAE, canonical_names
+from gguf_sd.tokenizer import METADATA_KEY, Tokenizer
+
+CONFIG_KEY = "gguf_sd.config"
+FORMAT_KEY = "gguf_sd.format_version"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """An opened model. Nothing but the header is read until a part is loaded."""
+
+    file: GGUFFile
+    config: ModelConfig
+    names: dict[str, str]  # canonical name -> name in the file
+
+    @classmethod
+    def open(cls, path: Path | str) -> ModelFile:
+        """Raises GgufSdError for files that are no GGUF, no Stable Diffusion, or newer than this program."""
+        file = GGUFFile(path)
+        names = canonical_names(file.tensors)
+        version = file.metadata.get(FORMAT_KEY, FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise GgufSdError(
+                f"{path} has gguf-sd format version {version}, this program reads {FORMAT_VERSION}; update gguf-sd"
+            )
+        shapes = {canonical: file.shape(name) for canonical, name in names.items()}
+        if CONFIG_KEY not in file.metadata:
+            return cls(file, recognise(shapes, str(path)), names)
+        try:
+            config = ModelConfig.from_dict(file.json(CONFIG_KEY))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise GgufSdError(f"{path} has damaged metadata: {CONFIG_KEY}: {error}") from error
+        return cls(file, config, names)
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    def part(self, prefix: str) -> dict[str, Source]:
+        """Readers of the tensors under a canonical prefix, by the name behind it."""
+        sources: dict[str, Source] = {
+            canonical.removeprefix(prefix): partial(self.file.tensor, name)
+            for canonical, name in self.names.items()
+            if canonical.startswith(prefix)
+        }
+        if not sources:
+            raise GgufSdError(
+                f"{self.path} holds no {prefix}* tensors, it is not a whole model; "
+                "convert a full checkpoint or a diffusers folder"
+            )
+        return sources
+
+    def unet_values(self) -> int:
+        """Number of weights in the UNet."""
+        return sum(prod(self.file.tensors[n].shape) for c, n in self.names.items() if c.startswith(UNET))
+
+    def load_unet(self, dtype: torch.dtype) -> UNet:
+        """The UNet, quantised weights still in blocks, everything else in ``dtype``."""
+        with torch.device("meta"):
+            unet = UNet(self.config.unet)
+        assign(unet, self.part(UNET), dtype, str(self.path))
+        return unet.eval()
+
+    def load_vae(self, dtype: torch.dtype) -> Autoencoder:
+        with torch.device("meta"):
+            vae = Autoencoder(self.config.vae)
+        assign(vae, self.part(VAE), dtype, str(self.path), keep_quantized=False)
+        return vae.eval()
+
+    def load_text(self, dtype: torch.dtype) -> TextEncoder:
+        return TextEncoder.load(self.config.text[0], self.part(TEXT), dtype, str(self.path))
+
+    def tokenizer(self) -> Tokenizer:
+        if METADATA_KEY not in self.file.metadata:
+            raise GgufSdError(
+                f"{self.path} carries no tokenizer; give one with --tokenizer (a folder or a BPE merges file)"
+            )
+        return Tokenizer(self.file.metadata[METADATA_KEY], str(self.path))

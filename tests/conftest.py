@@ -1,0 +1,122 @@
+"""Tiny random Stable Diffusion pipelines, made by diffusers: the material and the oracle of most tests."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+UNET = {
+    "sample_size": 16,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 2,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 32,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
+VAE = {
+    "block_out_channels": (32, 32, 64, 64),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "latent_channels": 4,
+}
+
+
+@dataclass
+class Tiny:
+    """What a tiny pipeline differs in from the one above."""
+
+    unet: dict[str, Any] = field(default_factory=dict)
+    vae: dict[str, Any] = field(default_factory=dict)
+    scheduler: str = "PNDMScheduler"
+    scheduler_config: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+
+def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Fresh values for every parameter, norms and biases too, so that no mix-up of two of them goes unseen."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise * parameter[0].numel() ** -0.5)
+            else:
+                parameter.copy_(0.1 * noise + (1.0 if name.endswith("weight") else 0.0))
+    return module.eval()
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A CLIP tokenizer of 512 byte symbols and a few merges."""
+    symbols = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    merges = [("c", "a"), ("ca", "t</w>"), ("r", "e"), ("re", "d</w>"), ("d", "o"), ("do", "g</w>")]
+    vocabulary = [*symbols, *(s + "</w>" for s in symbols), *("".join(m) for m in merges)]
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
+    config |= {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function from the fields of Tiny to the folder of a saved StableDiffusionPipeline; the same call, the same
+    folder."""
+    made: dict[str, Path] = {}
+
+    def make(**fields: Any) -> Path:
+        key = json.dumps(fields, sort_keys=True)
+        if key not in made:
+            made[key] = _save(Tiny(**fields), tmp_path_factory.mktemp("tiny"))
+        return made[key]
+
+    return make
+
+
+def _save(tiny: Tiny, folder: Path) -> Path:
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    write_tokenizer(folder / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    scheduler = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+    if tiny.scheduler == "PNDMScheduler":
+        scheduler |= {"skip_prk_steps": True}
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=randomise(diffusers.AutoencoderKL(**(VAE | tiny.vae)), tiny.seed),
+        text_encoder=randomise(CLIPTextModel(text), tiny.seed + 1),
+        tokenizer=tokenizer,
+        unet=randomise(diffusers.UNet2DConditionModel(**(UNET | tiny.unet)), tiny.seed + 2),
+        scheduler=getattr(diffusers, tiny.scheduler)(**(scheduler | tiny.scheduler_config)),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
