@@ -6,14 +6,19 @@ for bit what ``gguf.quants.dequantize`` gives; 16-bit results are that, rounded 
 
 from __future__ import annotations
 
+import math
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .formats import block_format, row_bytes, row_values
+from .formats import BlockFormat, block_format, row_bytes, row_values
+from .scratch import borrow
 
-# Values decoded at a time: input, float32 intermediate and result of a chunk stay in a core's L2 cache.
-CHUNK_VALUES = 1 << 16
+# Values decoded at a time. Zen 5, 2 threads, 32 MiB L3: seconds for 859 M Q4_0 weights to bfloat16 are 0.27 at
+# 2^18, 0.21 at 2^19, 0.19 at 2^20, 0.17 at 2^21, which takes 8 MiB for the float32 intermediate.
+CHUNK_VALUES = 1 << 20
 
 
 def dequantize(blocks: Tensor, qtype: str, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
@@ -35,8 +40,14 @@ def dequantize(blocks: Tensor, qtype: str, dtype: torch.dtype = torch.float32, o
     in_blocks = blocks.contiguous().view(-1, fmt.type_size)
     out_blocks = out.view(-1, fmt.block_size)
     step = CHUNK_VALUES // fmt.block_size
-    for start in range(0, in_blocks.shape[0], step):
-        out_blocks[start : start + step] = _decode(in_blocks[start : start + step], qtype)
+    in_place = dtype == torch.float32
+    values = out_blocks if in_place else out.new_empty(min(step, len(in_blocks)), fmt.block_size, dtype=torch.float32)
+    for start in range(0, len(in_blocks), step):
+        chunk = slice(start, start + step)
+        part = in_blocks[chunk]
+        decoded = _decode_into(values[chunk] if in_place else values[: len(part)], part, fmt)
+        if not in_place:
+            out_blocks[chunk] = decoded
     return out
 
 
@@ -50,8 +61,9 @@ def linear(x: Tensor, blocks: Tensor, qtype: str, bias: Tensor | None = None) ->
     if x.ndim < 1 or x.shape[-1] != in_features:
         raise ValueError(f"x {tuple(x.shape)} does not end in the weight's {in_features} inputs")
     _check_bias(bias, out_features)
-    weight = dequantize(blocks, qtype, x.dtype)
-    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    with _weight_buffer(x, out_features, in_features) as buffer:
+        weight = dequantize(blocks, qtype, x.dtype, buffer)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 def conv2d(
@@ -75,8 +87,9 @@ def conv2d(
     if x.ndim != 4 or x.shape[1] != in_channels:
         raise ValueError(f"x {tuple(x.shape)} is not [B, {in_channels}, H, W], which a weight {shape} takes")
     _check_bias(bias, out_channels)
-    weight = conv_weight(blocks, qtype, shape, x.dtype, tap_major=tap_major)
-    return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, padding)
+    with _weight_buffer(x, out_channels, math.prod(shape[1:])) as buffer:
+        weight = conv_weight(blocks, qtype, shape, x.dtype, buffer, tap_major=tap_major)
+        return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, padding)
 
 
 def conv_weight(
@@ -104,32 +117,47 @@ def conv_weight(
     return flat.view(oc, kh, kw, ic).permute(0, 3, 1, 2) if tap_major else flat.view(oc, ic, kh, kw)
 
 
-def _decode(blocks: Tensor, qtype: str) -> Tensor:
-    """uint8 ``[n, type_size]`` -> float32 ``[n, block_size]``, field by field in file order."""
-    fmt = block_format(qtype)
+def _decode_into(values: Tensor, blocks: Tensor, fmt: BlockFormat) -> Tensor:
+    """uint8 ``[n, type_size]`` -> float32 ``values [n, block_size]``, each step rounded as gguf-py rounds it."""
     d, m, high, quants = blocks.split([fmt.scale_bytes, fmt.min_bytes, fmt.high_bytes, fmt.quant_bytes], dim=1)
     if fmt.quant_bytes == fmt.block_size:
-        q = quants.view(torch.int8).float()
+        codes = quants.view(torch.int8)
     else:
-        q = _nibbles(quants)
+        codes = _nibbles(quants)
         if fmt.high_bytes:
-            q |= _bits(high) << 4
-        q = q.float().sub_(fmt.zero_point)
-    q *= d.view(torch.float16).float()
+            codes |= _bits(high) << 4
+        codes = codes.view(torch.int8).sub_(fmt.zero_point) if fmt.zero_point else codes
+    values.copy_(codes).mul_(d.view(torch.float16).float())
     if fmt.min_bytes:
-        q += m.view(torch.float16).float()
-    return q
+        values += m.view(torch.float16).float()
+    return values
 
 
 def _nibbles(quants: Tensor) -> Tensor:
-    """uint8 ``[n, 16]`` -> uint8 ``[n, 32]``: all low halves, then all high halves."""
-    return torch.cat([quants & 0x0F, quants >> 4], dim=1)
+    """uint8 ``[n, 16]`` -> uint8 ``[n, 32]``: all low halves, then all high halves.
+
+    Bits are taken from contiguous bytes, which vectorises, then moved 16 bytes at a time by calling them one
+    complex128: a third of the time of writing them into place directly (Zen 5), two thirds of ``torch.cat``'s.
+    """
+    packed = quants.contiguous()
+    codes = packed.new_empty(len(packed), 32)
+    halves = codes.view(torch.complex128)  # [n, 2]
+    halves[:, 0] = (packed & 0x0F).view(torch.complex128)[:, 0]
+    halves[:, 1] = (packed >> 4).view(torch.complex128)[:, 0]
+    return codes
 
 
 def _bits(high: Tensor) -> Tensor:
     """uint8 ``[n, 4]`` -> uint8 ``[n, 32]`` of 0 and 1, lowest bit first."""
     shifts = torch.arange(8, dtype=torch.uint8, device=high.device)
     return ((high.unsqueeze(-1) >> shifts) & 1).flatten(1)
+
+
+def _weight_buffer(x: Tensor, rows: int, cols: int) -> AbstractContextManager[Tensor]:
+    """Memory for a decoded weight; memory of its own where autograd will keep the weight."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return nullcontext(torch.empty(rows, cols, dtype=x.dtype, device=x.device))
+    return borrow((rows, cols), x.dtype, x.device)
 
 
 def _check_blocks(blocks: Tensor, qtype: str) -> None:
