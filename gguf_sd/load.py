@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +33,11 @@ def assign(
     for name, shape in expected.items():
         owner_name, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_name)
-        stored = sources[name]()
-        _check_shape(name, shape, stored, where)
+        stored = _shaped(name, shape, sources[name](), where)
         if isinstance(stored, QuantTensor) and keep_quantized and isinstance(owner, nn.Linear | nn.Conv2d):
             model.set_submodule(owner_name, quantized(owner, stored))
             continue
-        owner._parameters[leaf] = nn.Parameter(_plain(stored, dtype).reshape(shape), requires_grad=False)
+        owner._parameters[leaf] = nn.Parameter(_plain(stored, dtype), requires_grad=False)
 
 
 def _plain(stored: Tensor | QuantTensor, dtype: torch.dtype) -> Tensor:
@@ -56,8 +56,13 @@ def _check_names(expected: Mapping[str, object], sources: Mapping[str, Source], 
         raise GgufSdError(f"{where} holds {len(unknown)} tensors that do not belong, the first is {unknown[0]}")
 
 
-def _check_shape(name: str, shape: tuple[int, ...], stored: Tensor | QuantTensor, where: str) -> None:
+def _shaped(name: str, shape: tuple[int, ...], stored: Tensor | QuantTensor, where: str) -> Tensor | QuantTensor:
+    """The tensor in the shape that the model takes: 1x1 convolutions may be stored as such, they run as linears."""
     got = tuple(stored.shape)
-    pointwise = len(shape) == 2 and got == (*shape, 1, 1)  # a 1x1 convolution, stored as such
-    if got != shape and not pointwise:
+    if got == shape:
+        return stored
+    if len(shape) != 2 or got != (*shape, 1, 1):
         raise GgufSdError(f"{where}: tensor {name} has shape {list(got)} where the model takes {list(shape)}")
+    if isinstance(stored, QuantTensor):
+        return replace(stored, shape=shape, tap_major=False)
+    return stored.reshape(shape)

@@ -17,12 +17,19 @@ from gguf_sd.models.text import TextEncoder
 from gguf_sd.models.unet import UNet
 from gguf_sd.models.vae import Autoencoder
 from gguf_sd.recognise import recognise
-from gguf_sd.tensor_names import TEXT, UNET, VAE, canonical_names
+from gguf_sd.tensor_names import TEXT, UNET, VAE, XL_TEXT, canonical_names
 from gguf_sd.tokenizer import METADATA_KEY, Tokenizer
 
 CONFIG_KEY = "gguf_sd.config"
 FORMAT_KEY = "gguf_sd.format_version"
 FORMAT_VERSION = 1
+SOURCE_HASH_KEY = "gguf_sd.source.sha256"
+
+
+def part_of(canonical: str) -> str:
+    """Which part of the model a tensor belongs to."""
+    parts = {UNET: "unet", VAE: "vae", TEXT: "text encoder", XL_TEXT[0]: "text encoder 1", XL_TEXT[1]: "text encoder 2"}
+    return next((part for prefix, part in parts.items() if canonical.startswith(prefix)), "other")
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,11 @@ class ModelFile:
                 "convert a full checkpoint or a diffusers folder"
             )
         return sources
+
+    @property
+    def source_hash(self) -> str:
+        """SHA-256 of the checkpoint the file was made from, as hex; empty where it is not known."""
+        return str(self.file.metadata.get(SOURCE_HASH_KEY, ""))
 
     def unet_values(self) -> int:
         """Number of weights in the UNet."""

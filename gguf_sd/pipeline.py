@@ -159,7 +159,7 @@ class Pipeline:
         """Checks a request against the model."""
         return prepare(request, self.model.config)
 
-    def paint(self, job: Job, on_step: Callable[[Step], None] = lambda step: None) -> Iterator[Picture]:
+    def paint(self, job: Job, on_step: Callable[[Step], object] = lambda step: None) -> Iterator[Picture]:
         """Yields the job's pictures as they are finished; ``on_step`` is called after every sampling step."""
         self.plan = self._plan(job.width * job.height * min(job.batch, job.count))
         conditioning = self.encode(job)

@@ -1,0 +1,105 @@
+"""`gguf-sd generate`: a model and a prompt to pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gguf_sd.errors import GgufSdError
+
+if TYPE_CHECKING:
+    from gguf_sd.pipeline import Job, Pipeline
+
+
+def add_parser(subparsers: Any) -> None:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "generate",
+        help="paint pictures from a prompt",
+        description="Paints pictures. Settings that are not given come from the model's file.",
+    )
+    add = parser.add_argument
+    add("model", type=Path, help="a .gguf file; or a checkpoint or diffusers folder, converted into the cache first")
+    add("-p", "--prompt", default="", help="what to paint (default: nothing in particular)")
+    add("-n", "--negative-prompt", default="", help="what to keep away from; needs guidance above 1")
+    add("-o", "--output", type=Path, default=Path("out.png"), help="PNG to write; several get -1, -2, … (out.png)")
+    add("--steps", type=int, help="sampling steps")
+    add("--guidance", type=float, help="classifier-free guidance scale; 1 or less does without (and is twice as fast)")
+    add("--sampler", help="pndm, ddim, euler, euler_a, heun, dpmpp_2m, dpmpp_2m_sde, lcm, or another program's name")
+    add("--schedule", help="model, karras, exponential, trailing, leading, linspace")
+    add("--seed", type=int, help="seed of the first picture; the next ones count up (default: random)")
+    add("--width", type=int, help="pixels, a multiple of 8")
+    add("--height", type=int, help="pixels, a multiple of 8")
+    add("--count", type=int, default=1, help="pictures in all (1)")
+    add("--batch", type=int, default=1, help="pictures painted at once: faster on a GPU, more memory (1)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+    add("--dtype", default="auto", help="auto, float32, float16, bfloat16: what the UNet computes in")
+    add("--weights", default="auto", help="auto, quantized (small) or resident (dequantised once: faster, larger)")
+    add("--type", default=None, help="quantisation of a MODEL that is no GGUF: f16, q8_0, q4_1, q4_0 (q8_0)")
+    add("--tokenizer", type=Path, help="tokenizer for a model that carries none: a folder or a BPE merges file")
+    add("--quiet", action="store_true", help="no progress bars")
+    add("--json", action="store_true", help="print settings, files and times as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from gguf_sd.cli.cache import model_path
+    from gguf_sd.pipeline import Pipeline, Request
+
+    _check_output(args.output)
+    request = Request(**{f.name: getattr(args, f.name) for f in fields(Request)})
+    path = model_path(args.model, args.type, args.tokenizer, quiet=args.quiet)
+    pipeline = Pipeline.load(path, args.device, args.dtype, args.weights, args.tokenizer)
+    job = pipeline.prepare(request)
+    report = paint(pipeline, job, args)
+    if args.json:
+        print(json.dumps(report, indent=2))
+    elif not args.quiet:
+        for file in report["files"]:
+            print(f"{file['path']}  seed {file['seed']}")
+    return 0
+
+
+def paint(pipeline: Pipeline, job: Job, args: argparse.Namespace) -> dict[str, Any]:
+    """Paints and saves; returns what `--json` prints: settings, files, seconds."""
+    from tqdm import tqdm
+
+    from gguf_sd import png
+
+    dtype = str(pipeline.dtype).removeprefix("torch.")
+    files, started = [], time.perf_counter()
+    batches = len(list(job.batches()))
+    with tqdm(total=job.steps * batches, unit="step", disable=args.quiet) as bar:
+        pictures = pipeline.paint(job, on_step=lambda _: bar.update())
+        for index, picture in enumerate(pictures):
+            path = _numbered(args.output, index, job.count)
+            text = png.parameters(picture, pipeline.model.path.stem, pipeline.model.source_hash, dtype)
+            png.save(picture, path, text)
+            files.append({"path": str(path), "seed": picture.seed})
+    settings = {f.name: getattr(job, f.name) for f in fields(job) if f.name != "schedule"}
+    return {
+        "model": str(pipeline.model.path),
+        "device": str(pipeline.device),
+        "dtype": dtype,
+        "weights": pipeline.plan.weights,
+        "settings": settings,
+        "files": files,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def _numbered(path: Path, index: int, count: int) -> Path:
+    return path if count == 1 else path.with_name(f"{path.stem}-{index + 1}{path.suffix}")
+
+
+def _check_output(path: Path) -> None:
+    """Found out before minutes of painting, not after."""
+    if path.suffix.lower() != ".png":
+        raise GgufSdError(f"the output {path} must end in .png: the settings are kept in PNG text")
+    if path.is_dir():
+        raise GgufSdError(f"the output {path} is a folder; give a file name in it")
+    if not path.parent.is_dir():
+        raise GgufSdError(f"the output's folder {path.parent} does not exist; create it first")

@@ -1,0 +1,127 @@
+"""`gguf-sd generate` and `inspect` as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from gguf_sd.cli.main import main
+from PIL import Image
+
+FAST = ["--steps", "2", "--width", "32", "--height", "32", "--device", "cpu", "--dtype", "float32", "--quiet"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GGUF_SD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def model(tiny_pipeline: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "tiny.gguf"
+    assert main(["convert", str(tiny_pipeline()), "-o", str(path), "--type", "q8_0", "--quiet"]) == 0
+    return path
+
+
+def test_picture_with_its_settings(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.png"
+    command = ["generate", str(model), "-p", "a cat, red", "-n", "dog", "-o", str(out), "--seed", "7", *FAST]
+    assert main([*command, "--sampler", "DPM++ 2M Karras", "--guidance", "6.5", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["files"] == [{"path": str(out), "seed": 7}]
+    assert report["settings"]["sampler"] == "dpmpp_2m"
+    picture = Image.open(out)
+    assert picture.size == (32, 32)
+    lines = picture.text["parameters"].split("\n")
+    assert lines[:2] == ["a cat, red", "Negative prompt: dog"]
+    assert lines[2].startswith(
+        "Steps: 2, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 6.5, Seed: 7, Size: 32x32, Model hash: "
+    )
+    assert "Model: tiny" in lines[2]
+
+
+def test_the_same_seed_the_same_picture(model: Path, tmp_path: Path) -> None:
+    def paint(name: str, *more: str) -> bytes:
+        command = ["generate", str(model), "-p", "a cat", "-o", str(tmp_path / name), "--seed", "3", *FAST, *more]
+        assert main(command) == 0
+        return Image.open(tmp_path / name).tobytes()
+
+    first = paint("a.png")
+    assert paint("b.png") == first
+    assert paint("c.png", "--seed", "4") != first
+
+
+def test_several_pictures(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", str(model), "-p", "a cat", "-o", str(tmp_path / "out.png"), "--seed", "3", *FAST]
+    assert main([*command, "--count", "3", "--batch", "2", "--json"]) == 0
+    files = json.loads(capsys.readouterr().out)["files"]
+    assert [(Path(f["path"]).name, f["seed"]) for f in files] == [("out-1.png", 3), ("out-2.png", 4), ("out-3.png", 5)]
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["out-1.png", "out-2.png", "out-3.png"]
+
+
+def test_a_folder_is_converted_once(
+    tiny_pipeline: Callable[..., Path], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["generate", str(tiny_pipeline()), "--type", "q4_0", "-p", "a cat", "-o", str(tmp_path / "a.png"), *FAST]
+    assert main(command) == 0
+    (converted,) = cache.glob("*.gguf")
+    assert "q4_0" in converted.name
+    monkeypatch.setattr("gguf_sd_convert.convert.convert", lambda *args, **kwargs: pytest.fail("converted again"))
+    assert main(command) == 0
+    assert list(cache.glob("*.gguf")) == [converted]
+
+
+def test_inspect(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(model), "--json", "--tensors"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["layout"], facts["type"], facts["architecture"]) == ("native", "q8_0", "sd1")
+    assert set(facts["parts"]) == {"unet", "vae", "text encoder"}
+    assert "Q8_0" in facts["parts"]["unet"]
+    assert sum(n["bytes"] for part in facts["parts"].values() for n in part.values()) < facts["bytes"]
+    assert len(facts["tensors"]) == sum(n["tensors"] for part in facts["parts"].values() for n in part.values())
+    assert main(["inspect", str(model)]) == 0
+    text = capsys.readouterr().out
+    assert "Q8_0" in text
+    assert "gguf_sd.format_version = 1" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "{tmp}/none.gguf"], "none.gguf does not exist"),
+        (["generate", "{tmp}/text.gguf"], "text.gguf is not a GGUF file"),
+        (["generate", "{model}", "-o", "{tmp}/out.jpg"], "must end in .png"),
+        (["generate", "{model}", "-o", "{tmp}/nowhere/out.png"], "nowhere does not exist"),
+        (["generate", "{model}", "--width", "33"], "no multiple of 8"),
+        (["generate", "{model}", "--sampler", "eulr"], "did you mean euler"),
+        (["generate", "{model}", "--device", "tpu"], "device 'tpu'"),
+        (["generate", "{model}", "--dtype", "int3"], "unknown dtype 'int3'"),
+        (["generate", "{model}", "--weights", "none"], "unknown weights mode 'none'"),
+        (["generate", "{model}", "--type", "q4_0"], "is a GGUF file already"),
+        (["inspect", "{tmp}/text.gguf"], "text.gguf is not a GGUF file"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    (tmp_path / "text.gguf").write_text("hello, I am no GGUF file at all")
+    filled = [a.format(tmp=tmp_path, model=model) for a in arguments]
+    if filled[0] == "generate" and "-o" not in filled:
+        filled += ["-o", str(tmp_path / "out.png")]
+    assert main(filled) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_missing_tensors_are_named(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file whose header no longer lists a tensor, as a bad conversion would leave it."""
+    data = model.read_bytes()
+    name = b"model.diffusion_model.out.2.bias"
+    (tmp_path / "less.gguf").write_bytes(data.replace(name, name.replace(b"out.2", b"not.2")))
+    assert main(["generate", str(tmp_path / "less.gguf"), "-o", str(tmp_path / "out.png"), *FAST]) == 2
+    assert "lacks 1 of" in capsys.readouterr().err
