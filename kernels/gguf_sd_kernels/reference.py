@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .conv_cpu import convolve
 from .formats import BlockFormat, block_format, row_bytes, row_values
 from .scratch import borrow
 
@@ -89,7 +90,10 @@ def conv2d(
     _check_bias(bias, out_channels)
     with _weight_buffer(x, out_channels, math.prod(shape[1:])) as buffer:
         weight = conv_weight(blocks, qtype, shape, x.dtype, buffer, tap_major=tap_major)
-        return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, padding)
+        bias = None if bias is None else bias.to(x.dtype)
+        if x.device.type == "cpu":
+            return convolve(x, weight, bias, stride, padding)
+        return F.conv2d(x, weight, bias, stride, padding)
 
 
 def conv_weight(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gguf_sd_kernels import attention as attention_file
-from gguf_sd_kernels import ops
 from torch import Tensor
 from torch.nn import functional as F
+
+from gguf_sd_kernels import attention as attention_file
+from gguf_sd_kernels import ops
 
 SHAPES = [  # (B, H, N, M, D): self- and cross-attention, the head sizes of SD 1.5 and SDXL, odd lengths
     (2, 8, 300, 300, 40),

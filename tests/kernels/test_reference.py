@@ -8,10 +8,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_sd_kernels import ops
-from gguf_sd_kernels.reference import conv_weight
 from torch import Tensor
 from torch.nn import functional as F
+
+from gguf_sd_kernels import ops
+from gguf_sd_kernels.reference import conv_weight
 
 QTYPES = list(ops.FORMATS)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+
 from gguf_sd_kernels import ops
 from gguf_sd_kernels.scratch import borrow, release
 
