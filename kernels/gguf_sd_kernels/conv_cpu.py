@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .linear_cpu import product
+
 # Gather when at most this many output pixels meet at least this many weights. Zen 5, one thread, bfloat16, time
 # against F.conv2d on channels-last operands, pixels x (IC -> OC): 128 x (2560 -> 1280) 0.38, 512 x (2560 -> 1280)
 # 0.72, 128 x (1280 -> 1280) 0.72, 512 x (1280 -> 1280) 0.96; 512 x (640 -> 640) 1.04, 2048 x (640 -> 640) 1.13.
@@ -29,7 +31,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddin
     tap_major = weight.is_contiguous(memory_format=torch.channels_last)
     columns = _gather(x, (kernel[0], kernel[1]), (height, width), stride, padding, tap_major)
     flat = (weight.permute(0, 2, 3, 1) if tap_major else weight).reshape(weight.shape[0], -1)
-    return F.linear(columns, flat, bias).view(x.shape[0], height, width, -1).permute(0, 3, 1, 2)
+    return product(columns, flat, bias).view(x.shape[0], height, width, -1).permute(0, 3, 1, 2)
 
 
 def _gather(

@@ -25,6 +25,4 @@ def group_norm_silu(
         )
     kind = torch.float32 if x.device.type == "cpu" and x.dtype.itemsize == 2 else x.dtype
     y = F.group_norm(x, groups, weight.to(kind), bias.to(kind), eps)
-    if not silu:
-        return y
-    return F.silu(y, inplace=not y.requires_grad)
+    return F.silu(y, inplace=True) if silu else y
