@@ -1,0 +1,262 @@
+"""The job: a checkpoint in, one GGUF file out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+
+from gguf_sd.config import ModelConfig
+from gguf_sd.errors import GgufSdError
+from gguf_sd_convert.checkpoints import Entry
+from gguf_sd_convert.inventory import expected_tensors
+from gguf_sd_convert.policy import LAYOUTS, TYPES, Stored, plan
+from gguf_sd_convert.progress import Progress, progress_bar
+from gguf_sd_convert.quantizers import F16_MAX, quantize
+from gguf_sd_convert.sources import Source, fitted, open_source
+from gguf_sd_convert.tokenizer import ClipTokenizer, find_tokenizer, read_tokenizer
+from gguf_sd_convert.workers import in_order, workers
+from gguf_sd_convert.writer import GGUFSink, check_target
+from gguf_sd_kernels.formats import FORMATS
+
+FORMAT_VERSION = 1
+WIDE = (torch.float64, torch.float32, torch.bfloat16)  # dtypes with values that F16 cannot hold
+PENDING_HASH = "0123456789abcdef" * 4  # stands in the header until the source is hashed
+PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """``config`` describes a single file that is none of the known models; ``threads`` 0 = one a core."""
+
+    type: str = "q8_0"
+    layout: str = "native"
+    ema: bool = False
+    tokenizer: Path | None = None
+    config: ModelConfig | None = None
+    force: bool = False
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written. Sizes in bytes; pairs are (tensors, bytes)."""
+
+    source: str
+    output: str
+    architecture: str
+    type: str
+    layout: str
+    nbytes: int
+    f16_nbytes: int  # what the same file takes with its quantised tensors in F16
+    types: dict[str, tuple[int, int]]
+    kept: dict[str, tuple[int, int]]  # by the reason why tensors are not of the chosen type
+    tokenizer: str
+    sha256: str
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Job:
+    source: Source
+    config: ModelConfig
+    tokenizer: ClipTokenizer
+    tensors: dict[str, Entry]
+    unused: list[str]
+    options: ConvertOptions
+
+
+def convert(
+    source: Path | str,
+    output: Path | str,
+    options: ConvertOptions | None = None,
+    progress: Progress | None = None,
+    quiet: bool = True,
+) -> Report:
+    """Converts a .safetensors or .ckpt file or a diffusers folder to the GGUF file ``output``.
+
+    The target appears whole or not at all. ``progress`` is called after each tensor; without it, and not ``quiet``,
+    a bar is shown on stderr. Raises GgufSdError for every source, target and option that does not do.
+    """
+    options, output, started = options or ConvertOptions(), Path(output), time.perf_counter()
+    if options.type not in TYPES:
+        raise GgufSdError(f"no type {options.type!r}; choose from {', '.join(TYPES)}")
+    if options.layout not in LAYOUTS:
+        raise GgufSdError(f"no layout {options.layout!r}; choose from {', '.join(LAYOUTS)}")
+    check_target(output, options.force)
+    job = _prepare(Path(source), options)
+    with ExitStack() as stack:
+        if progress is None and not quiet:
+            progress = stack.enter_context(progress_bar())
+        stored, nbytes, digest = _write(job, output, progress)
+    return _report(job, output, stored, nbytes, digest, time.perf_counter() - started)
+
+
+def _prepare(path: Path, options: ConvertOptions) -> _Job:
+    source = open_source(path, options.ema, options.config)
+    tokenizer, config = _tokenizer(source, options)
+    tensors, unused = fitted(source, expected_tensors(config))
+    return _Job(source, config, tokenizer, tensors, unused, options)
+
+
+def _tokenizer(source: Source, options: ConvertOptions) -> tuple[ClipTokenizer, ModelConfig]:
+    """The tokenizer, and the config with the token ids that go with it."""
+    texts = source.config.text
+    first = find_tokenizer(options.tokenizer, source.tokenizers[0] if source.tokenizers else None, texts[0])
+    bos, eos = first.bos_token_id, first.eos_token_id
+    new = [replace(text, bos_token_id=bos, eos_token_id=eos) for text in texts]
+    new[0] = replace(new[0], pad_token_id=first.pad_token_id)
+    if len(texts) == 2:
+        new[1] = replace(new[1], pad_token_id=0)  # OpenCLIP's
+    if len(source.tokenizers) == 2 and options.tokenizer is None:
+        second = read_tokenizer(source.tokenizers[1], texts[1].vocab_size)
+        if (second.size, second.bos_token_id, second.eos_token_id) != (first.size, bos, eos):
+            raise GgufSdError(f"{source.path}: tokenizer and tokenizer_2 differ; gguf-sd takes one vocabulary for both")
+        new[1] = replace(new[1], pad_token_id=second.pad_token_id)
+    return first, replace(source.config, text=tuple(new))
+
+
+def _write(job: _Job, output: Path, progress: Progress | None) -> tuple[list[Stored], int, str]:
+    """Writes the file; returns what is in it, its size and the source's hash, taken on the side."""
+    options, tensors, stop = job.options, job.tensors, threading.Event()
+    with ThreadPoolExecutor(1) as hashing, workers(options.threads) as pool, ExitStack() as stack:
+        stack.callback(stop.set)
+        digest = hashing.submit(hash_files, job.source.files, stop)
+        done = sum(entry.nbytes for entry in tensors.values() if entry.dtype in WIDE)  # read twice
+        total = done + sum(entry.nbytes for entry in tensors.values())
+        wide = _outside_f16(tensors, pool, progress, total)
+        stored = plan(_shapes(tensors), options.type, options.layout, wide)
+        architecture = "gguf_sd" if options.layout == "native" else job.config.name
+        jobs = ((tensors[t.name].nbytes, partial(encode, t, tensors[t.name])) for t in stored)
+        with GGUFSink(output, architecture, _metadata(job, stored), stored) as sink:
+            for tensor, data in zip(stored, in_order(jobs, pool), strict=True):
+                sink.write(tensor.name, data)
+                done += tensors[tensor.name].nbytes
+                if progress:
+                    progress(done, total, "converting")
+            sink.patch(PENDING_HASH, digest.result())
+        return stored, sink.nbytes, digest.result()
+
+
+def _shapes(tensors: dict[str, Entry]) -> dict[str, tuple[int, ...]]:
+    return {name: entry.shape for name, entry in tensors.items()}
+
+
+def _outside_f16(
+    tensors: dict[str, Entry], pool: ThreadPoolExecutor, progress: Progress | None, total: int
+) -> set[str]:
+    """Names of tensors with values beyond F16. Only dtypes that have such are read."""
+    wide = {name: entry for name, entry in tensors.items() if entry.dtype in WIDE}
+    jobs = ((entry.nbytes, partial(_largest_of, name, entry)) for name, entry in wide.items())
+    done, found = 0, set()
+    for (name, entry), value in zip(wide.items(), in_order(jobs, pool), strict=True):
+        if value > F16_MAX:
+            found.add(name)
+        done += entry.nbytes
+        if progress:
+            progress(done, total, "checking")
+    return found
+
+
+def _largest_of(name: str, entry: Entry) -> float:
+    return _largest(name, entry.load())
+
+
+def _largest(name: str, x: Tensor) -> float:
+    """The largest magnitude; raises GgufSdError for NaN and infinity."""
+    low, high = torch.aminmax(x)
+    largest = torch.maximum(low.abs(), high.abs()).item()
+    if not largest < float("inf"):
+        raise GgufSdError(f"tensor {name} of the source holds NaN or infinity; get an intact copy of the model")
+    return largest
+
+
+def encode(tensor: Stored, entry: Entry) -> Tensor:
+    """The tensor's bytes for the file: uint8 blocks [rows, bytes], or values of the plain type. Raises GgufSdError for
+    NaN and infinity in a dtype that :data:`WIDE` does not name; the others are looked through beforehand."""
+    x = entry.load().reshape(tensor.logical)
+    if entry.dtype not in WIDE:
+        _largest(tensor.name, x if entry.dtype == torch.float16 else x.float())
+    if tensor.type not in FORMATS:
+        return x.to(PLAIN_DTYPES[tensor.type]).contiguous()
+    if tensor.tap_major:
+        x = x.permute(0, 2, 3, 1)
+    return quantize(x.reshape(tensor.shape), tensor.type)
+
+
+def _metadata(job: _Job, stored: list[Stored]) -> dict[str, Any]:
+    path, options = job.source.path.resolve(), job.options
+    metadata: dict[str, Any] = {
+        "general.name": path.name if path.is_dir() else path.stem,
+        "general.file_type": int(gguf.LlamaFileType[f"MOSTLY_{options.type.upper()}"]),
+        "general.quantization_version": gguf.GGML_QUANT_VERSION,
+        "gguf_sd.format_version": FORMAT_VERSION,
+        "gguf_sd.layout": options.layout,
+        "gguf_sd.type": options.type,
+        "gguf_sd.config": json.dumps(asdict(job.config)),
+        "gguf_sd.source.name": path.name,
+        "gguf_sd.source.sha256": PENDING_HASH,
+        "tokenizer.huggingface.json": job.tokenizer.json,
+    }
+    reshaped = {tensor.name: list(tensor.logical) for tensor in stored if tensor.reshaped}
+    if options.layout == "native":
+        metadata["gguf_sd.shapes"] = json.dumps(reshaped)
+    else:
+        metadata |= {f"comfy.gguf.orig_shape.{name}": shape for name, shape in reshaped.items()}
+    return metadata
+
+
+def hash_files(paths: Iterable[Path], stop: threading.Event | None = None) -> str:
+    """SHA-256 of one file, or of several one after another, sorted by path; cut short when ``stop`` is set."""
+    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
+    for path in sorted(paths):
+        with open(path, "rb", buffering=0) as file:
+            while (count := file.readinto(buffer)) and not (stop and stop.is_set()):
+                digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+def _report(job: _Job, output: Path, stored: list[Stored], nbytes: int, digest: str, seconds: float) -> Report:
+    options, notes = job.options, list(job.source.notes)
+    if job.unused:
+        notes.append(f"{len(job.unused)} tensors of the source are no part of the model, the first is {job.unused[0]}")
+    wide = {tensor.name for tensor in stored if tensor.type == "F32"}
+    as_f16 = sum(tensor.nbytes for tensor in plan(_shapes(job.tensors), "f16", options.layout, wide))
+    return Report(
+        source=str(job.source.path),
+        output=str(output),
+        architecture=job.config.name,
+        type=options.type,
+        layout=options.layout,
+        nbytes=nbytes,
+        f16_nbytes=nbytes - sum(tensor.nbytes for tensor in stored) + as_f16,
+        types=_count((tensor.type, tensor) for tensor in stored),
+        kept=_count((tensor.reason, tensor) for tensor in stored if tensor.reason),
+        tokenizer=job.tokenizer.origin,
+        sha256=digest,
+        seconds=seconds,
+        notes=notes,
+    )
+
+
+def _count(items: Iterable[tuple[str, Stored]]) -> dict[str, tuple[int, int]]:
+    tensors: Counter[str] = Counter()
+    nbytes: Counter[str] = Counter()
+    for key, tensor in items:
+        tensors[key] += 1
+        nbytes[key] += tensor.nbytes
+    return {key: (tensors[key], nbytes[key]) for key in sorted(nbytes, key=lambda k: -nbytes[k])}

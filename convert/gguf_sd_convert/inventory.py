@@ -1,0 +1,91 @@
+"""The tensors that a model consists of: canonical names and the shapes they have in original checkpoints."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gguf_sd.config import ModelConfig, TextConfig
+from gguf_sd.layers import Pointwise
+from gguf_sd.models.unet import SpatialTransformer, UNet
+from gguf_sd.models.vae import AttnBlock, Autoencoder
+from gguf_sd.tensor_names import TEXT, UNET, VAE, XL_TEXT
+
+Shape = tuple[int, ...]
+
+# A layer of transformers' CLIP text model -> OpenCLIP's name for it. Queries, keys and values are one tensor there.
+OPENCLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
+    """Canonical name -> shape in torch order; UNet, autoencoder, text encoders, in this order."""
+    with torch.device("meta"):
+        unet, vae = UNet(config.unet), Autoencoder(config.vae)
+    shapes = _module_shapes(unet, UNET, {SpatialTransformer} if not config.unet.linear_projection else set())
+    shapes |= _module_shapes(vae, VAE, {AttnBlock})
+    if config.name == "sdxl":
+        clip, openclip = config.text
+        shapes |= {XL_TEXT[0] + name: shape for name, shape in clip_shapes(clip).items()}
+        shapes |= {XL_TEXT[1] + name: shape for name, shape in openclip_shapes(openclip).items()}
+    else:
+        shapes |= {TEXT + name: shape for name, shape in clip_shapes(config.text[0]).items()}
+    return shapes
+
+
+def _module_shapes(model: nn.Module, prefix: str, pointwise_owners: set[type[nn.Module]]) -> dict[str, Shape]:
+    """Linears that original checkpoints hold as 1x1 convolutions, [out, in, 1, 1], get that shape: the engine's
+    Pointwise layers, and the immediate linears of ``pointwise_owners``."""
+    pointwise = {name for name, module in model.named_modules() if isinstance(module, Pointwise)}
+    for name, module in model.named_modules():
+        if type(module) in pointwise_owners:
+            pointwise |= {f"{name}.{leaf}" for leaf, child in module.named_children() if isinstance(child, nn.Linear)}
+    shapes = {}
+    for name, tensor in model.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        tail = (1, 1) if owner in pointwise and leaf == "weight" else ()
+        shapes[prefix + name] = (*tensor.shape, *tail)
+    return shapes
+
+
+def clip_shapes(config: TextConfig) -> dict[str, Shape]:
+    """transformers' CLIPTextModel, names as in its version 4."""
+    width, inner = config.hidden_size, config.intermediate_size
+    shapes: dict[str, Shape] = {
+        "embeddings.token_embedding.weight": (config.vocab_size, width),
+        "embeddings.position_embedding.weight": (config.max_position_embeddings, width),
+    }
+    linears = {f"self_attn.{leaf}": (width, width) for leaf in ("k_proj", "v_proj", "q_proj", "out_proj")}
+    linears |= {"mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
+    for i in range(config.num_hidden_layers):
+        for name, shape in linears.items():
+            shapes[f"encoder.layers.{i}.{name}.weight"] = shape
+            shapes[f"encoder.layers.{i}.{name}.bias"] = shape[:1]
+        for norm in ("layer_norm1", "layer_norm2"):
+            shapes |= {f"encoder.layers.{i}.{norm}.{leaf}": (width,) for leaf in ("weight", "bias")}
+    shapes |= {f"final_layer_norm.{leaf}": (width,) for leaf in ("weight", "bias")}
+    return {"text_model." + name: shape for name, shape in shapes.items()}
+
+
+def openclip_shapes(config: TextConfig) -> dict[str, Shape]:
+    """OpenCLIP's text transformer. Its ``text_projection`` is [in, out]."""
+    width, inner = config.hidden_size, config.intermediate_size
+    shapes: dict[str, Shape] = {
+        "token_embedding.weight": (config.vocab_size, width),
+        "positional_embedding": (config.max_position_embeddings, width),
+        "text_projection": (width, config.projection_dim),
+        "ln_final.weight": (width,),
+        "ln_final.bias": (width,),
+    }
+    layer: dict[str, Shape] = {"attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,)}
+    for name, rows, cols in (("attn.out_proj", width, width), ("mlp.c_fc", inner, width), ("mlp.c_proj", width, inner)):
+        layer |= {f"{name}.weight": (rows, cols), f"{name}.bias": (rows,)}
+    layer |= {f"{norm}.{leaf}": (width,) for norm in ("ln_1", "ln_2") for leaf in ("weight", "bias")}
+    for i in range(config.num_hidden_layers):
+        shapes |= {f"transformer.resblocks.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes

@@ -1,0 +1,76 @@
+"""`gguf-sd convert`: a checkpoint to one GGUF file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gguf_sd.errors import GgufSdError
+
+if TYPE_CHECKING:
+    from gguf_sd_convert.convert import Report
+
+
+def add_parser(subparsers: Any) -> None:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "convert",
+        help="make a GGUF file from a checkpoint",
+        description="Quantises the UNet of a Stable Diffusion checkpoint; the text encoders and the autoencoder stay "
+        "F16. The file holds all that painting takes, tokenizer included.",
+    )
+    add = parser.add_argument
+    add("source", type=Path, help=".safetensors or .ckpt file, or a diffusers folder")
+    add("-o", "--output", type=Path, required=True, help="the .gguf file to write")
+    add("--type", default="q8_0", help="f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 (q8_0)")
+    add("--layout", default="native", help="who can read it: native (gguf-sd), comfy (ComfyUI-GGUF too) or linear "
+        "(sd.cpp and diffusers too, but larger: convolutions stay F16) (native)")  # fmt: skip
+    add("--ema", action="store_true", help="take the averaged weights of a full checkpoint")
+    add("--tokenizer", type=Path, help="tokenizer folder, tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz, for a "
+        "source that has none")  # fmt: skip
+    add("--config", type=Path, help="diffusers folder whose JSON files describe a single-file SOURCE")
+    add("--threads", type=int, default=0, help="tensors worked on at once (one a core)")
+    add("--force", action="store_true", help="replace an existing file")
+    add("--quiet", action="store_true", help="no progress bar and no table")
+    add("--json", action="store_true", help="print the report as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Converts and reports; raises GgufSdError for bad input."""
+    from gguf_sd_convert.convert import ConvertOptions, convert
+    from gguf_sd_convert.diffusers_config import read_model_config
+
+    if args.threads < 0:
+        raise GgufSdError(f"--threads is {args.threads}; it takes 1 or more, or 0 for one a core")
+    config = None
+    if args.config is not None:
+        if args.source.is_dir():
+            raise GgufSdError(f"--config is for single files; the folder {args.source} has a configuration")
+        config, _ = read_model_config(args.config)
+    options = ConvertOptions(args.type, args.layout, args.ema, args.tokenizer, config, args.force, args.threads)
+    report = convert(args.source, args.output, options, quiet=args.quiet or args.json)
+    if args.json:
+        print(json.dumps(asdict(report), indent=2))
+    elif not args.quiet:
+        print(table(report))
+    return 0
+
+
+def table(report: Report) -> str:
+    """The report for people."""
+    lines = [f"note: {note}" for note in report.notes]
+    lines += [f"{'type':6} {'tensors':>8} {'bytes':>14}"]
+    lines += [f"{kind:6} {count:>8} {nbytes:>14,}" for kind, (count, nbytes) in report.types.items()]
+    lines += ["", f"kept out of {report.type}:"]
+    lines += [f"  {reason:42} {count:>6} {nbytes:>14,}" for reason, (count, nbytes) in report.kept.items()]
+    share = report.nbytes / report.f16_nbytes
+    lines += [
+        "",
+        f"{report.output}: {report.nbytes / 1e9:.3f} GB, {share:.0%} of F16 ({report.f16_nbytes / 1e9:.3f} GB), "
+        f"{report.architecture}, {report.layout} layout, {report.seconds:.1f} s",
+        f"tokenizer: {report.tokenizer}",
+    ]
+    return "\n".join(lines)
