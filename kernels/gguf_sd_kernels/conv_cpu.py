@@ -15,18 +15,20 @@ from torch.nn import functional as F
 
 from .linear_cpu import product
 
-# Gather when at most this many output pixels meet at least this many weights. Zen 5, one thread, bfloat16, time
-# against F.conv2d on channels-last operands, pixels x (IC -> OC): 128 x (2560 -> 1280) 0.38, 512 x (2560 -> 1280)
-# 0.72, 128 x (1280 -> 1280) 0.72, 512 x (1280 -> 1280) 0.96; 512 x (640 -> 640) 1.04, 2048 x (640 -> 640) 1.13.
+# Gather when at most this many output pixels meet at least this many weights. Zen 5, 2 threads, bfloat16, time
+# against F.conv2d on the same channels-last operands, pixels x (IC -> OC): 128 x (2560 -> 1280) 0.36,
+# 128 x (1280 -> 1280) 0.47, 512 x (2560 -> 1280) 0.71, 512 x (1280 -> 1280) 0.80; beyond the limits
+# 512 x (640 -> 640) 1.09, 2048 x (640 -> 640) 1.14. With (IC, KH, KW) weights: 0.25, 0.33, 0.65, 0.86.
 MAX_PIXELS, MIN_WEIGHTS = 512, 10_000_000
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
-    """``F.conv2d`` of ``x [B, IC, H, W]`` with ``weight [OC, IC, KH, KW]`` in whichever form is faster."""
+    """``F.conv2d`` of ``x [B, IC, H, W]`` with ``weight [OC, IC, KH, KW]``, on a CPU in the faster form."""
     kernel = weight.shape[2:]
     height, width = ((n + 2 * padding - k) // stride + 1 for n, k in zip(x.shape[2:], kernel, strict=True))
     pixels = x.shape[0] * height * width
-    if kernel == (1, 1) or not 0 < pixels <= MAX_PIXELS or weight.numel() < MIN_WEIGHTS:
+    gathers = x.device.type == "cpu" and kernel != (1, 1) and 0 < pixels <= MAX_PIXELS
+    if not gathers or weight.numel() < MIN_WEIGHTS:
         return F.conv2d(x, weight, bias, stride, padding)
     tap_major = weight.is_contiguous(memory_format=torch.channels_last)
     columns = _gather(x, (kernel[0], kernel[1]), (height, width), stride, padding, tap_major)

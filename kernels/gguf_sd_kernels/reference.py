@@ -7,15 +7,15 @@ for bit what ``gguf.quants.dequantize`` gives; 16-bit results are that, rounded 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .conv_cpu import convolve
 from .formats import BlockFormat, block_format, row_bytes, row_values
-from .linear_cpu import product
+from .linear_cpu import product, product_geglu
 from .scratch import borrow
 
 # Values decoded at a time. Zen 5, 2 threads, 32 MiB L3: seconds for 859 M Q4_0 weights to bfloat16 are 0.27 at
@@ -58,6 +58,27 @@ def linear(x: Tensor, blocks: Tensor, qtype: str, bias: Tensor | None = None) ->
 
     Computes in ``x.dtype``. Raises ValueError when x or the bias does not fit the blocks.
     """
+    return _apply(product, x, blocks, qtype, bias)
+
+
+def linear_geglu(x: Tensor, blocks: Tensor, qtype: str, bias: Tensor | None = None) -> Tensor:
+    """``geglu(linear(x, blocks, qtype, bias))``: ``x [..., in]``, blocks of ``W [2 F, in]`` -> ``[..., F]``.
+
+    The first F outputs are values, the others gates. Raises ValueError like :func:`linear`, and for an odd W.
+    """
+    if blocks.shape[0] % 2:
+        raise ValueError(f"GEGLU takes a weight with an even number of outputs, got {blocks.shape[0]}")
+    return _apply(product_geglu, x, blocks, qtype, bias)
+
+
+def _apply(
+    multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    x: Tensor,
+    blocks: Tensor,
+    qtype: str,
+    bias: Tensor | None,
+) -> Tensor:
+    """Checks x and bias against the blocks, decodes the weight and multiplies."""
     _check_blocks(blocks, qtype)
     out_features, in_features = blocks.shape[0], row_values(qtype, blocks.shape[1])
     if x.ndim < 1 or x.shape[-1] != in_features:
@@ -65,7 +86,7 @@ def linear(x: Tensor, blocks: Tensor, qtype: str, bias: Tensor | None = None) ->
     _check_bias(bias, out_features)
     with _weight_buffer(x, out_features, in_features) as buffer:
         weight = dequantize(blocks, qtype, x.dtype, buffer)
-        return product(x, weight, None if bias is None else bias.to(x.dtype))
+        return multiply(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 def conv2d(
@@ -91,10 +112,7 @@ def conv2d(
     _check_bias(bias, out_channels)
     with _weight_buffer(x, out_channels, math.prod(shape[1:])) as buffer:
         weight = conv_weight(blocks, qtype, shape, x.dtype, buffer, tap_major=tap_major)
-        bias = None if bias is None else bias.to(x.dtype)
-        if x.device.type == "cpu":
-            return convolve(x, weight, bias, stride, padding)
-        return F.conv2d(x, weight, bias, stride, padding)
+        return convolve(x, weight, None if bias is None else bias.to(x.dtype), stride, padding)
 
 
 def conv_weight(

@@ -110,6 +110,8 @@ def test_linear(qtype: str, dtype: torch.dtype) -> None:
     x, bias = torch.randn(3, 5, 160, generator=gen).to(dtype), torch.randn(70, generator=gen)
     assert_close(ops.linear(x, blocks, qtype, bias), F.linear(x.double(), weight, bias.double()), dtype)
     assert_close(ops.linear(x, blocks, qtype), F.linear(x.double(), weight), dtype)
+    value, gate = F.linear(x.double(), weight, bias.double()).chunk(2, -1)
+    assert_close(ops.linear_geglu(x, blocks, qtype, bias), value * F.gelu(gate), dtype)
 
 
 CONVS = [  # (OC, IC, KH, KW), (H, W), stride, padding
@@ -170,6 +172,8 @@ def test_errors_give_the_values() -> None:
         ops.dequantize(blocks, "Q4_0", out=torch.empty(4, 32))
     with pytest.raises(ValueError, match=r"\(2, 63\).*64 inputs"):
         ops.linear(x[:, 1:], blocks, "Q4_0")
+    with pytest.raises(ValueError, match="even number of outputs, got 3"):
+        ops.linear_geglu(x, blocks[:3], "Q4_0")
     with pytest.raises(ValueError, match=r"\[4\], got \[5\]"):
         ops.linear(x, blocks, "Q4_0", torch.zeros(5))
     with pytest.raises(ValueError, match=r"\[B, 32, H, W\]"):
