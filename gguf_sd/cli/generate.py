@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     _check_output(args.output)
     request = Request(**{f.name: getattr(args, f.name) for f in fields(Request)})
     path = model_path(args.model, args.type, args.tokenizer, quiet=args.quiet)
-    pipeline = Pipeline.load(path, args.device, args.dtype, args.weights, args.tokenizer)
+    pipeline = Pipeline.load(path, args.device, args.dtype, args.weights)
     job = pipeline.prepare(request)
     report = paint(pipeline, job, args)
     if args.json:

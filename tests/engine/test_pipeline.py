@@ -106,7 +106,7 @@ def test_pictures_equal_diffusers(
     expected = paint_with(oracle(folder, path), [7, 8], **SETTINGS)
     pipeline = Pipeline.load(path, device="cpu", dtype="float32")
     got = pipeline(PROMPT, negative_prompt=NEGATIVE, seed=7, count=2, batch=2, **SETTINGS)
-    assert [psnr(g, e) for g, e in zip(got, expected, strict=True)] >= [45, 45]
+    assert min(psnr(g, e) for g, e in zip(got, expected, strict=True)) >= 45
     assert psnr(got[0], expected[1]) < 30, "the seed makes no difference: the comparison is blind"
 
 
