@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gguf_sd_kernels.formats import BlockFormat, block_format, row_bytes
 
-SLICE = 4096  # blocks at a time: 512 KiB in float32
+SLICE = 8192  # blocks at a time: 1 MiB in float32
 F16_MAX = 65504.0
 F16_TINY = 2.0**-24  # the smallest positive float16
 
@@ -59,15 +59,20 @@ def _to_f16(d: Tensor) -> Tensor:
     return torch.where((rounded == 0) & (d != 0), torch.copysign(torch.full_like(d, F16_TINY), d), rounded)
 
 
-def _round_half_up(x: Tensor) -> Tensor:
-    """In place, as the reference rounds codes."""
-    return x.add_(0.5).floor_()
+def _sum(x: Tensor) -> Tensor:
+    """Of each block: [n, 32] -> [n, 1]. As a matrix product it takes two thirds of the time of ``sum``."""
+    return torch.mv(x, torch.ones(x.shape[1]))[:, None]
+
+
+def _codes(z: Tensor, low: float, high: float) -> Tensor:
+    """The nearest codes, halves upwards, as the reference rounds them. Overwrites z."""
+    return z.add_(0.5).floor_().clamp_(low, high)
 
 
 def _squared_error(x: Tensor, q: Tensor, d: Tensor, m: Tensor | None = None) -> Tensor:
-    """Of each decoded block [n, 1]."""
+    """Of each block as it will be decoded, [n, 1]."""
     decoded = q * d if m is None else (q * d).add_(m)
-    return decoded.sub_(x).square_().sum(1, keepdim=True)
+    return _sum(decoded.sub_(x).square_())
 
 
 def _q8_0(x: Tensor, fmt: BlockFormat, out: Tensor) -> None:
@@ -84,66 +89,76 @@ def _q8_0(x: Tensor, fmt: BlockFormat, out: Tensor) -> None:
 def _symmetric(x: Tensor, fmt: BlockFormat, out: Tensor) -> None:
     """Q4_0 and Q5_0: value = d * q with q from -zero_point to zero_point - 1."""
     low, high = -fmt.zero_point, fmt.zero_point - 1
-    smallest, largest = torch.aminmax(x, dim=1, keepdim=True)
+    largest, smallest = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     extreme = torch.where(largest > -smallest, largest, smallest)  # the extreme gets the code that reaches further
     unit = extreme / low
-    z = x * _reciprocal(unit)  # in units of the reference's scale
+    per_unit = _reciprocal(unit)
+    z = x * per_unit  # in units of the reference's scale
 
     best = torch.full_like(unit, -1.0)
     scale = torch.ones_like(unit)
     for factor in SYMMETRIC_SCALES[fmt.zero_point]:
-        q = (z / factor).round_().clamp_(low, high)
-        qz, qq = (q * z).sum(1, keepdim=True), q.square_().sum(1, keepdim=True).clamp_(min=1e-12)
-        fitted = qz / qq
-        gain = qz.mul_(fitted)  # by how much the fit lowers the squared error below that of all zeros
+        gain, fitted = _fit_scale(z, torch.mul(z, 1.0 / factor).round_().clamp_(low, high))
         better = gain > best
         best = torch.where(better, gain, best)
         scale = torch.where(better, fitted, scale)
-    q = (z / scale).round_().clamp_(low, high)
-    scale = (q * z).sum(1, keepdim=True) / q.square_().sum(1, keepdim=True).clamp_(min=1e-12)
+    _, scale = _fit_scale(z, (z * _reciprocal(scale)).round_().clamp_(low, high))
 
     d = _to_f16(unit * scale)
-    q = (x * _reciprocal(d)).round_().clamp_(low, high)
+    per_d = _reciprocal(d)
     reference_d = unit.half().float()
-    reference_q = _round_half_up(z).clamp_(low, high)
-    worse = _squared_error(x, reference_q, reference_d) < _squared_error(x, q, d)
-    q = torch.where(worse, reference_q, q)
+    error = _squared_error(x, _codes(x * per_d, low, high), d)
+    worse = _squared_error(x, _codes(z, low, high), reference_d) < error
+    q = _codes(x * torch.where(worse, per_unit, per_d), low, high)
     _pack(q.add_(fmt.zero_point), [torch.where(worse, reference_d, d)], fmt, out)
+
+
+def _fit_scale(z: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """For codes q, the scale with the smallest squared error, and by how much that is below the error of all zeros.
+    Overwrites q."""
+    qz = _sum(q * z)
+    scale = qz / _sum(q.square_()).clamp_(min=1e-12)
+    return qz.mul_(scale), scale
 
 
 def _affine(x: Tensor, fmt: BlockFormat, out: Tensor) -> None:
     """Q4_1 and Q5_1: value = d * q + m with q from 0 to ``levels``."""
-    levels = 15 if fmt.high_bytes == 0 else 31
-    smallest, largest = torch.aminmax(x, dim=1, keepdim=True)
+    levels = 31 if fmt.high_bytes else 15
+    largest, smallest = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     unit = (largest - smallest) / levels
-    z = (x - smallest).mul_(_reciprocal(unit))  # 0 … levels, in units of the reference's scale
-    z_sum = z.sum(1, keepdim=True)
-
-    def fit(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gain, d and m of the least-squares line through (q, z). Overwrites q."""
-        qz, q_sum = (q * z).sum(1, keepdim=True), q.sum(1, keepdim=True)
-        covariance = qz.sub_(q_sum * z_sum / fmt.block_size)
-        variance = q.square_().sum(1, keepdim=True).sub_(q_sum.square() / fmt.block_size).clamp_(min=1e-12)
-        d = covariance / variance
-        return covariance.mul_(d), d, (z_sum - d * q_sum).div_(fmt.block_size)
+    per_unit = _reciprocal(unit)
+    z = (x - smallest).mul_(per_unit)  # 0 … levels, in units of the reference's scale
+    z_sum = _sum(z)
 
     best = torch.full_like(unit, -1.0)
     scale, shift = torch.ones_like(unit), torch.zeros_like(unit)
     for cut_low, cut_high in product(AFFINE_CUTS[levels], repeat=2):
         factor = 1.0 / (1.0 - cut_low - cut_high)
-        gain, d, m = fit(z.sub(levels * cut_low).mul_(factor).round_().clamp_(0, levels))
+        start = torch.tensor(-levels * cut_low * factor)
+        gain, d, m = _fit_line(z, z_sum, torch.add(start, z, alpha=factor).round_().clamp_(0, levels))
         better = gain > best
         best = torch.where(better, gain, best)
         scale, shift = torch.where(better, d, scale), torch.where(better, m, shift)
-    _, scale, shift = fit((z - shift).mul_(_reciprocal(scale)).round_().clamp_(0, levels))
+    _, scale, shift = _fit_line(z, z_sum, (z - shift).mul_(_reciprocal(scale)).round_().clamp_(0, levels))
 
     d, m = _to_f16(unit * scale), (unit * shift + smallest).clamp_(-F16_MAX, F16_MAX).half().float()
-    q = (x - m).mul_(_reciprocal(d)).round_().clamp_(0, levels)
+    per_d = _reciprocal(d)
     reference_d, reference_m = unit.half().float(), smallest.half().float()
-    reference_q = _round_half_up(z).clamp_(0, levels)
-    worse = _squared_error(x, reference_q, reference_d, reference_m) < _squared_error(x, q, d, m)
-    q = torch.where(worse, reference_q, q)
+    error = _squared_error(x, _codes((x - m).mul_(per_d), 0, levels), d, m)
+    worse = _squared_error(x, _codes(z, 0, levels), reference_d, reference_m) < error
+    q = _codes((x - torch.where(worse, smallest, m)).mul_(torch.where(worse, per_unit, per_d)), 0, levels)
     _pack(q, [torch.where(worse, reference_d, d), torch.where(worse, reference_m, m)], fmt, out)
+
+
+def _fit_line(z: Tensor, z_sum: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For codes q, the line d * q + m with the smallest squared error: by how much that is below the error of a
+    constant, d and m. Overwrites q."""
+    n = z.shape[1]
+    q_sum = _sum(q)
+    covariance = _sum(q * z).sub_(q_sum * z_sum / n)
+    variance = _sum(q.square_()).sub_(q_sum.square() / n).clamp_(min=1e-12)
+    d = covariance / variance
+    return covariance.mul_(d), d, (z_sum - d * q_sum).div_(n)
 
 
 def _pack(q: Tensor, scales: list[Tensor], fmt: BlockFormat, out: Tensor) -> None:

@@ -43,7 +43,7 @@ def find_tokenizer(chosen: Path | None, folder: Path | None, text: TextConfig) -
     """The tokenizer for a text encoder of ``text.vocab_size`` tokens.
 
     ``chosen`` is what the user named, ``folder`` the tokenizer of the diffusers source. Without either,
-    open-clip-torch's vocabulary is taken, then the Hub's. Raises GgufSdError where none is found or the one found does not fit.
+    open-clip-torch's vocabulary is taken, then the Hub's. Raises GgufSdError where none is found or it does not fit.
     """
     if chosen is not None:
         if not chosen.exists():
