@@ -9,6 +9,7 @@ memory-mapped: what is never touched is never read.
 from __future__ import annotations
 
 import json
+import mmap
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +20,11 @@ from typing import Any, BinaryIO
 import gguf
 import numpy as np
 import torch
-from gguf_sd_kernels.formats import FORMATS
 from torch import Tensor
 
 from gguf_sd.errors import GgufSdError
 from gguf_sd.quant_tensor import QuantTensor
+from gguf_sd_kernels.formats import FORMATS
 
 MAX_DIMS = 4
 MAX_HEADER_ITEMS = 1 << 24  # tokens of a large vocabulary and then some
@@ -78,6 +79,7 @@ class GGUFFile:
         except OSError as error:
             raise GgufSdError(f"cannot read {self.path}: {error.strerror}") from error
         self._data: Tensor | None = None
+        self._mapping: mmap.mmap | None = None
         self._tap_major: frozenset[str] = frozenset()
         self._shapes = self._logical_shapes()
 
@@ -176,9 +178,17 @@ class GGUFFile:
             return self._dequantized(info, raw).view(shape)
         return QuantTensor(raw.view(shape[0], -1), kind.name, shape, name in self._tap_major)
 
+    def forget_pages(self) -> None:
+        """Gives the memory behind everything read so far back; what is touched again is read again."""
+        if self._mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapping.madvise(mmap.MADV_DONTNEED)
+
     def _bytes(self, info: TensorInfo) -> Tensor:
         if self._data is None:
-            self._data = torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)
+            with open(self.path, "rb") as file:
+                # A private mapping: torch wants writable memory, nothing ever writes to it.
+                self._mapping = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_COPY)
+            self._data = torch.frombuffer(self._mapping, dtype=torch.uint8)
         raw = self._data[info.offset : info.offset + info.nbytes]
         return raw if info.offset % 8 == 0 else raw.clone()
 

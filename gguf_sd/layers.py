@@ -1,12 +1,12 @@
-"""Layers whose weight stays in quantised blocks: thin modules over the kernels."""
+"""Linears and convolutions, with weights in full or in quantised blocks: thin modules over the kernels."""
 
 from __future__ import annotations
 
 import torch
-from gguf_sd_kernels import ops
 from torch import Tensor, nn
 
 from gguf_sd.quant_tensor import QuantTensor
+from gguf_sd_kernels import ops
 
 
 class PointwiseForward:
@@ -16,8 +16,27 @@ class PointwiseForward:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # type: ignore[misc]
 
 
-class Pointwise(PointwiseForward, nn.Linear):
-    """A 1x1 convolution in full precision, weight [out, in]."""
+class Linear(nn.Linear):
+    """y = x W^T + b."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.product(x, self.weight, self.bias)
+
+    def geglu(self, x: Tensor) -> Tensor:
+        """value * gelu(gate), the halves of y: x [..., in] -> [..., out / 2]."""
+        return ops.product_geglu(x, self.weight, self.bias)
+
+
+class Pointwise(PointwiseForward, Linear):
+    """A 1x1 convolution, weight [out, in]."""
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution of [B, C, H, W] with a square kernel, the same stride and padding both ways."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert not isinstance(self.padding, str)
+        return ops.convolve(x, self.weight, self.bias, self.stride[0], self.padding[0])
 
 
 class Quantized(nn.Module):
@@ -45,6 +64,10 @@ class QuantLinear(Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.blocks, self.qtype, self.bias)
+
+    def geglu(self, x: Tensor) -> Tensor:
+        """value * gelu(gate), the halves of y: x [..., in] -> [..., out / 2]."""
+        return ops.linear_geglu(x, self.blocks, self.qtype, self.bias)
 
 
 class QuantPointwise(PointwiseForward, QuantLinear):
@@ -88,9 +111,9 @@ def resident(module: Quantized, dtype: torch.dtype) -> nn.Module:
     with torch.device("meta"):
         full: nn.Module
         if isinstance(module, QuantConv2d):
-            full = nn.Conv2d(features, out, module.shape[2], module.stride, module.padding)
+            full = Conv2d(features, out, module.shape[2], module.stride, module.padding)
         else:
-            kind = Pointwise if isinstance(module, QuantPointwise) else nn.Linear
+            kind = Pointwise if isinstance(module, QuantPointwise) else Linear
             full = kind(features, out)
     full.weight, full.bias = weight, module.bias
     return full

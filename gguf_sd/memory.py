@@ -77,7 +77,7 @@ class Plan:
     """What a pipeline keeps in memory."""
 
     weights: str  # "quantized": blocks, dequantised a layer at a time; "resident": dequantised at load
-    keep_parts: bool  # text encoder, UNet and VAE stay loaded between pictures, instead of one at a time
+    keep_parts: bool  # text encoder, UNet and VAE stay loaded between pictures, instead of one part at a time
     batch_guidance: bool  # both halves of guidance in one UNet call
 
     @classmethod
@@ -101,7 +101,7 @@ class Plan:
         if weights == "auto":
             weights = "resident" if free > 2 * full + 2 * step else "quantized"
         left = free - (full if weights == "resident" else full // 3)
-        return cls(weights, keep_parts=left > full + 2 * step, batch_guidance=left > 2 * step)
+        return cls(weights, keep_parts=weights == "resident", batch_guidance=left > 2 * step)
 
 
 def make_resident(model: nn.Module, dtype: torch.dtype) -> None:

@@ -97,10 +97,13 @@ class ModelFile:
         with torch.device("meta"):
             vae = Autoencoder(self.config.vae)
         assign(vae, self.part(VAE), dtype, str(self.path), keep_quantized=False)
+        self.file.forget_pages()
         return vae.eval()
 
     def load_text(self, dtype: torch.dtype) -> TextEncoder:
-        return TextEncoder.load(self.config.text[0], self.part(TEXT), dtype, str(self.path))
+        encoder = TextEncoder.load(self.config.text[0], self.part(TEXT), dtype, str(self.path))
+        self.file.forget_pages()
+        return encoder
 
     def tokenizer(self) -> Tokenizer:
         if METADATA_KEY not in self.file.metadata:

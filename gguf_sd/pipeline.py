@@ -225,6 +225,7 @@ class Pipeline:
     def _release(self, name: str) -> None:
         if not self.plan.keep_parts:
             self._parts.pop(name, None)
+            self.model.file.forget_pages()
 
     def _load_text(self) -> TextEncoder:
         return self.model.load_text(self.dtype)

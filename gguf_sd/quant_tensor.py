@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-from gguf_sd_kernels import ops
 from torch import Tensor
+
+from gguf_sd_kernels import ops
 
 
 @dataclass(frozen=True)

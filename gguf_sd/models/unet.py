@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 
 import torch
-from gguf_sd_kernels import ops
 from torch import Tensor, nn
 
 from gguf_sd.config import UNetConfig
-from gguf_sd.layers import Pointwise
+from gguf_sd.layers import Conv2d, Linear, Pointwise
+from gguf_sd_kernels import ops
 
 
 def tokens(x: Tensor) -> Tensor:
@@ -46,14 +46,14 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(
             GroupNorm(groups, in_channels, 1e-5),
             nn.Identity(),  # keeps the checkpoint's numbering: its SiLU is part of GroupNorm here
-            nn.Conv2d(in_channels, out_channels, 3, padding=1),
+            Conv2d(in_channels, out_channels, 3, padding=1),
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(time_dim, out_channels))
+        self.emb_layers = nn.Sequential(nn.SiLU(), Linear(time_dim, out_channels))
         self.out_layers = nn.Sequential(
             GroupNorm(groups, out_channels, 1e-5),
             nn.Identity(),
             nn.Identity(),  # dropout in training code
-            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+            Conv2d(out_channels, out_channels, 3, padding=1),
         )
         same = in_channels == out_channels
         self.skip_connection = nn.Identity() if same else Pointwise(in_channels, out_channels)
@@ -70,10 +70,10 @@ class Attention(nn.Module):
     def __init__(self, dim: int, context_dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(context_dim, dim, bias=False)
-        self.to_v = nn.Linear(context_dim, dim, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+        self.to_q = Linear(dim, dim, bias=False)
+        self.to_k = Linear(context_dim, dim, bias=False)
+        self.to_v = Linear(context_dim, dim, bias=False)
+        self.to_out = nn.Sequential(Linear(dim, dim))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x [B, N, dim], context [B, M, context_dim] -> [B, N, dim]."""
@@ -90,16 +90,16 @@ class GEGLU(nn.Module):
 
     def __init__(self, dim: int, inner: int):
         super().__init__()
-        self.proj = nn.Linear(dim, 2 * inner)
+        self.proj = Linear(dim, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.geglu(self.proj(x))
+        return self.proj.geglu(x)
 
 
 class FeedForward(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -129,9 +129,9 @@ class SpatialTransformer(nn.Module):
     def __init__(self, dim: int, context_dim: int, heads: int, depth: int, groups: int):
         super().__init__()
         self.norm = GroupNorm(groups, dim, 1e-6, silu=False)
-        self.proj_in = nn.Linear(dim, dim)
+        self.proj_in = Linear(dim, dim)
         self.transformer_blocks = nn.ModuleList(TransformerBlock(dim, context_dim, heads) for _ in range(depth))
-        self.proj_out = nn.Linear(dim, dim)
+        self.proj_out = Linear(dim, dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x [B, dim, H, W], context [B, M, context_dim] -> [B, dim, H, W]."""
@@ -144,7 +144,7 @@ class SpatialTransformer(nn.Module):
 class Downsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.op = Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
@@ -155,7 +155,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         return self.conv(nn.functional.interpolate(x, size=size))
@@ -197,9 +197,9 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         channels, time_dim, groups = config.block_out_channels, config.time_dim, config.norm_groups
-        self.time_embed = nn.Sequential(nn.Linear(channels[0], time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        self.time_embed = nn.Sequential(Linear(channels[0], time_dim), nn.SiLU(), Linear(time_dim, time_dim))
         if config.vector_dim:
-            embed = nn.Sequential(nn.Linear(config.vector_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+            embed = nn.Sequential(Linear(config.vector_dim, time_dim), nn.SiLU(), Linear(time_dim, time_dim))
             self.label_emb = nn.Sequential(embed)
 
         def transformer(level: int, depth: int) -> SpatialTransformer:
@@ -212,7 +212,7 @@ class UNet(nn.Module):
             return layers
 
         width = channels[0]
-        blocks = [Stage([nn.Conv2d(config.in_channels, width, 3, padding=1)])]
+        blocks = [Stage([Conv2d(config.in_channels, width, 3, padding=1)])]
         skips = [width]
         for level, out in enumerate(channels):
             for _ in range(config.layers_per_block):
@@ -244,7 +244,7 @@ class UNet(nn.Module):
         self.out = nn.Sequential(
             GroupNorm(groups, width, 1e-5),
             nn.Identity(),
-            nn.Conv2d(width, config.out_channels, 3, padding=1),
+            Conv2d(width, config.out_channels, 3, padding=1),
         )
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor, vector: Tensor | None = None) -> Tensor:

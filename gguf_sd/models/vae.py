@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from gguf_sd_kernels import ops
 from torch import Tensor, nn
 
 from gguf_sd.config import VAEConfig
-from gguf_sd.layers import Pointwise
+from gguf_sd.layers import Conv2d, Linear, Pointwise
 from gguf_sd.models.unet import GroupNorm, feature_map, tokens
+from gguf_sd_kernels import ops
 
 EPS = 1e-6
 
@@ -17,9 +17,9 @@ class ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, groups: int):
         super().__init__()
         self.norm1 = GroupNorm(groups, in_channels, EPS)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = GroupNorm(groups, out_channels, EPS)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
         self.nin_shortcut = nn.Identity() if same else Pointwise(in_channels, out_channels)
 
@@ -34,10 +34,10 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.norm = GroupNorm(groups, channels, EPS, silu=False)
-        self.q = nn.Linear(channels, channels)
-        self.k = nn.Linear(channels, channels)
-        self.v = nn.Linear(channels, channels)
-        self.proj_out = nn.Linear(channels, channels)
+        self.q = Linear(channels, channels)
+        self.k = Linear(channels, channels)
+        self.v = Linear(channels, channels)
+        self.proj_out = Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h = tokens(self.norm(x))[:, None]
@@ -61,7 +61,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(nn.functional.pad(x, (0, 1, 0, 1)))
@@ -70,7 +70,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(nn.functional.interpolate(x, scale_factor=2.0))
@@ -97,7 +97,7 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         channels, groups = config.block_out_channels, config.norm_groups
-        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.down = nn.ModuleList()
         width = channels[0]
         for i, out in enumerate(channels):
@@ -108,7 +108,7 @@ class Encoder(nn.Module):
             width = out
         self.mid = Mid(width, groups)
         self.norm_out = GroupNorm(groups, width, EPS)
-        self.conv_out = nn.Conv2d(width, 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(width, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -122,7 +122,7 @@ class Decoder(nn.Module):
         super().__init__()
         channels, groups = config.block_out_channels, config.norm_groups
         width = channels[-1]
-        self.conv_in = nn.Conv2d(config.latent_channels, width, 3, padding=1)
+        self.conv_in = Conv2d(config.latent_channels, width, 3, padding=1)
         self.mid = Mid(width, groups)
         levels = []
         for i, out in reversed(list(enumerate(channels))):
@@ -133,7 +133,7 @@ class Decoder(nn.Module):
             width = out
         self.up = nn.ModuleList(reversed(levels))  # the checkpoint numbers them by resolution, finest first
         self.norm_out = GroupNorm(groups, width, EPS)
-        self.conv_out = nn.Conv2d(width, config.in_channels, 3, padding=1)
+        self.conv_out = Conv2d(width, config.in_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from gguf_sd.cli.main import main
 from PIL import Image
+
+from gguf_sd.cli.main import main
 
 FAST = ["--steps", "2", "--width", "32", "--height", "32", "--device", "cpu", "--dtype", "float32", "--quiet"]
 

@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+
 from gguf_sd.errors import GgufSdError
 from gguf_sd.gguf_file import GGUFFile
 from gguf_sd.quant_tensor import QuantTensor

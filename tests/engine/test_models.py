@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+
 from gguf_sd.config import UNetConfig, VAEConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd.load import assign

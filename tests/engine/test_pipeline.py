@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+
 from gguf_sd import Pipeline
 from gguf_sd.errors import GgufSdError
 from gguf_sd.model_file import ModelFile
