@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gguf_sd.config import Defaults, ModelConfig, SchedulerConfig, TextConfig, UNetConfig, VAEConfig
+from gguf_sd.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from gguf_sd.errors import GgufSdError
+from gguf_sd_convert.json_settings import check_fixed, integer, integers, read_json, refusal
+from gguf_sd_convert.scheduler_config import scheduler_config
 
 # Settings that must have one of these values, the first of which is diffusers' default for an absent key.
 UNET_FIXED: dict[str, tuple[Any, ...]] = {
@@ -55,23 +56,6 @@ VAE_FIXED: dict[str, tuple[Any, ...]] = {
     "mid_block_add_attention": (True,),
 }
 TEXT_FIXED: dict[str, tuple[Any, ...]] = {"layer_norm_eps": (1e-5,)}
-SCHEDULER_FIXED: dict[str, tuple[Any, ...]] = {
-    "trained_betas": (None,),
-    "rescale_betas_zero_snr": (False,),
-    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
-    "prediction_type": ("epsilon", "v_prediction", "sample"),
-    "timestep_spacing": ("leading", "trailing", "linspace"),
-}
-# Scheduler class -> (our sampler, steps, timestep_spacing where the config says nothing).
-SCHEDULERS = {
-    "PNDMScheduler": ("pndm", 50, "leading"),
-    "DDIMScheduler": ("ddim", 50, "leading"),
-    "EulerDiscreteScheduler": ("euler", 50, "linspace"),
-    "EulerAncestralDiscreteScheduler": ("euler_a", 50, "linspace"),
-    "HeunDiscreteScheduler": ("heun", 25, "linspace"),
-    "DPMSolverMultistepScheduler": ("dpmpp_2m", 25, "linspace"),
-    "LCMScheduler": ("lcm", 4, "leading"),
-}
 
 
 def read_model_config(folder: Path) -> tuple[ModelConfig, list[str]]:
@@ -80,144 +64,105 @@ def read_model_config(folder: Path) -> tuple[ModelConfig, list[str]]:
     Token ids are those of the text encoder's JSON; the tokenizer knows better (:mod:`gguf_sd_convert.sources`).
     Raises GgufSdError, naming file, setting and value, for models that the engine cannot run.
     """
-    unet_json = _read(folder / "unet" / "config.json")
-    vae_json = _read(folder / "vae" / "config.json")
+    unet_json = read_json(folder / "unet" / "config.json")
+    vae_json = read_json(folder / "vae" / "config.json")
     unet, vae = _unet(unet_json), _vae(vae_json)
     texts = [_text(folder / "text_encoder" / "config.json")]
     if (folder / "text_encoder_2").is_dir():
         texts.append(_text(folder / "text_encoder_2" / "config.json", projected=True))
     name = "sdxl" if len(texts) == 2 else "sd1"
     _check_fit(folder, unet, vae, texts)
-    scheduler, defaults, notes = _scheduler(folder / "scheduler" / "scheduler_config.json", name)
+    scheduler, defaults, notes = scheduler_config(read_json(folder / "scheduler" / "scheduler_config.json"), name)
     width, height = _size(unet_json, vae)
     defaults = replace(defaults, width=width, height=height)
     return ModelConfig(name, unet, vae, tuple(texts), scheduler, defaults), notes
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise GgufSdError(f"{path.parent.parent} is no whole diffusers folder: cannot read {path}") from error
-    except ValueError as error:
-        raise GgufSdError(f"{path} is no JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise GgufSdError(f"{path} is no JSON object")
-    return {"_path": path, **values}
-
-
-def _refuse(values: dict[str, Any], key: str, takes: str) -> GgufSdError:
-    return GgufSdError(f"{values['_path']}: {key} is {values.get(key)!r}; gguf-sd takes {takes}")
-
-
-def _check_fixed(values: dict[str, Any], fixed: dict[str, tuple[Any, ...]]) -> None:
-    for key, allowed in fixed.items():
-        if key in values and values[key] not in allowed:
-            raise _refuse(values, key, " or ".join(map(repr, allowed)))
-
-
-def _integers(values: dict[str, Any], key: str, default: Any, count: int) -> tuple[int, ...]:
-    """A setting that is one positive integer for all levels, or a list of one each."""
-    value = values.get(key, default)
-    numbers = tuple(value) if isinstance(value, list | tuple) else (value,) * count
-    if len(numbers) != count or not all(type(n) is int and n > 0 for n in numbers):
-        raise _refuse(values, key, f"a positive integer or {count} of them")
-    return numbers
-
-
-def _integer(values: dict[str, Any], key: str, default: Any, count: int = 1) -> int:
-    """A positive integer; where diffusers takes a list too, all of it must be the same."""
-    numbers = _integers(values, key, default, count)
-    if len(set(numbers)) != 1:
-        raise _refuse(values, key, "the same value at every level")
-    return numbers[0]
-
-
 def _channels(values: dict[str, Any], default: tuple[int, ...]) -> tuple[int, ...]:
     channels = values.get("block_out_channels", default)
     if not isinstance(channels, list | tuple) or not channels or not all(type(n) is int and n > 0 for n in channels):
-        raise _refuse(values, "block_out_channels", "a list of positive integers")
+        raise refusal(values, "block_out_channels", "a list of positive integers")
     return tuple(channels)
 
 
 def _unet(values: dict[str, Any]) -> UNetConfig:
-    _check_fixed(values, UNET_FIXED)
+    check_fixed(values, UNET_FIXED)
     channels = _channels(values, (320, 640, 1280, 1280))
     levels = len(channels)
     down = values.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
     up = values.get("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3)
     if len(down) != levels or not set(down) <= {"CrossAttnDownBlock2D", "DownBlock2D"}:
-        raise _refuse(values, "down_block_types", f"{levels} of CrossAttnDownBlock2D and DownBlock2D")
+        raise refusal(values, "down_block_types", f"{levels} of CrossAttnDownBlock2D and DownBlock2D")
     mirrored = [kind.replace("Down", "Up") for kind in reversed(down)]
     if list(up) != mirrored:
-        raise _refuse(values, "up_block_types", f"the mirror image of down_block_types, {mirrored}")
-    depths = _integers(values, "transformer_layers_per_block", 1, levels)
+        raise refusal(values, "up_block_types", f"the mirror image of down_block_types, {mirrored}")
+    depths = integers(values, "transformer_layers_per_block", 1, levels)
     # diffusers' attention_head_dim of these UNets is, for historical reasons, the number of heads.
-    heads = _integers(values, "attention_head_dim", 8, levels)
+    heads = integers(values, "attention_head_dim", 8, levels)
     if any(width % count for width, count in zip(channels, heads, strict=True)):
-        raise _refuse(values, "attention_head_dim", f"numbers of heads that divide {list(channels)}")
+        raise refusal(values, "attention_head_dim", f"numbers of heads that divide {list(channels)}")
     if (time_dim := values.get("time_embedding_dim")) not in (None, 4 * channels[0]):
         raise GgufSdError(f"{values['_path']}: time_embedding_dim is {time_dim}; gguf-sd takes {4 * channels[0]}")
     vector = 0
     if values.get("addition_embed_type") == "text_time":
         if values.get("addition_time_embed_dim", 256) != 256:
-            raise _refuse(values, "addition_time_embed_dim", "256")
-        vector = _integer(values, "projection_class_embeddings_input_dim", None)
+            raise refusal(values, "addition_time_embed_dim", "256")
+        vector = integer(values, "projection_class_embeddings_input_dim", None)
     return UNetConfig(
-        in_channels=_integer(values, "in_channels", 4),
-        out_channels=_integer(values, "out_channels", 4),
+        in_channels=integer(values, "in_channels", 4),
+        out_channels=integer(values, "out_channels", 4),
         block_out_channels=channels,
-        layers_per_block=_integer(values, "layers_per_block", 2, levels),
+        layers_per_block=integer(values, "layers_per_block", 2, levels),
         transformer_layers=tuple(n if "Cross" in kind else 0 for n, kind in zip(depths, down, strict=True)),
         mid_transformer_layers=depths[-1],
         num_heads=heads,
-        context_dim=_integer(values, "cross_attention_dim", 1280, levels),
+        context_dim=integer(values, "cross_attention_dim", 1280, levels),
         linear_projection=bool(values.get("use_linear_projection", False)),
         vector_dim=vector,
-        norm_groups=_integer(values, "norm_num_groups", 32),
+        norm_groups=integer(values, "norm_num_groups", 32),
     )
 
 
 def _vae(values: dict[str, Any]) -> VAEConfig:
-    _check_fixed(values, VAE_FIXED)
+    check_fixed(values, VAE_FIXED)
     channels = _channels(values, (64,))
     for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         if list(values.get(key, [kind])) != [kind] * len(channels):
-            raise _refuse(values, key, f"{len(channels)} of {kind}")
+            raise refusal(values, key, f"{len(channels)} of {kind}")
     if values.get("out_channels", 3) != values.get("in_channels", 3):
-        raise _refuse(values, "out_channels", "the value of in_channels")
+        raise refusal(values, "out_channels", "the value of in_channels")
     scaling = values.get("scaling_factor", 0.18215)
     if not isinstance(scaling, int | float) or not scaling > 0:
-        raise _refuse(values, "scaling_factor", "a positive number")
+        raise refusal(values, "scaling_factor", "a positive number")
     return VAEConfig(
-        in_channels=_integer(values, "in_channels", 3),
-        latent_channels=_integer(values, "latent_channels", 4),
+        in_channels=integer(values, "in_channels", 3),
+        latent_channels=integer(values, "latent_channels", 4),
         block_out_channels=channels,
-        layers_per_block=_integer(values, "layers_per_block", 1),
-        norm_groups=_integer(values, "norm_num_groups", 32),
+        layers_per_block=integer(values, "layers_per_block", 1),
+        norm_groups=integer(values, "norm_num_groups", 32),
         scaling_factor=float(scaling),
     )
 
 
 def _text(path: Path, projected: bool = False) -> TextConfig:
-    values = _read(path)
-    _check_fixed(values, TEXT_FIXED)
+    values = read_json(path)
+    check_fixed(values, TEXT_FIXED)
     wanted = "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
     if values.get("architectures", [wanted]) != [wanted]:
-        raise _refuse(values, "architectures", repr([wanted]))
+        raise refusal(values, "architectures", repr([wanted]))
     if values.get("model_type", "clip_text_model") != "clip_text_model":
-        raise _refuse(values, "model_type", "'clip_text_model'")
+        raise refusal(values, "model_type", "'clip_text_model'")
     if (act := values.get("hidden_act", "quick_gelu")) not in ("quick_gelu", "gelu"):
-        raise _refuse(values, "hidden_act", "'quick_gelu' or 'gelu'")
+        raise refusal(values, "hidden_act", "'quick_gelu' or 'gelu'")
     return TextConfig(
-        vocab_size=_integer(values, "vocab_size", 49408),
-        hidden_size=_integer(values, "hidden_size", 512),
-        intermediate_size=_integer(values, "intermediate_size", 2048),
-        num_hidden_layers=_integer(values, "num_hidden_layers", 12),
-        num_attention_heads=_integer(values, "num_attention_heads", 8),
-        max_position_embeddings=_integer(values, "max_position_embeddings", 77),
+        vocab_size=integer(values, "vocab_size", 49408),
+        hidden_size=integer(values, "hidden_size", 512),
+        intermediate_size=integer(values, "intermediate_size", 2048),
+        num_hidden_layers=integer(values, "num_hidden_layers", 12),
+        num_attention_heads=integer(values, "num_attention_heads", 8),
+        max_position_embeddings=integer(values, "max_position_embeddings", 77),
         hidden_act=act,
-        projection_dim=_integer(values, "projection_dim", 512) if projected else 0,
+        projection_dim=integer(values, "projection_dim", 512) if projected else 0,
     )
 
 
@@ -252,35 +197,3 @@ def _size(unet_json: dict[str, Any], vae: VAEConfig) -> tuple[int, int]:
     if not all(type(n) is int and n > 0 for n in (height, width)):
         return 512, 512
     return width * vae.downscale, height * vae.downscale
-
-
-def _scheduler(path: Path, name: str) -> tuple[SchedulerConfig, Defaults, list[str]]:
-    values = _read(path)
-    _check_fixed(values, SCHEDULER_FIXED)
-    kind, notes = str(values.get("_class_name")), []
-    sampler, steps, spacing = SCHEDULERS.get(kind, ("dpmpp_2m", 25, "linspace"))
-    if kind not in SCHEDULERS:
-        notes.append(f"the source's scheduler {kind} is not known; the default sampler is {sampler}")
-    if sampler == "dpmpp_2m" and values.get("algorithm_type") == "sde-dpmsolver++":
-        sampler = "dpmpp_2m_sde"
-    offset = int(values.get("steps_offset", 0))
-    if name == "sd1" and "steps_offset" in values and offset != 1:
-        offset = 1  # diffusers' Stable Diffusion pipelines correct it, whatever the file says
-    lcm = kind == "LCMScheduler"
-    config = SchedulerConfig(
-        num_train_timesteps=_integer(values, "num_train_timesteps", 1000),
-        beta_start=float(values.get("beta_start", 0.00085 if lcm else 0.0001)),
-        beta_end=float(values.get("beta_end", 0.012 if lcm else 0.02)),
-        beta_schedule=values.get("beta_schedule", "scaled_linear" if lcm else "linear"),
-        prediction_type=values.get("prediction_type", "epsilon"),
-        timestep_spacing=values.get("timestep_spacing", spacing),
-        steps_offset=offset,
-        set_alpha_to_one=bool(values.get("set_alpha_to_one", kind in ("DDIMScheduler", "LCMScheduler"))),
-    )
-    turbo = name == "sdxl" and sampler == "euler_a" and config.timestep_spacing == "trailing"
-    guidance = 0.0 if turbo else 1.0 if lcm else 5.0 if name == "sdxl" else 7.5
-    schedule = "karras" if values.get("use_karras_sigmas") else "model"
-    for key in ("use_exponential_sigmas", "use_beta_sigmas"):
-        if values.get(key):
-            notes.append(f"the source's scheduler setting {key} is not known; the default schedule is {schedule}")
-    return config, Defaults(sampler=sampler, schedule=schedule, steps=1 if turbo else steps, guidance=guidance), notes
