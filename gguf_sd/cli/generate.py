@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -22,7 +23,8 @@ def add_parser(subparsers: Any) -> None:
         description="Paints pictures. Settings that are not given come from the model's file.",
     )
     add = parser.add_argument
-    add("model", type=Path, help="a .gguf file; or a checkpoint or diffusers folder, converted into the cache first")
+    add("model", nargs="?", type=Path, help="a .gguf file; or a checkpoint or diffusers folder, converted into the "
+        "cache first (default: the built-in demo model)")  # fmt: skip
     add("-p", "--prompt", default="", help="what to paint (default: nothing in particular)")
     add("-n", "--negative-prompt", default="", help="what to keep away from; needs guidance above 1")
     add("-o", "--output", type=Path, default=Path("out.png"), help="PNG to write; several get -1, -2, … (out.png)")
@@ -47,11 +49,12 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from gguf_sd.cli.cache import model_path
+    from gguf_sd.demo import model_folder
     from gguf_sd.pipeline import Pipeline, Request
 
     _check_output(args.output)
     request = Request(**{f.name: getattr(args, f.name) for f in fields(Request)})
-    path = model_path(args.model, args.type, args.tokenizer, quiet=args.quiet)
+    path = model_path(args.model or model_folder(), args.type, args.tokenizer, quiet=args.quiet)
     pipeline = Pipeline.load(path, args.device, args.dtype, args.weights)
     job = pipeline.prepare(request)
     report = paint(pipeline, job, args)
@@ -67,7 +70,8 @@ def paint(pipeline: Pipeline, job: Job, args: argparse.Namespace) -> dict[str, A
     """Paints and saves; returns what `--json` prints: settings, files, seconds."""
     from tqdm import tqdm
 
-    from gguf_sd import png
+    from gguf_sd.files import save_png
+    from gguf_sd.parameters import PARAMETERS, parameters
 
     dtype = str(pipeline.dtype).removeprefix("torch.")
     files, started = [], time.perf_counter()
@@ -76,8 +80,8 @@ def paint(pipeline: Pipeline, job: Job, args: argparse.Namespace) -> dict[str, A
         pictures = pipeline.paint(job, on_step=lambda _: bar.update())
         for index, picture in enumerate(pictures):
             path = _numbered(args.output, index, job.count)
-            text = png.parameters(picture, pipeline.model.path.stem, pipeline.model.source_hash, dtype)
-            png.save(picture, path, text)
+            text = parameters(picture, pipeline.model.path.stem, pipeline.model.source_hash, dtype)
+            save_png(picture.image, path, {PARAMETERS: text})
             files.append({"path": str(path), "seed": picture.seed})
     settings = {f.name: getattr(job, f.name) for f in fields(job) if f.name != "schedule"}
     return {
@@ -103,3 +107,8 @@ def _check_output(path: Path) -> None:
         raise GgufSdError(f"the output {path} is a folder; give a file name in it")
     if not path.parent.is_dir():
         raise GgufSdError(f"the output's folder {path.parent} does not exist; create it first")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise GgufSdError(f"cannot write to {path.parent}: {error.strerror}; choose another --output") from error

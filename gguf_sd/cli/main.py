@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 
 import gguf_sd
-from gguf_sd.cli import convert, generate, inspect
+from gguf_sd.cli import convert, demo, generate, inspect
 from gguf_sd.errors import GgufSdError
 
-COMMANDS = (convert, generate, inspect)
+COMMANDS = (demo, convert, generate, inspect)
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 

@@ -96,6 +96,7 @@ def test_inspect(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "{tmp}/text.gguf"], "text.gguf is not a GGUF file"),
         (["generate", "{model}", "-o", "{tmp}/out.jpg"], "must end in .png"),
         (["generate", "{model}", "-o", "{tmp}/nowhere/out.png"], "nowhere does not exist"),
+        (["generate", "{model}", "-o", "/proc/out.png"], "cannot write to /proc"),
         (["generate", "{model}", "--width", "33"], "no multiple of 8"),
         (["generate", "{model}", "--sampler", "eulr"], "did you mean euler"),
         (["generate", "{model}", "--device", "tpu"], "device 'tpu'"),

@@ -1,15 +1,8 @@
-"""Pictures on disk, with the settings that painted them as the text other tools read."""
+"""The settings that painted a picture, as the text other tools read."""
 
 from __future__ import annotations
 
-import os
-import tempfile
-from pathlib import Path
-
-from PIL.PngImagePlugin import PngInfo
-
 import gguf_sd
-from gguf_sd.errors import GgufSdError
 from gguf_sd.pipeline import Picture
 from gguf_sd.sampling.names import SAMPLERS
 
@@ -45,29 +38,3 @@ def _quoted(value: str) -> str:
     if not set(value) & set(',:\n"'):
         return value
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def save(picture: Picture, path: Path, text: str) -> None:
-    """Writes a PNG atomically. Raises GgufSdError where that cannot be done."""
-    info = PngInfo()
-    info.add_itxt(PARAMETERS, text) if not text.isascii() else info.add_text(PARAMETERS, text)
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            picture.image.save(file, format="PNG", pnginfo=info)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise GgufSdError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -1,0 +1,114 @@
+"""What is compiled ahead of time: every kernel, with every launch, weight type and dtype it can meet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import product
+from typing import Any
+
+from .launch import FAMILIES, UNTUNED, Launch
+from .repack import PACKED_TYPES
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation: a kernel ("module:function"), the types of its arguments, and its constants."""
+
+    name: str
+    function: str
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    warps: int
+    stages: int
+    multiples_of_16: frozenset[str] = frozenset()
+    matrix: bool = False  # multiplies matrices
+    matrix_rows: int = 0  # rows of its first operand
+
+    def kernel(self) -> Any:
+        """The @triton.jit function."""
+        module, _, name = self.function.partition(":")
+        return getattr(import_module(f"gguf_sd_kernels.{module}"), name)
+
+
+def family(target: str) -> str:
+    """The key into launch.UNTUNED for a compilation target."""
+    return "hip" if target.startswith("gfx") else FAMILIES[int(target)]
+
+
+def cases(target: str) -> Iterator[Case]:
+    """Every case for ``target``, as in aot.SHARED_KIB."""
+    yield from linear_cases(target)
+    yield from conv_cases(target)
+
+
+def linear_cases(target: str) -> Iterator[Case]:
+    for (_, launch), qtype, dtype in product(UNTUNED[family(target)], PACKED_TYPES, ("fp16", "bf16")):
+        for geglu, split in ((False, False), (False, True), (True, False)):
+            yield linear_case(launch, qtype, dtype, geglu=geglu, split=split)
+
+
+def linear_case(launch: Launch, qtype: str, dtype: str, *, geglu: bool = False, split: bool = False) -> Case:
+    constants, name = _product_constants(launch, qtype, dtype, split)
+    types = dict.fromkeys(("x", "bias", "residual", "out"), f"*{dtype}") | _WEIGHT_TYPES
+    types |= dict.fromkeys(("M", "N", "K", "steps"), "i32")
+    return Case(
+        name=f"linear {name}{' geglu' if geglu else ''}",
+        function="linear:linear_kernel",
+        types=types,
+        constants=constants | {"GEGLU": geglu},
+        warps=launch.warps,
+        stages=launch.stages,
+        multiples_of_16=frozenset({"N", "K"}),
+        matrix=True,
+        matrix_rows=launch.block_n if launch.swap else launch.block_m,
+    )
+
+
+def conv_cases(target: str) -> Iterator[Case]:
+    for (_, launch), qtype, dtype in product(UNTUNED[family(target)], PACKED_TYPES, ("fp16", "bf16")):
+        for split in (False, True):
+            yield conv_case(launch, qtype, dtype, split=split)
+
+
+def conv_case(launch: Launch, qtype: str, dtype: str, *, split: bool = False) -> Case:
+    constants, name = _product_constants(launch, qtype, dtype, split)
+    types = dict.fromkeys(("x", "bias", "residual", "emb", "out"), f"*{dtype}") | _WEIGHT_TYPES
+    sizes = ("M", "N", "K", "H", "W", "IC", "OH", "OW", "stride", "padding", "steps")
+    return Case(
+        name=f"conv {name}",
+        function="conv:conv_kernel",
+        types=types | dict.fromkeys(sizes, "i32"),
+        constants=constants | {"TAPS_W": 3},
+        warps=launch.warps,
+        stages=launch.stages,
+        multiples_of_16=frozenset({"N", "K", "IC"}),
+        matrix=True,
+        matrix_rows=launch.block_n if launch.swap else launch.block_m,
+    )
+
+
+_WEIGHT_TYPES = {"quants": "*u8", "scales": "*fp16", "mins": "*fp16", "partials": "*fp32", "counters": "*i32"}
+
+
+def _product_constants(launch: Launch, qtype: str, dtype: str, split: bool) -> tuple[dict[str, Any], str]:
+    """Constants that linear and conv share, and the launch in words."""
+    constants: dict[str, Any] = {
+        "QTYPE": qtype,
+        "SPLIT": split,
+        "SWAP": launch.swap,
+        "PTX": launch.ptx,
+        "WIDEN": False,
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
+        "BLOCK_K": launch.block_k,
+        "GROUP_M": 8,
+    }
+    if qtype != "Q4_1":
+        constants["mins"] = None
+    if not split:
+        constants |= {"partials": None, "counters": None}
+    name = f"{qtype} {dtype} {launch.block_m}x{launch.block_n}x{launch.block_k} {launch.warps}w {launch.stages}s"
+    flags = [flag for flag, on in (("swap", launch.swap), ("ptx", launch.ptx), ("split", split)) if on]
+    return constants, " ".join([name, *flags])

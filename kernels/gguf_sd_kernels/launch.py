@@ -1,0 +1,162 @@
+"""Which launch configuration a product gets: tile sizes by GPU family and M, and how often to split K.
+
+Every entry here is UNTUNED: chosen from counted instructions, registers and shared memory of the compiled code and
+from arithmetic, with no GPU at hand. Measured entries come from ``benchmarks/bench_kernels.py --tune`` and go
+before these, see :func:`load_measured`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Tiles of M walked before the next of N, so that programs that run together share operands in the L2 cache. A
+# customary value, not measured here.
+GROUP_M = 8
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a product [M, K] x [N, K]^T is cut up and run."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    swap: bool = False  # dot(w, x^T) in place of dot(x, w^T): the decoded operand stays in registers
+    ptx: bool = False  # decode nibbles with inline PTX: NVIDIA, float16
+    splits: int = 1  # programs that share a tile's K
+
+    def constants(self, x: Tensor) -> dict[str, bool | int]:
+        """The constants that the product kernels take of this, for activations like x."""
+        cpu = x.device.type == "cpu"  # Triton's interpreter, which knows no inline PTX and no bfloat16 product
+        return {
+            "SWAP": self.swap,
+            "PTX": self.ptx and not cpu and not torch.version.hip,
+            "WIDEN": cpu and x.dtype == torch.bfloat16,
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "GROUP_M": GROUP_M,
+        }
+
+
+@dataclass(frozen=True)
+class Product:
+    """What is to be multiplied: ``op`` is "linear" or "conv"; a convolution has M = B * OH * OW, K = taps * IC."""
+
+    op: str
+    qtype: str
+    m: int
+    n: int
+    k: int
+    taps: int = 1
+
+    @property
+    def step_multiple(self) -> int:
+        """What a step along K has to divide: a convolution's steps stay inside a tap."""
+        return self.k // self.taps
+
+    @property
+    def key(self) -> str:
+        return f"{self.op} {self.qtype} {self.m}x{self.n}x{self.k}/{self.taps}"
+
+
+# family -> (largest M, Launch), in rising order; the last serves every larger M.
+# mma (sm_80 86 89 120): mma.sync from registers; 128x128 with 4 warps spills, with 8 it does not; 99 KiB shared
+# memory on all but sm_80 holds 3 stages. wgmma (sm_90): 256 rows of x share one decoding of 128 rows of w.
+UNTUNED: dict[str, tuple[tuple[int, Launch], ...]] = {
+    "mma": (
+        (16, Launch(16, 64, 64, warps=4, stages=4, swap=True, ptx=True)),
+        (64, Launch(64, 64, 64, warps=4, stages=4, swap=True, ptx=True)),
+        (512, Launch(64, 128, 64, warps=4, stages=3, swap=True, ptx=True)),
+        (1 << 31, Launch(128, 128, 64, warps=8, stages=3, swap=True, ptx=True)),
+    ),
+    "wgmma": (
+        (16, Launch(16, 64, 64, warps=4, stages=4, swap=True, ptx=True)),
+        (64, Launch(64, 64, 64, warps=4, stages=4, ptx=True)),
+        (512, Launch(128, 128, 64, warps=8, stages=4, ptx=True)),
+        (1 << 31, Launch(256, 128, 64, warps=8, stages=3, ptx=True)),
+    ),
+    "tcgen05": (
+        (64, Launch(64, 64, 64, warps=4, stages=3, ptx=True)),
+        (1 << 31, Launch(128, 128, 64, warps=8, stages=3, ptx=True)),
+    ),
+    "hip": (
+        (64, Launch(32, 64, 64, warps=4, stages=2)),
+        (512, Launch(64, 64, 64, warps=4, stages=2)),
+        (1 << 31, Launch(128, 128, 64, warps=8, stages=2)),
+    ),
+}
+FAMILIES = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 103: "tcgen05", 120: "mma", 121: "mma"}
+# Cost of a split in steps of BLOCK_K: [model] starting a program and filling its pipeline, writing and re-reading
+# its part of the tile. Neither has been measured.
+START_STEPS, SPLIT_STEPS, MAX_SPLITS = 4, 2, 16
+
+_measured: dict[str, Launch] = {}
+
+
+def choose(product: Product, family: str, processors: int) -> Launch:
+    """The launch for ``product`` on a GPU of ``family`` with so many multiprocessors."""
+    if launch := _measured.get(product.key):
+        return launch
+    launch = next(launch for largest, launch in UNTUNED[family] if product.m <= largest)
+    if product.step_multiple % launch.block_k:
+        launch = replace(launch, block_k=32)  # blocks of 32 divide every row
+    return replace(launch, splits=best_splits(product, launch, processors))
+
+
+def best_splits(product: Product, launch: Launch, processors: int) -> int:
+    """How many programs should share a tile's K so that a small grid fills the GPU [model]."""
+    tiles = -(-product.m // launch.block_m) * -(-product.n // launch.block_n)
+    steps = product.k // launch.block_k
+
+    def cost(splits: int) -> int:
+        waves = -(-tiles * splits // processors)
+        return waves * (-(-steps // splits) + START_STEPS) + (SPLIT_STEPS * splits if splits > 1 else 0)
+
+    return min(range(1, min(MAX_SPLITS, steps) + 1), key=cost)
+
+
+@cache
+def gpu_family(device: torch.device) -> str:
+    """The key into UNTUNED for ``device``; a CPU, where kernels run in Triton's interpreter, counts as "mma".
+
+    Raises ValueError for a GPU without tensor cores that Triton uses.
+    """
+    if device.type == "cpu":
+        return "mma"
+    if torch.version.hip:
+        return "hip"
+    major, minor = torch.cuda.get_device_capability(device)
+    if family := FAMILIES.get(10 * major + minor):
+        return family
+    raise ValueError(
+        f"no fused kernels for compute capability {major}.{minor}; known are {', '.join(map(str, FAMILIES))}: "
+        "dequantize and use the library's product there"
+    )
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of ``device``; 4 for the interpreter, so that K is split there at times."""
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def load_measured(path: Path) -> int:
+    """Reads launches measured on this GPU, {product key: launch fields}; returns how many there are."""
+    entries: dict[str, dict[str, Any]] = json.loads(path.read_text())
+    _measured.update({key: Launch(**fields) for key, fields in entries.items()})
+    return len(entries)
+
+
+def save_measured(path: Path, launches: dict[Product, Launch]) -> None:
+    """Writes launches for :func:`load_measured`."""
+    path.write_text(json.dumps({p.key: asdict(launch) for p, launch in launches.items()}, indent=1) + "\n")
