@@ -1,7 +1,7 @@
 """Compiles every kernel and launch for GPUs that are not there, and reads what the machine code says.
 
     python -m gguf_sd_kernels.aot                 # every launch, type and target
-    python -m gguf_sd_kernels.aot --sample 40     # some of them, spread evenly
+    python -m gguf_sd_kernels.aot --sample 40     # some of them, of every target
 
 Checked: no stack (a spill), shared memory within the card's, the matrix instruction the card is bought for, and
 that the compiler is silent (inline PTX "compiles" for AMD, printing an error).
@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -87,7 +88,7 @@ def build(case: Case, target: str) -> Built:
     shared = compiled.metadata.shared
     built = _inspect_amd(compiled.asm["amdgcn"]) if amd else _inspect_cuda(compiled.asm["cubin"])
     wanted = MATRIX_INSTRUCTION[target] if case.matrix else ""
-    if target == "90" and case.matrix_rows < 64:
+    if target == "90" and wanted and case.matrix_rows < 64:
         wanted = "HMMA"
     loop, matrix = _main_loop(built.code, wanted)
     faults = []
@@ -187,16 +188,21 @@ def build_all(jobs: list[tuple[Case, str]], processes: int) -> Iterator[Built]:
 
 
 def sample(jobs: list[tuple[Case, str]], count: int) -> list[tuple[Case, str]]:
-    """``count`` of the jobs, evenly spread over the list, which runs through targets fastest."""
-    count = min(count, len(jobs))
-    return [jobs[i * len(jobs) // count] for i in range(count)]
+    """``count`` of the jobs, drawn in equal numbers from every target; the same ones each time."""
+    by_target: dict[str, list[tuple[Case, str]]] = {}
+    for job in jobs:
+        by_target.setdefault(job[1], []).append(job)
+    draw = random.Random(0)
+    shuffled = [draw.sample(of_one, len(of_one)) for of_one in by_target.values()]
+    in_turn = [job for row in zip_longest(*shuffled) for job in row if job]
+    return in_turn[:count]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", action="append", choices=list(SHARED_KIB), help="default: all")
     parser.add_argument("--only", default="", help="a part of the case's name")
-    parser.add_argument("--sample", type=int, help="how many compilations, evenly spread; default: all")
+    parser.add_argument("--sample", type=int, help="how many compilations, over all targets; default: all")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="file to write results to")
     args = parser.parse_args()

@@ -34,13 +34,16 @@ class Case:
 
 def family(target: str) -> str:
     """The key into launch.UNTUNED for a compilation target."""
-    return "hip" if target.startswith("gfx") else FAMILIES[int(target)]
+    if target.startswith("gfx"):
+        return "mfma" if target.startswith("gfx9") else "wmma"
+    return FAMILIES[int(target)]
 
 
 def cases(target: str) -> Iterator[Case]:
     """Every case for ``target``, as in aot.SHARED_KIB."""
     yield from linear_cases(target)
     yield from conv_cases(target)
+    yield from dequantize_cases()
 
 
 def linear_cases(target: str) -> Iterator[Case]:
@@ -57,7 +60,7 @@ def linear_case(launch: Launch, qtype: str, dtype: str, *, geglu: bool = False, 
         name=f"linear {name}{' geglu' if geglu else ''}",
         function="linear:linear_kernel",
         types=types,
-        constants=constants | {"GEGLU": geglu},
+        constants=constants | {"GEGLU": geglu} | ({"residual": None} if geglu else {}),
         warps=launch.warps,
         stages=launch.stages,
         multiples_of_16=frozenset({"N", "K"}),
@@ -87,6 +90,26 @@ def conv_case(launch: Launch, qtype: str, dtype: str, *, split: bool = False) ->
         matrix=True,
         matrix_rows=launch.block_n if launch.swap else launch.block_m,
     )
+
+
+def dequantize_cases() -> Iterator[Case]:
+    for qtype, dtype in product(PACKED_TYPES, ("fp16", "bf16", "fp32")):
+        constants: dict[str, Any] = {"QTYPE": qtype} | ({} if qtype == "Q4_1" else {"mins": None})
+        types = _WEIGHT_TYPES | {"out": f"*{dtype}", "n_blocks": "i32", "n_values": "i32", "channels": "i32"}
+        name = f"{qtype} {dtype}"
+        for taps, kernel, width, warps in (
+            (1, "dequantize_kernel", {"BLOCKS": 64}, 4),
+            (9, "dequantize_taps_kernel", {"TAPS": 9, "VALUES": 1024}, 4),
+        ):
+            yield Case(
+                name=f"dequantize {name} taps {taps}",
+                function=f"dequantize:{kernel}",
+                types=types,
+                constants=constants | width,
+                warps=warps,
+                stages=1,
+                multiples_of_16=frozenset({"n_values", "channels"}),
+            )
 
 
 _WEIGHT_TYPES = {"quants": "*u8", "scales": "*fp16", "mins": "*fp16", "partials": "*fp32", "counters": "*i32"}

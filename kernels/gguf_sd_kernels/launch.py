@@ -70,13 +70,15 @@ class Product:
 
 
 # family -> (largest M, Launch), in rising order; the last serves every larger M.
-# mma (sm_80 86 89 120): mma.sync from registers; 128x128 with 4 warps spills, with 8 it does not; 99 KiB shared
-# memory on all but sm_80 holds 3 stages. wgmma (sm_90): 256 rows of x share one decoding of 128 rows of w.
+# mma (sm_80 86 89 120): mma.sync; 128x128 and 128x64 spill with 4 warps and do not with 8, 64x128 spills with
+# both; 3 stages fit 99 KiB.
+# wgmma (sm_90): 256 rows of x share one decoding of 128 rows of w. tcgen05: sm_100. mfma: AMD CDNA. wmma: AMD
+# RDNA, where 128x128 spills at a BLOCK_K of 64.
 UNTUNED: dict[str, tuple[tuple[int, Launch], ...]] = {
     "mma": (
         (16, Launch(16, 64, 64, warps=4, stages=4, swap=True, ptx=True)),
         (64, Launch(64, 64, 64, warps=4, stages=4, swap=True, ptx=True)),
-        (512, Launch(64, 128, 64, warps=4, stages=3, swap=True, ptx=True)),
+        (512, Launch(128, 64, 64, warps=8, stages=3, swap=True, ptx=True)),
         (1 << 31, Launch(128, 128, 64, warps=8, stages=3, swap=True, ptx=True)),
     ),
     "wgmma": (
@@ -89,10 +91,15 @@ UNTUNED: dict[str, tuple[tuple[int, Launch], ...]] = {
         (64, Launch(64, 64, 64, warps=4, stages=3, ptx=True)),
         (1 << 31, Launch(128, 128, 64, warps=8, stages=3, ptx=True)),
     ),
-    "hip": (
+    "mfma": (
         (64, Launch(32, 64, 64, warps=4, stages=2)),
         (512, Launch(64, 64, 64, warps=4, stages=2)),
         (1 << 31, Launch(128, 128, 64, warps=8, stages=2)),
+    ),
+    "wmma": (
+        (64, Launch(32, 64, 64, warps=4, stages=2)),
+        (512, Launch(64, 128, 64, warps=8, stages=2)),
+        (1 << 31, Launch(128, 128, 32, warps=8, stages=2)),
     ),
 }
 FAMILIES = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 103: "tcgen05", 120: "mma", 121: "mma"}
@@ -134,7 +141,8 @@ def gpu_family(device: torch.device) -> str:
     if device.type == "cpu":
         return "mma"
     if torch.version.hip:
-        return "hip"
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        return "mfma" if name.startswith("gfx9") else "wmma"
     major, minor = torch.cuda.get_device_capability(device)
     if family := FAMILIES.get(10 * major + minor):
         return family

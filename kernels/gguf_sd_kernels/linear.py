@@ -82,7 +82,7 @@ def linear_fused(
     """``x @ W.T + bias + residual``: ``x [..., K]``, W ``[N, K]``, ``bias [N]`` -> ``[..., N]`` in x's dtype.
 
     With ``geglu`` the N outputs are N/2 values and then N/2 gates, and ``value * gelu(gate)`` comes out,
-    ``[..., N/2]``. ``residual`` has the shape of the result. float16 and bfloat16; sums are float32.
+    ``[..., N/2]``; there is no residual then. float16 and bfloat16; sums are float32.
     Raises ValueError for other dtypes, or shapes that do not fit.
     """
     n, k = weight.rows, weight.cols
@@ -90,8 +90,8 @@ def linear_fused(
         raise ValueError(f"fused products take float16 and bfloat16, got {x.dtype}")
     if x.ndim < 1 or x.shape[-1] != k:
         raise ValueError(f"x {list(x.shape)} does not end in the weight's {k} inputs")
-    if geglu and n % 2:
-        raise ValueError(f"GEGLU halves the outputs, of which there are {n}")
+    if geglu and (n % 2 or residual is not None):
+        raise ValueError(f"GEGLU halves the outputs, of which there are {n}, and takes no residual")
     if bias is not None and tuple(bias.shape) != (n,):
         raise ValueError(f"the bias of {n} outputs is [{n}], got {list(bias.shape)}")
     rows = x.reshape(-1, k).contiguous()
