@@ -44,6 +44,7 @@ def cases(target: str) -> Iterator[Case]:
     yield from linear_cases(target)
     yield from conv_cases(target)
     yield from dequantize_cases()
+    yield from norm_cases()
 
 
 def linear_cases(target: str) -> Iterator[Case]:
@@ -110,6 +111,26 @@ def dequantize_cases() -> Iterator[Case]:
                 stages=1,
                 multiples_of_16=frozenset({"n_values", "channels"}),
             )
+
+
+def norm_cases() -> Iterator[Case]:
+    """Group norm of the narrowest and the widest groups that SD 1.5 and SDXL have, and layer norm."""
+    from .triton_norm import MAX_TILES, TILE_VALUES, WARPS
+
+    counts = dict.fromkeys(("rows", "rows_a_tile", "G", "C"), "i32") | {"eps": "fp32"}
+    pointers = {"means": "*fp32", "deviations": "*fp32"}
+    for dtype, width in product(("fp16", "bf16"), (16, 128)):
+        types = counts | pointers | dict.fromkeys(("x", "weight", "bias", "out"), f"*{dtype}")
+        tile: dict[str, Any] = {"ROWS": max(1, TILE_VALUES // (32 * width)), "GROUPS": 32, "WIDTH": width}
+        name = f"{dtype} width {width}"
+        yield Case(f"group stats {name}", "triton_norm:group_stats_kernel", types, tile, WARPS, 1)
+        apply = tile | {"SILU": True, "TILES": MAX_TILES}
+        yield Case(f"group apply {name}", "triton_norm:group_apply_kernel", types, apply, WARPS, 1)
+    for dtype, width in product(("fp16", "bf16"), (512, 2048)):
+        types = {"C": "i32", "eps": "fp32"} | dict.fromkeys(("x", "weight", "bias", "out"), f"*{dtype}")
+        constants = {"WIDTH": width}
+        name = f"layer norm {dtype} width {width}"
+        yield Case(name, "triton_norm:layer_norm_kernel", types, constants, width // 256, 1)
 
 
 _WEIGHT_TYPES = {"quants": "*u8", "scales": "*fp16", "mins": "*fp16", "partials": "*fp32", "counters": "*i32"}

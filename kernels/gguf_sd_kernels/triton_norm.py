@@ -1,0 +1,190 @@
+"""Group normalisation with SiLU on channels-last maps, and layer normalisation, on the GPU.
+
+Group norm is two launches over the same tiles of pixels: the first writes each tile's mean and sum of squared
+deviations a group, the second joins them (Chan, Golub and LeVeque 1983) and normalises. Unlike E[x^2] - E[x]^2
+this loses nothing where a group's mean is large against its deviation.
+"""
+
+# ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Untuned: values a program holds at a time, 16 a thread (32 a thread spill), and programs a picture at most.
+TILE_VALUES, MAX_TILES, WARPS = 4096, 64, 8
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@triton.jit
+def _tile(x, picture, first, stop, rows, G, C, ROWS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+    """Pixels ``first`` to ``stop`` of x [B, rows, G, C]: (float32 [ROWS, GROUPS, WIDTH], mask, offsets)."""
+    row = first + tl.arange(0, ROWS)
+    group = tl.arange(0, GROUPS)
+    channel = tl.arange(0, WIDTH)
+    mask = (row < stop)[:, None, None] & (group < G)[None, :, None] & (channel < C)[None, None, :]
+    at = (picture * rows + row)[:, None, None] * (G * C) + group[None, :, None] * C + channel[None, None, :]
+    return tl.load(x + at, mask=mask, other=0.0).to(tl.float32), mask, at
+
+
+@triton.jit(do_not_specialize=["rows", "rows_a_tile"])
+def group_stats_kernel(
+    x, means, deviations, rows, rows_a_tile, G, C, ROWS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """means, deviations float32 [B, tiles, GROUPS]: of x [B, rows, G, C]. Grid: (tiles, B)."""
+    tile, picture = tl.program_id(0), tl.program_id(1)
+    start = tile * rows_a_tile
+    stop = tl.minimum(start + rows_a_tile, rows)
+    count = 0.0
+    mean = tl.zeros((GROUPS,), tl.float32)
+    squares = tl.zeros((GROUPS,), tl.float32)
+    for first in range(start, stop, ROWS):
+        values, mask, _ = _tile(x, picture, first, stop, rows, G, C, ROWS, GROUPS, WIDTH)
+        n = (tl.minimum(stop - first, ROWS) * C).to(tl.float32)
+        tile_mean = tl.sum(tl.sum(values, 2), 0) / n
+        offset = tl.where(mask, values - tile_mean[None, :, None], 0.0)
+        delta = tile_mean - mean
+        squares += tl.sum(tl.sum(offset * offset, 2), 0) + delta * delta * (count * n / (count + n))
+        mean += delta * (n / (count + n))
+        count += n
+    at = (picture * tl.num_programs(0) + tile) * GROUPS + tl.arange(0, GROUPS)
+    tl.store(means + at, mean)
+    tl.store(deviations + at, squares)
+
+
+@triton.jit(do_not_specialize=["rows", "rows_a_tile"])
+def group_apply_kernel(
+    x,
+    means,
+    deviations,
+    weight,
+    bias,
+    out,
+    rows,
+    rows_a_tile,
+    G,
+    C,
+    eps,
+    SILU: tl.constexpr,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """out = SiLU((x - mean) / deviation * weight + bias), x [B, rows, G, C], weight and bias [G, C].
+
+    Grid: (tiles, B); TILES is the next power of two, tiles are joined in order, so every program gets the same.
+    """
+    tile, picture = tl.program_id(0), tl.program_id(1)
+    tiles = tl.num_programs(0)
+    of_tile = tl.arange(0, TILES)
+    at = (picture * tiles + of_tile)[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
+    there = (of_tile < tiles)[:, None]
+    n = tl.maximum(tl.minimum(rows - of_tile * rows_a_tile, rows_a_tile), 0).to(tl.float32)[:, None] * C
+    total = rows.to(tl.float32) * C
+    tile_means = tl.load(means + at, mask=there, other=0.0)
+    mean = tl.sum(tile_means * n, 0) / total
+    offset = tl.where(there, tile_means - mean[None, :], 0.0)
+    squares = tl.sum(tl.load(deviations + at, mask=there, other=0.0) + n * offset * offset, 0)
+    scale = tl.rsqrt(squares / total + eps)
+    group, channel = tl.arange(0, GROUPS), tl.arange(0, WIDTH)
+    real = (group < G)[:, None] & (channel < C)[None, :]
+    parameter = group[:, None] * C + channel[None, :]
+    gain = tl.load(weight + parameter, mask=real, other=0.0).to(tl.float32) * scale[:, None]
+    shift = tl.load(bias + parameter, mask=real, other=0.0).to(tl.float32) - mean[:, None] * gain
+    start = tile * rows_a_tile
+    stop = tl.minimum(start + rows_a_tile, rows)
+    for first in range(start, stop, ROWS):
+        values, mask, where = _tile(x, picture, first, stop, rows, G, C, ROWS, GROUPS, WIDTH)
+        values = values * gain[None, :, :] + shift[None, :, :]
+        if SILU:
+            values = values * tl.sigmoid(values)
+        tl.store(out + where, values.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def layer_norm_kernel(x, weight, bias, out, C, eps, WIDTH: tl.constexpr):
+    """out [M, C] = (x - mean) / deviation * weight + bias, by rows. Grid: (M,)."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    mask = column < C
+    values = tl.load(x + row * C + column, mask=mask, other=0.0).to(tl.float32)
+    offset = tl.where(mask, values - tl.sum(values, 0) / C, 0.0)
+    normal = offset * tl.rsqrt(tl.sum(offset * offset, 0) / C + eps)
+    gain = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    shift = tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row * C + column, (normal * gain + shift).to(out.dtype.element_ty), mask=mask)
+
+
+def group_norm_silu_triton(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5, silu: bool = True
+) -> Tensor:
+    """Group normalisation of ``x [B, C, H, W]`` with ``weight, bias [C]``, then SiLU when ``silu`` is set.
+
+    Any float dtype, computed in float32; the result is channels-last, and so should x be, or it is copied.
+    Raises ValueError when the groups do not divide the channels or the parameters do not fit.
+    """
+    channels = x.shape[1] if x.ndim == 4 else 0
+    if not channels or groups < 1 or channels % groups or weight.shape != (channels,) or bias.shape != (channels,):
+        raise ValueError(
+            f"group norm of {list(x.shape)} in {groups} groups takes weight and bias [{channels}] and groups that "
+            f"divide it, got weight {list(weight.shape)}, bias {list(bias.shape)}"
+        )
+    if x.dtype not in DTYPES or x.numel() >= 2**31:
+        raise ValueError(f"group norm takes fewer than 2^31 float values, got {x.numel()} of {x.dtype}")
+    x = x.contiguous(memory_format=torch.channels_last)
+    out = torch.empty_like(x)
+    batch, rows, width = x.shape[0], x.shape[2] * x.shape[3], channels // groups
+    if not x.numel():
+        return out
+    group_slots, channel_slots = triton.next_power_of_2(groups), triton.next_power_of_2(width)
+    step = max(1, TILE_VALUES // (group_slots * channel_slots))  # a power of two
+    step = min(step, triton.next_power_of_2(rows))
+    rows_a_tile = triton.cdiv(triton.cdiv(rows, MAX_TILES), step) * step
+    tiles = triton.cdiv(rows, rows_a_tile)
+    means, deviations = torch.empty(2, batch, tiles, group_slots, dtype=torch.float32, device=x.device)
+    slots = {"ROWS": step, "GROUPS": group_slots, "WIDTH": channel_slots, "num_warps": WARPS}
+    grid = (tiles, batch)
+    group_stats_kernel[grid](x, means, deviations, rows, rows_a_tile, groups, width, **slots)
+    group_apply_kernel[grid](
+        x,
+        means,
+        deviations,
+        weight,
+        bias,
+        out,
+        rows,
+        rows_a_tile,
+        groups,
+        width,
+        eps,
+        SILU=silu,
+        TILES=triton.next_power_of_2(tiles),
+        **slots,
+    )
+    return out
+
+
+def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """Layer normalisation of ``x [..., C]`` with ``weight, bias [C]``, computed in float32, in x's dtype.
+
+    Raises ValueError when the parameters do not fit or C is above 16384.
+    """
+    width = x.shape[-1] if x.ndim else 0
+    if not 0 < width <= 16384 or weight.shape != (width,) or bias.shape != (width,) or x.dtype not in DTYPES:
+        raise ValueError(
+            f"layer norm of {x.dtype} {list(x.shape)} takes weight and bias [{width}] of at most 16384, "
+            f"got weight {list(weight.shape)}, bias {list(bias.shape)}"
+        )
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if rows := x.numel() // width:
+        slots = triton.next_power_of_2(width)
+        layer_norm_kernel[(rows,)](
+            x, weight, bias, out, width, eps, WIDTH=slots, num_warps=max(1, min(8, slots // 256))
+        )
+    return out
