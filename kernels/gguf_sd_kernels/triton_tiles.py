@@ -11,6 +11,7 @@ import triton.language as tl
 # Four bytes, eight nibbles, to eight float16 in ten instructions. 0x6400 is 1024.0 and its last mantissa bit is
 # worth 1, so a nibble ored into the low bits makes 1024 + n, and one left in bits 4-7 makes 1024 + 16 n, which
 # / 16 - 64 brings to n. The zero point z goes into the same two constants.
+# Outputs are written once every input has been read, as registers may be shared.
 # $0 $1: low nibbles of bytes 0, 1 and 2, 3; $2 $3: high nibbles; $4: the bytes. lop3 0xEA is (a & b) | c.
 _NIBBLES_PTX = """{{
 .reg .b32 even, odd, low, high, part;
@@ -32,13 +33,13 @@ NIBBLES_PTX_0 = tl.constexpr(_NIBBLES_PTX.format(low="0x64006400", high="0xD400D
 NIBBLES_PTX_8 = tl.constexpr(_NIBBLES_PTX.format(low="0x64086408", high="0xD480D480"))  # z = 8: -1032, -72
 # The same for four bytes of Q8_0, value + 128: minus 1024 + 128.
 BYTES_PTX = tl.constexpr("""{
-.reg .b32 magic, offset;
+.reg .b32 magic, offset, even, odd;
 mov.b32 magic, 0x64646464;
 mov.b32 offset, 0x64806480;
-prmt.b32 $0, $2, magic, 0x4140;
-prmt.b32 $1, $2, magic, 0x4342;
-sub.f16x2 $0, $0, offset;
-sub.f16x2 $1, $1, offset;
+prmt.b32 even, $2, magic, 0x4140;
+prmt.b32 odd, $2, magic, 0x4342;
+sub.f16x2 $0, even, offset;
+sub.f16x2 $1, odd, offset;
 }""")
 
 
