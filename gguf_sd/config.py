@@ -56,6 +56,7 @@ class VAEConfig(_Config):
     layers_per_block: int = 2
     norm_groups: int = 32
     scaling_factor: float = 0.18215
+    overflows_float16: bool = False  # SDXL's: decoded in bfloat16 or float32 where the UNet runs in float16
 
     @property
     def downscale(self) -> int:
@@ -116,6 +117,7 @@ class ModelConfig(_Config):
     text: tuple[TextConfig, ...] = (TextConfig(),)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     defaults: Defaults = field(default_factory=Defaults)
+    zero_empty_negative: bool = False  # an empty negative prompt is all zeros, not an encoded empty text (SDXL)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -152,9 +154,10 @@ SDXL = ModelConfig(
         linear_projection=True,
         vector_dim=2816,
     ),
-    vae=VAEConfig(scaling_factor=0.13025),
+    vae=VAEConfig(scaling_factor=0.13025, overflows_float16=True),
     text=(TextConfig(), OPENCLIP_G),
     defaults=Defaults(sampler="euler", guidance=5.0, width=1024, height=1024),
+    zero_empty_negative=True,
 )
 SDXL_TURBO = replace(
     SDXL,

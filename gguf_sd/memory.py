@@ -39,10 +39,17 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         if device.type == "cuda":
             return torch.float16
-        return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+        return wide_dtype(device)
     if name not in DTYPES:
         raise GgufSdError(f"unknown dtype {name!r}; choose from auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The smallest dtype with float32's range that the device computes in."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -17,18 +18,21 @@ from gguf_sd.models.text import TextEncoder
 from gguf_sd.models.unet import UNet
 from gguf_sd.models.vae import Autoencoder
 from gguf_sd.recognise import recognise
-from gguf_sd.tensor_names import TEXT, UNET, VAE, XL_TEXT, canonical_names
+from gguf_sd.tensor_names import TEXT, UNET, VAE, canonical_names
 from gguf_sd.tokenizer import METADATA_KEY, Tokenizer
 
 CONFIG_KEY = "gguf_sd.config"
 FORMAT_KEY = "gguf_sd.format_version"
 FORMAT_VERSION = 1
+XL_TEXTS = ("conditioner.embedders.0.", "conditioner.embedders.1.")
+XL_WRAPPER = re.compile(r"^(model|transformer(?=\.text_model))\.")
 SOURCE_HASH_KEY = "gguf_sd.source.sha256"
 
 
 def part_of(canonical: str) -> str:
     """Which part of the model a tensor belongs to."""
-    parts = {UNET: "unet", VAE: "vae", TEXT: "text encoder", XL_TEXT[0]: "text encoder 1", XL_TEXT[1]: "text encoder 2"}
+    parts = {UNET: "unet", VAE: "vae", TEXT: "text encoder"}
+    parts |= {prefix: f"text encoder {i + 1}" for i, prefix in enumerate(XL_TEXTS)}
     return next((part for prefix, part in parts.items() if canonical.startswith(prefix)), "other")
 
 
@@ -100,8 +104,13 @@ class ModelFile:
         self.file.forget_pages()
         return vae.eval()
 
-    def load_text(self, dtype: torch.dtype) -> TextEncoder:
-        encoder = TextEncoder.load(self.config.text[0], self.part(TEXT), dtype, str(self.path))
+    def load_text(self, index: int, dtype: torch.dtype) -> TextEncoder:
+        """The model's text encoder number ``index``."""
+        if len(self.config.text) == 1:
+            tensors = self.part(TEXT)
+        else:  # the second is OpenCLIP's ("model."), or transformers' in the files of other tools
+            tensors = {XL_WRAPPER.sub("", name): s for name, s in self.part(XL_TEXTS[index]).items()}
+        encoder = TextEncoder.load(self.config.text[index], tensors, dtype, str(self.path))
         self.file.forget_pages()
         return encoder
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from gguf_sd import memory
 from gguf_sd.config import Defaults, ModelConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd.model_file import ModelFile
-from gguf_sd.models.text import TextEncoder
-from gguf_sd.models.unet import UNet
-from gguf_sd.models.vae import Autoencoder
+from gguf_sd.models.text import Encoded
+from gguf_sd.models.unet import UNet, timestep_embedding
 from gguf_sd.sampling.names import resolve_sampler, resolve_schedule
 from gguf_sd.sampling.noise import NoiseSource
 from gguf_sd.sampling.samplers import Step, sample
@@ -26,6 +25,8 @@ from gguf_sd.sampling.schedules import Schedule, make_schedule
 from gguf_sd.tokenizer import Tokenizer
 
 MAX_SEED = 2**32 - 1
+SIZE_EMBEDDING = 256  # width of the embedding of each of SDXL's six sizes
+NOT_CROPPED = (0, 0)  # top, left
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,20 @@ class Picture:
     job: Job
 
 
+class Prompt(NamedTuple):
+    """An encoded prompt: what the UNet attends to [1, N, context_dim], and SDXL's vector of pooled text and sizes
+    [1, vector_dim]."""
+
+    context: Tensor
+    vector: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Conditioning:
-    """The encoded prompt [1, 77, context] and, for guidance, the negative prompt."""
+    """The encoded prompt and, for guidance, the negative prompt."""
 
-    positive: Tensor
-    negative: Tensor | None
+    positive: Prompt
+    negative: Prompt | None
 
 
 class Pipeline:
@@ -141,6 +150,8 @@ class Pipeline:
     def __init__(self, model: ModelFile, device: torch.device, dtype: torch.dtype, weights: str = "auto"):
         self.model, self.device, self.dtype, self.weights = model, device, dtype, weights
         self.plan = self._plan(model.config.defaults.width * model.config.defaults.height)
+        overflows = dtype == torch.float16 and model.config.vae.overflows_float16
+        self.vae_dtype = memory.wide_dtype(device) if overflows else dtype
         self._parts: dict[str, Any] = {}
         self._tokenizer: Tokenizer | None = None
 
@@ -174,18 +185,34 @@ class Pipeline:
 
     @torch.inference_mode()
     def encode(self, job: Job) -> Conditioning:
-        """The job's prompts through the text encoder."""
-        config = self.model.config.text[0]
-        encoder = self._part("text")
+        """The job's prompts through the text encoders, one encoder at a time."""
+        prompts = [job.prompt, job.negative_prompt] if job.guided else [job.prompt]
         tokenizer = self._tokenizer = self._tokenizer or self.model.tokenizer()
+        encoded: list[list[Encoded]] = [[] for _ in prompts]
+        for index, config in enumerate(self.model.config.text):
+            encoder = self._part(f"text {index}")
+            for prompt, results in zip(prompts, encoded, strict=True):
+                results.append(encoder.encode(tokenizer.encode(prompt, config).to(self.device)))
+            self._release(f"text {index}")
+        conditioned = [self._prompt(results, job) for results in encoded]
+        if not job.guided:
+            return Conditioning(conditioned[0], None)
+        if not job.negative_prompt and self.model.config.zero_empty_negative:
+            conditioned[1] = self._prompt([_zeroed(result) for result in encoded[1]], job)
+        return Conditioning(conditioned[0], conditioned[1])
 
-        def encoded(prompt: str) -> Tensor:
-            return encoder.encode(tokenizer.encode(prompt, config).to(self.device))
-
-        positive = encoded(job.prompt)
-        negative = encoded(job.negative_prompt) if job.guided else None
-        self._release("text")
-        return Conditioning(positive, negative)
+    def _prompt(self, encoded: Sequence[Encoded], job: Job) -> Prompt:
+        """SD 1.x attends to its encoder's last states; SDXL to both encoders' last but one, and takes the pooled text
+        and the picture's sizes besides (Podell et al. 2023, arXiv:2307.01952)."""
+        if not self.model.config.unet.vector_dim:
+            return Prompt(encoded[0].last)
+        context = torch.cat([result.penultimate for result in encoded], dim=-1)
+        pooled = encoded[-1].pooled
+        assert pooled is not None
+        original = target = (job.height, job.width)
+        sizes = torch.tensor([*original, *NOT_CROPPED, *target], device=self.device)
+        embedded = timestep_embedding(sizes, SIZE_EMBEDDING).flatten()[None]
+        return Prompt(context, torch.cat([pooled, embedded.to(pooled)], dim=-1))
 
     def denoise(self, job: Job, latents: Tensor, conditioning: Conditioning, noise: NoiseSource) -> Iterator[Step]:
         """Walks unit-variance latents [B, 4, h, w] down the job's schedule, yielding after every step."""
@@ -201,7 +228,7 @@ class Pipeline:
                 f"the UNet produced values that are not finite in {str(self.dtype).removeprefix('torch.')}; "
                 "try --dtype float32 or bfloat16"
             )
-        images = [self._part("vae").decode(latent[None]) for latent in latents.to(self.dtype)]
+        images = [self._part("vae").decode(latent[None]) for latent in latents.to(self.vae_dtype)]
         self._release("vae")
         pixels = torch.cat(images).float() / 2 + 0.5
         if not pixels.isfinite().all():
@@ -218,8 +245,7 @@ class Pipeline:
 
     def _part(self, name: str) -> Any:
         if name not in self._parts:
-            loaders = {"text": self._load_text, "unet": self._load_unet, "vae": self._load_vae}
-            self._parts[name] = loaders[name]().to(self.device)
+            self._parts[name] = self._load(name).to(self.device)
         return self._parts[name]
 
     def _release(self, name: str) -> None:
@@ -227,17 +253,20 @@ class Pipeline:
             self._parts.pop(name, None)
             self.model.file.forget_pages()
 
-    def _load_text(self) -> TextEncoder:
-        return self.model.load_text(self.dtype)
-
-    def _load_unet(self) -> UNet:
+    def _load(self, name: str) -> nn.Module:
+        if name == "vae":
+            return self.model.load_vae(self.vae_dtype)
+        if name != "unet":
+            return self.model.load_text(int(name.removeprefix("text ")), self.dtype)
         unet = self.model.load_unet(self.dtype)
         if self.plan.weights == "resident":
             memory.make_resident(unet, self.dtype)
         return unet
 
-    def _load_vae(self) -> Autoencoder:
-        return self.model.load_vae(self.dtype)
+
+def _zeroed(encoded: Encoded) -> Encoded:
+    pooled = None if encoded.pooled is None else torch.zeros_like(encoded.pooled)
+    return Encoded(torch.zeros_like(encoded.last), torch.zeros_like(encoded.penultimate), pooled)
 
 
 class _Predictor:
@@ -251,15 +280,18 @@ class _Predictor:
         """latents [B, 4, h, w], 0-dim timestep -> prediction [B, 4, h, w]."""
         positive, negative = self.conditioning.positive, self.conditioning.negative
         if negative is None:
-            return self._run(latents, timestep, positive)
+            return self._run(latents, timestep, [positive])
         if self.batched:
-            contexts = torch.cat([c.expand(len(latents), -1, -1) for c in (negative, positive)])
-            without, with_prompt = self._run(torch.cat([latents, latents]), timestep, contexts).chunk(2)
+            without, with_prompt = self._run(latents, timestep, [negative, positive]).chunk(2)
         else:
-            without = self._run(latents, timestep, negative)
-            with_prompt = self._run(latents, timestep, positive)
+            without = self._run(latents, timestep, [negative])
+            with_prompt = self._run(latents, timestep, [positive])
         return without + self.guidance * (with_prompt - without)
 
-    def _run(self, latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+    def _run(self, latents: Tensor, timestep: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """The predictions for each prompt in turn, [prompts * B, 4, h, w]."""
         batch = len(latents)
-        return self.unet(latents, timestep.expand(batch), context.expand(batch, -1, -1))
+        context = torch.cat([prompt.context.expand(batch, -1, -1) for prompt in prompts])
+        vectors = [prompt.vector.expand(batch, -1) for prompt in prompts if prompt.vector is not None]
+        repeated = latents.repeat(len(prompts), 1, 1, 1)
+        return self.unet(repeated, timestep.expand(len(repeated)), context, torch.cat(vectors) if vectors else None)

@@ -24,6 +24,11 @@ PREFIX_ALIASES = {
     "te.text_model.": TEXT + "text_model.",
     "te.": TEXT,
 }
+# The text encoders of SDXL under stable-diffusion.cpp's names.
+XL_PREFIX_ALIASES = {
+    "cond_stage_model.1.": "conditioner.embedders.1.",
+    "cond_stage_model.": "conditioner.embedders.0.",
+}
 
 # Tensors of single-file checkpoints that are no weights of the model at inference.
 IGNORED = re.compile(
@@ -152,12 +157,12 @@ def canonical_names(names: Iterable[str]) -> dict[str, str]:
     """
     names = list(names)
     bare = "input_blocks.0.0.weight" in names
+    xl = any("label_emb.0.0.weight" in name for name in names)
+    aliases = PREFIX_ALIASES | (XL_PREFIX_ALIASES if xl else {})
     result: dict[str, str] = {}
     for name in names:
-        new = name
-        if bare:
-            new = UNET + name
-        for alias, prefix in PREFIX_ALIASES.items():
+        new = UNET + name if bare else name
+        for alias, prefix in aliases.items():
             if new.startswith(alias):
                 new = prefix + new.removeprefix(alias)
                 break

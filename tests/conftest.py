@@ -33,12 +33,24 @@ VAE = {
     "norm_num_groups": 8,
     "latent_channels": 4,
 }
+XL_UNET = UNET | {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2),
+    "attention_head_dim": (2, 4),
+    "use_linear_projection": True,
+    "cross_attention_dim": 64,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 32 + 6 * 256,
+}
 
 
 @dataclass
 class Tiny:
     """What a tiny pipeline differs in from the one above."""
 
+    xl: bool = False
     unet: dict[str, Any] = field(default_factory=dict)
     vae: dict[str, Any] = field(default_factory=dict)
     scheduler: str = "PNDMScheduler"
@@ -91,32 +103,34 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
 
 def _save(tiny: Tiny, folder: Path) -> Path:
     import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     write_tokenizer(folder / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     scheduler = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
     if tiny.scheduler == "PNDMScheduler":
         scheduler |= {"skip_prk_steps": True}
-    pipeline = diffusers.StableDiffusionPipeline(
-        vae=randomise(diffusers.AutoencoderKL(**(VAE | tiny.vae)), tiny.seed),
-        text_encoder=randomise(CLIPTextModel(text), tiny.seed + 1),
-        tokenizer=tokenizer,
-        unet=randomise(diffusers.UNet2DConditionModel(**(UNET | tiny.unet)), tiny.seed + 2),
-        scheduler=getattr(diffusers, tiny.scheduler)(**(scheduler | tiny.scheduler_config)),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder)
+    base = XL_UNET if tiny.xl else UNET
+    parts: dict[str, Any] = {
+        "vae": randomise(diffusers.AutoencoderKL(**(VAE | tiny.vae)), tiny.seed),
+        "text_encoder": randomise(CLIPTextModel(_text_config(tokenizer)), tiny.seed + 1),
+        "tokenizer": tokenizer,
+        "unet": randomise(diffusers.UNet2DConditionModel(**(base | tiny.unet)), tiny.seed + 2),
+        "scheduler": getattr(diffusers, tiny.scheduler)(**(scheduler | tiny.scheduler_config)),
+    }
+    if tiny.xl:
+        second = CLIPTextModelWithProjection(_text_config(tokenizer, hidden_act="gelu", num_hidden_layers=3))
+        parts |= {"text_encoder_2": randomise(second, tiny.seed + 3), "tokenizer_2": tokenizer}
+        diffusers.StableDiffusionXLPipeline(**parts).save_pretrained(folder)
+    else:
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        diffusers.StableDiffusionPipeline(**parts).save_pretrained(folder)
     return folder
+
+
+def _text_config(tokenizer: Any, **changes: Any) -> Any:
+    from transformers import CLIPTextConfig
+
+    config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return CLIPTextConfig(vocab_size=len(tokenizer), projection_dim=32, **(config | ids | changes))

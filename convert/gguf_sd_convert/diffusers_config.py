@@ -75,7 +75,10 @@ def read_model_config(folder: Path) -> tuple[ModelConfig, list[str]]:
     scheduler, defaults, notes = scheduler_config(read_json(folder / "scheduler" / "scheduler_config.json"), name)
     width, height = _size(unet_json, vae)
     defaults = replace(defaults, width=width, height=height)
-    return ModelConfig(name, unet, vae, tuple(texts), scheduler, defaults), notes
+    if name == "sdxl":
+        vae = replace(vae, overflows_float16=bool(vae_json.get("force_upcast", True)))
+    zero = name == "sdxl" and bool(read_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", True))
+    return ModelConfig(name, unet, vae, tuple(texts), scheduler, defaults, zero), notes
 
 
 def _channels(values: dict[str, Any], default: tuple[int, ...]) -> tuple[int, ...]:

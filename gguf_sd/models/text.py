@@ -1,15 +1,44 @@
-"""The CLIP text encoder: transformers' implementation, our names and configuration."""
+"""The CLIP text encoders: transformers' implementation, our names and configuration."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from gguf_sd.config import TextConfig
 from gguf_sd.load import Source, assign
+from gguf_sd.quant_tensor import QuantTensor
+
+# OpenCLIP's names of what transformers calls otherwise; attention's queries, keys and values are one tensor there.
+OPENCLIP = {
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_final.weight": "final_layer_norm.weight",
+    "ln_final.bias": "final_layer_norm.bias",
+}
+OPENCLIP_LAYER = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+OPENCLIP_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)")
+OPENCLIP_QKV = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")
+
+
+class Encoded(NamedTuple):
+    """What a text encoder makes of a prompt."""
+
+    last: Tensor  # [B, N, hidden_size], after the final LayerNorm: what SD 1.x attends to
+    penultimate: Tensor  # [B, N, hidden_size], of the last layer but one, not normalised: what SDXL attends to
+    pooled: Tensor | None  # [B, projection_dim], the projected end-of-text token, of encoders with a projection
 
 
 class TextEncoder(nn.Module):
@@ -18,7 +47,8 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        self.model = CLIPTextModel(
+        kind = CLIPTextModelWithProjection if config.projection_dim else CLIPTextModel
+        self.model = kind(
             CLIPTextConfig(
                 vocab_size=config.vocab_size,
                 hidden_size=config.hidden_size,
@@ -27,6 +57,7 @@ class TextEncoder(nn.Module):
                 num_attention_heads=config.num_attention_heads,
                 max_position_embeddings=config.max_position_embeddings,
                 hidden_act=config.hidden_act,
+                projection_dim=config.projection_dim or config.hidden_size,
                 bos_token_id=config.bos_token_id,
                 eos_token_id=config.eos_token_id,
                 pad_token_id=config.pad_token_id,
@@ -36,14 +67,15 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def load(cls, config: TextConfig, tensors: Mapping[str, Source], dtype: torch.dtype, where: str) -> TextEncoder:
-        """Builds the encoder from tensors named as in transformers 4 (``text_model.…``); ``where`` names the file in
-        errors."""
+        """Builds the encoder from tensors named as in transformers (with or without ``text_model.``) or OpenCLIP;
+        ``where`` names the file in errors."""
         with torch.device("meta"):
             encoder = cls(config)
-        prefixed = any(name.startswith("text_model.") for name, _ in encoder.model.named_parameters())
-        if not prefixed:  # transformers 5 dropped the level
-            tensors = {name.removeprefix("text_model."): source for name, source in tensors.items()}
-        assign(encoder.model, tensors, dtype, where, keep_quantized=False)
+        if "positional_embedding" in tensors:
+            tensors = from_openclip(tensors)
+        bare = {name.removeprefix("text_model."): source for name, source in tensors.items()}
+        names = {name.removeprefix("text_model."): name for name, _ in encoder.model.named_parameters()}
+        assign(encoder.model, {names.get(k, k): source for k, source in bare.items()}, dtype, where, False)
         for name, buffer in list(encoder.model.named_buffers()):
             owner, _, leaf = name.rpartition(".")
             if leaf != "position_ids":
@@ -52,6 +84,42 @@ class TextEncoder(nn.Module):
         return encoder.eval()
 
     @torch.inference_mode()
-    def encode(self, ids: Tensor) -> Tensor:
-        """Token ids [B, 77] -> last hidden states after the final LayerNorm [B, 77, hidden_size]."""
-        return self.model(input_ids=ids).last_hidden_state
+    def encode(self, ids: Tensor) -> Encoded:
+        """Token ids [B, N], N = ``config.max_position_embeddings``."""
+        output = self.model(input_ids=ids, output_hidden_states=True)
+        pooled = output.text_embeds if self.config.projection_dim else None
+        return Encoded(output.last_hidden_state, output.hidden_states[-2], pooled)
+
+
+def from_openclip(tensors: Mapping[str, Source]) -> dict[str, Source]:
+    """An OpenCLIP text transformer's tensors under transformers' names: queries, keys and values apart, the text
+    projection [in, out] transposed."""
+    result: dict[str, Source] = {}
+    for name, source in tensors.items():
+        if name in OPENCLIP:
+            result[OPENCLIP[name]] = source
+        elif name == "text_projection":
+            result["text_projection.weight"] = partial(_transposed, source)
+        elif match := OPENCLIP_QKV.fullmatch(name):
+            layer, leaf = match.groups()
+            for i, projection in enumerate("qkv"):
+                result[f"encoder.layers.{layer}.self_attn.{projection}_proj.{leaf}"] = partial(_third, source, i)
+        elif (match := OPENCLIP_BLOCK.fullmatch(name)) and match[2] in OPENCLIP_LAYER:
+            layer, module, leaf = match.groups()
+            result[f"encoder.layers.{layer}.{OPENCLIP_LAYER[module]}.{leaf}"] = source
+        else:
+            result[name] = source  # for the loader to name
+    return result
+
+
+def _full(source: Source) -> Tensor:
+    stored = source()
+    return stored.dequantize() if isinstance(stored, QuantTensor) else stored
+
+
+def _transposed(source: Source) -> Tensor:
+    return _full(source).t()
+
+
+def _third(source: Source, index: int) -> Tensor:
+    return _full(source).chunk(3)[index]

@@ -16,7 +16,7 @@ from gguf_sd import Pipeline
 from gguf_sd.errors import GgufSdError
 from gguf_sd.model_file import ModelFile
 from gguf_sd.pipeline import Request
-from gguf_sd.tensor_names import TEXT, UNET, VAE, inverted, rename, unet_modules, vae_modules
+from gguf_sd.tensor_names import UNET, inverted, rename, unet_modules
 from gguf_sd_convert.convert import ConvertOptions, convert
 
 PROMPT, NEGATIVE = "a red cat beside a dog", "blurry"
@@ -43,49 +43,42 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return make
 
 
-def stored_values(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the file as gguf-py decodes it, in its logical shape, float32."""
+def stored_unet(path: Path) -> dict[str, torch.Tensor]:
+    """The UNet's tensors as gguf-py decodes them, in their logical shape, float32, under diffusers' names."""
     model = ModelFile.open(path)
-    tensors = {t.name: t for t in gguf.GGUFReader(path).tensors}
+    names = inverted(unet_modules(model.config.unet))
     values = {}
-    for name, tensor in tensors.items():
+    for tensor in gguf.GGUFReader(path).tensors:
+        if not tensor.name.startswith(UNET):
+            continue
         value = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
-        shape = model.file.shape(name)
+        shape = model.file.shape(tensor.name)
         if len(shape) == 4 and model.file.metadata["gguf_sd.layout"] == "native" and value.dim() == 2:
             out, channels, kh, kw = shape
             value = value.view(out, kh, kw, channels).permute(0, 3, 1, 2).contiguous()
-        values[name] = value.view(shape)
+        values[str(rename(tensor.name.removeprefix(UNET), names))] = value.view(shape)
     return values
 
 
 def oracle(folder: Path, path: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """diffusers' pipeline with the weights of the GGUF file."""
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
-    config = ModelFile.open(path).config
-    unet_names, vae_names = inverted(unet_modules(config.unet)), inverted(vae_modules(config.vae))
-    states: dict[str, dict[str, torch.Tensor]] = {"unet": {}, "vae": {}, "text_encoder": {}}
-    prefixed = any(name.startswith("text_model.") for name in pipeline.text_encoder.state_dict())
-    for name, value in stored_values(path).items():
-        if name.startswith(UNET):
-            states["unet"][str(rename(name.removeprefix(UNET), unet_names))] = value
-        elif name.startswith(VAE):
-            states["vae"][str(rename(name.removeprefix(VAE), vae_names))] = value
-        else:
-            own = name.removeprefix(TEXT)
-            states["text_encoder"][own if prefixed else own.removeprefix("text_model.")] = value
-    for part, state in states.items():
-        module = getattr(pipeline, part)
-        shapes = {name: parameter.shape for name, parameter in module.state_dict().items() if name in state}
-        module.load_state_dict({name: value.view(shapes[name]) for name, value in state.items()}, strict=True)
+    """diffusers' pipeline with the weights of the GGUF file: its UNet, and all else rounded to F16 as there."""
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    state, own = stored_unet(path), pipeline.unet.state_dict()
+    pipeline.unet.load_state_dict({name: value.view(own[name].shape) for name, value in state.items()}, strict=True)
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        module = getattr(pipeline, part, None)
+        for parameter in module.parameters() if module is not None else ():
+            if parameter.dim() > 1:
+                parameter.data = parameter.data.half().float()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(dtype)
 
 
-def paint_with(pipeline: Any, seeds: list[int], **settings: Any) -> list[Any]:
+def paint_with(pipeline: Any, seeds: list[int], negative: str | None = NEGATIVE, **settings: Any) -> list[Any]:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return pipeline(
         [PROMPT] * len(seeds),
-        negative_prompt=[NEGATIVE] * len(seeds),
+        negative_prompt=None if negative is None else [negative] * len(seeds),
         generator=generators,
         num_inference_steps=settings["steps"],
         guidance_scale=settings["guidance"],
@@ -133,6 +126,31 @@ def test_each_scheduler_by_the_files_default(
     expected = paint_with(oracle(folder, path), [3], **settings)
     got = Pipeline.load(path, device="cpu", dtype="float32")(PROMPT, negative_prompt=NEGATIVE, seed=3, **settings)
     assert psnr(got[0], expected[0]) >= 45
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("f16", "native"), ("q4_0", "native"), ("q4_0", "comfy")])
+@pytest.mark.parametrize("negative", [NEGATIVE, ""])
+def test_sdxl(
+    tiny_pipeline: Callable[..., Path], converted: Callable[..., Path], kind: str, layout: str, negative: str
+) -> None:
+    """Two text encoders, pooled text and sizes; an empty negative prompt is all zeros."""
+    folder = tiny_pipeline(xl=True, scheduler="EulerDiscreteScheduler")
+    path = converted(folder, type=kind, layout=layout)
+    expected = paint_with(oracle(folder, path), [7, 8], negative=negative or None, **SETTINGS)
+    pipeline = Pipeline.load(path, device="cpu", dtype="float32")
+    got = pipeline(PROMPT, negative_prompt=negative, seed=7, count=2, batch=2, **SETTINGS)
+    assert min(psnr(g, e) for g, e in zip(got, expected, strict=True)) >= 45
+    assert psnr(got[0], expected[1]) < 30
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_sdxl_turbo(tiny_pipeline: Callable[..., Path], converted: Callable[..., Path], steps: int) -> None:
+    config = {"timestep_spacing": "trailing"}
+    folder = tiny_pipeline(xl=True, scheduler="EulerAncestralDiscreteScheduler", scheduler_config=config)
+    path = converted(folder, type="q8_0")
+    settings = SETTINGS | {"steps": steps, "guidance": 0.0}
+    expected = paint_with(oracle(folder, path), [3], negative=None, **settings)
+    assert psnr(Pipeline.load(path, device="cpu", dtype="float32")(PROMPT, seed=3, **settings)[0], expected[0]) >= 45
 
 
 @pytest.mark.parametrize("weights", ["quantized", "resident"])
