@@ -13,7 +13,7 @@ from gguf_sd_convert.quantizers import quantize
 SEARCHED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
 
 
-def samples(kind: str, rows: int = 96, cols: int = 640) -> torch.Tensor:
+def samples(kind: str, rows: int = 40, cols: int = 320) -> torch.Tensor:
     g = torch.Generator().manual_seed(sum(kind.encode()))
     normal = torch.randn(rows, cols, generator=g)
     uniform = torch.rand(rows, cols, generator=g)

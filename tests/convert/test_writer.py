@@ -109,7 +109,7 @@ def test_full_disk_is_seen_beforehand(tiny_pipeline: Make, tmp_path: Path, monke
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
     monkeypatch.setattr(converter, "encode", lambda *args: pytest.fail("began to write"))
-    with pytest.raises(GgufSdError, match="0.00 GB free, the file takes"):
+    with pytest.raises(GgufSdError, match="GB free, the file takes"):
         convert(tiny_pipeline(), tmp_path / "x.gguf")
     assert not list(tmp_path.iterdir())
 
@@ -146,9 +146,9 @@ def test_sink_checks_what_it_is_given(tmp_path: Path) -> None:
     for name, count in (("b", 2), ("a", 2)):
         with pytest.raises(RuntimeError, match="was next"), GGUFSink(tmp_path / "x", "sd1", {}, tensors) as sink:
             sink.write(name, torch.zeros(count))
-    with pytest.raises(RuntimeError, match="1 tensors were not written"):
-        with GGUFSink(tmp_path / "x", "sd1", {}, tensors) as sink:
-            sink.write("a", torch.zeros(3))
+    unfinished = pytest.raises(RuntimeError, match="1 tensors were not written")
+    with unfinished, GGUFSink(tmp_path / "x", "sd1", {}, tensors) as sink:
+        sink.write("a", torch.zeros(3))
     assert not list(tmp_path.iterdir())
 
 
