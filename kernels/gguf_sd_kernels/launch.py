@@ -1,7 +1,7 @@
 """Which launch configuration a product gets: tile sizes by GPU family and M, and how often to split K.
 
 Every entry here is UNTUNED: chosen from counted instructions, registers and shared memory of the compiled code and
-from arithmetic, with no GPU at hand. Measured entries come from ``benchmarks/bench_kernels.py --tune`` and go
+from arithmetic, with no GPU at hand. Measured entries come from ``benchmarks/bench_kernels.py`` and go
 before these, see :func:`load_measured`.
 """
 
@@ -50,7 +50,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class Product:
-    """What is to be multiplied: ``op`` is "linear" or "conv"; a convolution has M = B * OH * OW, K = taps * IC."""
+    """What is to be multiplied: ``op`` is "linear", "geglu" or "conv".
+
+    A convolution has M = B * OH * OW, K = taps * IC; GEGLU's N counts values and gates.
+    """
 
     op: str
     qtype: str
@@ -107,29 +110,67 @@ FAMILIES = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 103: "
 # its part of the tile. Neither has been measured.
 START_STEPS, SPLIT_STEPS, MAX_SPLITS = 4, 2, 16
 
-_measured: dict[str, Launch] = {}
+
+@dataclass(frozen=True)
+class Measured:
+    """What a GPU measured for one product: its best launch, and microseconds a call in each mode."""
+
+    launch: Launch
+    fused: float
+    dequantize: float  # decoding included
+    resident: float
+
+    @property
+    def fastest(self) -> str:
+        """ "fused" or "dequantize": the faster one that keeps the weight quantised."""
+        return "fused" if self.fused <= self.dequantize else "dequantize"
+
+
+_measured: dict[str, Measured] = {}
 
 
 def choose(product: Product, family: str, processors: int) -> Launch:
     """The launch for ``product`` on a GPU of ``family`` with so many multiprocessors."""
-    if launch := _measured.get(product.key):
-        return launch
+    if known := _measured.get(product.key):
+        return known.launch
     launch = next(launch for largest, launch in UNTUNED[family] if product.m <= largest)
     if product.step_multiple % launch.block_k:
         launch = replace(launch, block_k=32)  # blocks of 32 divide every row
     return replace(launch, splits=best_splits(product, launch, processors))
 
 
+def tiles(product: Product, launch: Launch) -> int:
+    """How many tiles the result is cut into."""
+    return -(-product.m // launch.block_m) * -(-product.n // launch.block_n)
+
+
 def best_splits(product: Product, launch: Launch, processors: int) -> int:
     """How many programs should share a tile's K so that a small grid fills the GPU [model]."""
-    tiles = -(-product.m // launch.block_m) * -(-product.n // launch.block_n)
-    steps = product.k // launch.block_k
+    steps, grid = product.k // launch.block_k, tiles(product, launch)
+    if grid >= 2 * processors:
+        return 1
 
     def cost(splits: int) -> int:
-        waves = -(-tiles * splits // processors)
+        waves = -(-grid * splits // processors)
         return waves * (-(-steps // splits) + START_STEPS) + (SPLIT_STEPS * splits if splits > 1 else 0)
 
     return min(range(1, min(MAX_SPLITS, steps) + 1), key=cost)
+
+
+def candidates(product: Product, family: str, processors: int) -> list[Launch]:
+    """Launches worth measuring for ``product``: every tile of the family, K split as the model says and around it."""
+    found: dict[Launch, None] = {}
+    for _, launch in UNTUNED[family]:
+        if launch.block_m > 16 and launch.block_m >= 4 * product.m:
+            continue  # mostly padding
+        if product.step_multiple % launch.block_k:
+            launch = replace(launch, block_k=32)
+        splits = best_splits(product, launch, processors)
+        small = tiles(product, launch) < 2 * processors  # a grid that fills the GPU has no reason to split K
+        for count in {1, splits // 2, splits, 2 * splits} if small else {1}:
+            if 1 <= count <= product.k // launch.block_k:
+                found[replace(launch, splits=count)] = None
+    return list(found)
 
 
 @cache
@@ -158,13 +199,20 @@ def multiprocessors(device: torch.device) -> int:
     return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def measured(product: Product) -> Measured | None:
+    """What was measured for ``product`` on this GPU, None where nothing was: mode "auto" decides by it."""
+    return _measured.get(product.key)
+
+
 def load_measured(path: Path) -> int:
-    """Reads launches measured on this GPU, {product key: launch fields}; returns how many there are."""
-    entries: dict[str, dict[str, Any]] = json.loads(path.read_text())
-    _measured.update({key: Launch(**fields) for key, fields in entries.items()})
+    """Reads what ``benchmarks/bench_kernels.py`` measured on this GPU; returns for how many products."""
+    entries: dict[str, dict[str, Any]] = json.loads(path.read_text())["products"]
+    for key, fields in entries.items():
+        _measured[key] = Measured(**(fields | {"launch": Launch(**fields["launch"])}))
     return len(entries)
 
 
-def save_measured(path: Path, launches: dict[Product, Launch]) -> None:
-    """Writes launches for :func:`load_measured`."""
-    path.write_text(json.dumps({p.key: asdict(launch) for p, launch in launches.items()}, indent=1) + "\n")
+def save_measured(path: Path, gpu: str, products: dict[Product, Measured]) -> None:
+    """Writes a table for :func:`load_measured`."""
+    table = {"gpu": gpu, "products": {product.key: asdict(values) for product, values in products.items()}}
+    path.write_text(json.dumps(table, indent=1) + "\n")

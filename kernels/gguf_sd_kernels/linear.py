@@ -104,7 +104,8 @@ def linear_fused(
     if not m:
         return out
     if launch is None:
-        launch = choose(Product("linear", weight.qtype, m, n, k), gpu_family(x.device), multiprocessors(x.device))
+        product = Product("geglu" if geglu else "linear", weight.qtype, m, n, k)
+        launch = choose(product, gpu_family(x.device), multiprocessors(x.device))
     tiles = triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n)
     steps = triton.cdiv(k // launch.block_k, launch.splits)
     splits = triton.cdiv(k // launch.block_k, steps)  # none without work

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gguf_sd_kernels import launch as launches
-from gguf_sd_kernels.launch import Launch, Product, best_splits, choose
+from gguf_sd_kernels.launch import Launch, Measured, Product, best_splits, candidates, choose
 from gguf_sd_kernels.linear import linear_fused
 from gguf_sd_kernels.repack import PACKED_TYPES, repack
 
@@ -97,10 +97,22 @@ def test_choice_of_launch() -> None:
 def test_measured_launches_come_first(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launches, "_measured", {})
     product, mine = Product("linear", "Q8_0", 77, 640, 2048), Launch(32, 32, 32, warps=2, stages=2, splits=2)
-    launches.save_measured(tmp_path / "table.json", {product: mine})
+    result = Measured(mine, fused=3.0, dequantize=2.0, resident=1.0)
+    launches.save_measured(tmp_path / "table.json", "a GPU", {product: result})
+    assert launches.measured(product) is None
     assert launches.load_measured(tmp_path / "table.json") == 1
+    assert launches.measured(product) == result
+    assert result.fastest == "dequantize"
     assert choose(product, "mma", 80) == mine
     assert choose(replace(product, m=78), "mma", 80) != mine
+
+
+def test_candidates_are_valid_and_hold_the_choice() -> None:
+    for family in launches.UNTUNED:
+        for product in (Product("linear", "Q4_0", 77, 1280, 2048), Product("conv", "Q8_0", 512, 640, 288, taps=9)):
+            found = candidates(product, family, 80)
+            assert choose(product, family, 80) in found
+            assert all(product.step_multiple % c.block_k == 0 and c.splits >= 1 for c in found)
 
 
 def test_errors_give_the_values(material: Any, device: torch.device) -> None:
