@@ -35,25 +35,29 @@ def _tile(x, picture, first, stop, rows, G, C, ROWS: tl.constexpr, GROUPS: tl.co
 def group_stats_kernel(
     x, means, deviations, rows, rows_a_tile, G, C, ROWS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """means, deviations float32 [B, tiles, GROUPS]: of x [B, rows, G, C]. Grid: (tiles, B)."""
+    """means, deviations float32 [B, tiles, GROUPS]: of x [B, rows, G, C]. Grid: (tiles, B).
+
+    Sums are taken of x less the mean of the tile's first pixel, which is near enough to the tile's mean.
+    """
     tile, picture = tl.program_id(0), tl.program_id(1)
     start = tile * rows_a_tile
     stop = tl.minimum(start + rows_a_tile, rows)
-    count = 0.0
-    mean = tl.zeros((GROUPS,), tl.float32)
-    squares = tl.zeros((GROUPS,), tl.float32)
+    near, mask, _ = _tile(x, picture, start, start + 1, rows, G, C, ROWS, GROUPS, WIDTH)
+    near = tl.sum(tl.sum(near, 2), 0) / C
+    sums = tl.zeros((ROWS, GROUPS, WIDTH), tl.float32)
+    squares = tl.zeros((ROWS, GROUPS, WIDTH), tl.float32)
     for first in range(start, stop, ROWS):
         values, mask, _ = _tile(x, picture, first, stop, rows, G, C, ROWS, GROUPS, WIDTH)
-        n = (tl.minimum(stop - first, ROWS) * C).to(tl.float32)
-        tile_mean = tl.sum(tl.sum(values, 2), 0) / n
-        offset = tl.where(mask, values - tile_mean[None, :, None], 0.0)
-        delta = tile_mean - mean
-        squares += tl.sum(tl.sum(offset * offset, 2), 0) + delta * delta * (count * n / (count + n))
-        mean += delta * (n / (count + n))
-        count += n
+        offset = tl.where(mask, values - near[None, :, None], 0.0)
+        sums += offset
+        squares += offset * offset
+    n = ((stop - start) * C).to(tl.float32)
+    sum_of_group = tl.sum(tl.sum(sums, 2), 0)
+    mean = near + sum_of_group / n
+    deviation = tl.sum(tl.sum(squares, 2), 0) - sum_of_group * sum_of_group / n
     at = (picture * tl.num_programs(0) + tile) * GROUPS + tl.arange(0, GROUPS)
     tl.store(means + at, mean)
-    tl.store(deviations + at, squares)
+    tl.store(deviations + at, tl.maximum(deviation, 0.0))
 
 
 @triton.jit(do_not_specialize=["rows", "rows_a_tile"])
