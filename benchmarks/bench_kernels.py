@@ -176,7 +176,7 @@ def time_modes(layer: Layer, qtype: str, x: Tensor, bias: Tensor, weights: list[
     del full
     tried: dict[Launch, float] = {}
     product = Product(layer.op, qtype, layer.m, layer.n, layer.k, layer.taps)
-    for launch in candidates(product, gpu_family(x.device), multiprocessors(x.device)):
+    for launch in candidates(product, gpu_family(x.device) or "", multiprocessors(x.device)):
         tried[launch] = time_calls([partial(fused, weight, launch) for weight in weights])
     best = min(tried, key=lambda launch: tried[launch])
     micro = {name: round(value * 1e6, 2) for name, value in (seconds | {"fused": tried[best]}).items()}

@@ -215,7 +215,7 @@ def ptx_checks(device: torch.device, sizes: Sizes) -> Iterator[Result]:
     for qtype in QTYPES:
         packed, _ = packed_weight(qtype, (n, k), device)
         x = torch.randn(sizes.ms[-1], k, device=device, dtype=torch.float16)
-        for _, launch in UNTUNED[gpu_family(device)]:
+        for _, launch in UNTUNED[gpu_family(device) or ""]:
             one, other = (linear_fused(x, packed, launch=replace(launch, ptx=ptx)) for ptx in (True, False))
             name = f"PTX against portable {qtype} {launch.block_m}x{launch.block_n}"
             yield Result(name, float(not torch.equal(one, other)), 0.0)
@@ -235,7 +235,7 @@ def launch_checks(device: torch.device, sizes: Sizes) -> Iterator[Result]:
         x = torch.randn(sizes.ms[-1], k, device=device, dtype=torch.float16)
         image = torch.randn(2, shape[1], height, width, device=device, dtype=torch.float16)
         want, conv_want = F.linear(x.double(), weight), conv_float64(image, conv_weight, stride, shape[2] // 2)
-        for _, launch in UNTUNED[gpu_family(device)]:
+        for _, launch in UNTUNED[gpu_family(device) or ""]:
             for splits in (1, 5):
                 chosen = replace(launch, splits=splits)
                 tag = f"{qtype} {launch.block_m}x{launch.block_n} splits {splits}"

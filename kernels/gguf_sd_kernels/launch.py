@@ -129,8 +129,13 @@ class Measured:
 _measured: dict[str, Measured] = {}
 
 
-def choose(product: Product, family: str, processors: int) -> Launch:
-    """The launch for ``product`` on a GPU of ``family`` with so many multiprocessors."""
+def choose(product: Product, family: str | None, processors: int) -> Launch:
+    """The launch for ``product`` on a GPU of ``family`` with so many multiprocessors.
+
+    Raises ValueError for a family of None.
+    """
+    if family is None:
+        raise ValueError("no fused kernels for this GPU: dequantize, and use the library's product")
     if known := _measured.get(product.key):
         return known.launch
     launch = next(launch for largest, launch in UNTUNED[family] if product.m <= largest)
@@ -174,10 +179,10 @@ def candidates(product: Product, family: str, processors: int) -> list[Launch]:
 
 
 @cache
-def gpu_family(device: torch.device) -> str:
-    """The key into UNTUNED for ``device``; a CPU, where kernels run in Triton's interpreter, counts as "mma".
+def gpu_family(device: torch.device) -> str | None:
+    """The key into UNTUNED for ``device``, None for a GPU without tensor cores that Triton uses (before sm_80).
 
-    Raises ValueError for a GPU without tensor cores that Triton uses.
+    A CPU, where kernels run in Triton's interpreter, counts as "mma".
     """
     if device.type == "cpu":
         return "mma"
@@ -185,12 +190,7 @@ def gpu_family(device: torch.device) -> str:
         name = torch.cuda.get_device_properties(device).gcnArchName
         return "mfma" if name.startswith("gfx9") else "wmma"
     major, minor = torch.cuda.get_device_capability(device)
-    if family := FAMILIES.get(10 * major + minor):
-        return family
-    raise ValueError(
-        f"no fused kernels for compute capability {major}.{minor}; known are {', '.join(map(str, FAMILIES))}: "
-        "dequantize and use the library's product there"
-    )
+    return FAMILIES.get(10 * major + minor)
 
 
 @cache

@@ -1,0 +1,100 @@
+"""Products with packed weights on a GPU: which of the ways to make them is taken.
+
+"fused" decodes inside the product, "dequantize" decodes into scratch memory and calls cuBLAS or cuDNN, "auto" takes
+the faster by what was measured on this GPU (:func:`gguf_sd_kernels.launch.load_measured`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .activation import geglu as apply_geglu
+from .launch import Product, gpu_family, measured
+from .repack import PackedWeight
+from .scratch import borrow
+
+MODES = ("auto", "fused", "dequantize")
+# What "auto" does with a product that nobody measured. Not itself measured: arithmetic says that decoding first
+# costs a quarter of an SD 1.5 step and three quarters of an SDXL step at 512 pixels on the fastest cards.
+UNMEASURED = "fused"
+
+
+def linear_packed(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    geglu: bool = False,
+    mode: str = "auto",
+) -> Tensor:
+    """``x @ W.T + bias + residual``, or with ``geglu`` ``value * gelu(gate)`` of its halves, ``x [..., K]``.
+
+    ``mode`` is one of MODES; "fused" becomes "dequantize" for what it cannot do: float32, and GPUs without tensor
+    cores that Triton uses. Raises ValueError for another mode, or shapes that do not fit.
+    """
+    n, k = weight.rows, weight.cols
+    op = "geglu" if geglu else "linear"
+    if _fuses(x, weight, Product(op, weight.qtype, x.numel() // k, n, k), mode):
+        from .linear import linear_fused
+
+        return linear_fused(x, weight, bias, residual, geglu=geglu)
+    from .dequantize import dequantize_packed
+
+    if geglu and residual is not None:
+        raise ValueError("GEGLU takes no residual")
+    with borrow((n, k), x.dtype, x.device) as buffer:
+        full = dequantize_packed(weight, x.dtype, buffer)
+        y = F.linear(x, full.reshape(n, k), None if bias is None else bias.to(x.dtype))
+    if geglu:
+        return apply_geglu(y)
+    return y if residual is None else y.add_(residual)
+
+
+def conv2d_packed(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    *,
+    residual: Tensor | None = None,
+    emb: Tensor | None = None,
+    mode: str = "auto",
+) -> Tensor:
+    """Convolves ``x [B, IC, H, W]`` -> ``[B, OC, OH, OW]``; adds ``bias [OC]``, ``emb [B, OC]`` and ``residual``.
+
+    ``mode`` is one of MODES; "fused" becomes "dequantize" for what it cannot do: float32, blocks in (IC, KH, KW)
+    order, channels that are no multiple of 32. Raises ValueError for another mode, or shapes that do not fit.
+    """
+    n, ic, kh, kw = weight.shape
+    oh, ow = ((size + 2 * padding - taps) // stride + 1 for size, taps in ((x.shape[2], kh), (x.shape[3], kw)))
+    product = Product("conv", weight.qtype, x.shape[0] * oh * ow, n, weight.cols, kh * kw)
+    in_order = ic % 32 == 0 and (weight.tap_major or kh == kw == 1)
+    if _fuses(x, weight, product, mode) and in_order:
+        from .conv import conv2d_fused
+
+        return conv2d_fused(x, weight, bias, stride, padding, residual=residual, emb=emb)
+    from .dequantize import dequantize_packed
+
+    x = x.contiguous(memory_format=torch.channels_last)
+    with borrow((n, weight.cols), x.dtype, x.device) as buffer:
+        full = dequantize_packed(weight, x.dtype, buffer)
+        y = F.conv2d(x, full, None if bias is None else bias.to(x.dtype), stride, padding)
+    if emb is not None:
+        y += emb[:, :, None, None]
+    return y if residual is None else y.add_(residual)
+
+
+def _fuses(x: Tensor, weight: PackedWeight, product: Product, mode: str) -> bool:
+    """Whether ``product`` is to be made, and can be, by the fused kernels."""
+    if mode not in MODES:
+        raise ValueError(f"no mode {mode!r} for packed weights; choose from {', '.join(MODES)}")
+    if mode == "dequantize" or x.dtype not in (torch.float16, torch.bfloat16) or gpu_family(x.device) is None:
+        return False
+    if mode == "auto":
+        known = measured(product)
+        return (known.fastest if known else UNMEASURED) == "fused"
+    return True

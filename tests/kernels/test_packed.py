@@ -1,0 +1,75 @@
+"""Every way to make a product with a packed weight gives the same, and the right one is taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gguf_sd_kernels import launch as launches
+from gguf_sd_kernels import packed
+from gguf_sd_kernels.launch import Launch, Measured, Product
+from gguf_sd_kernels.packed import MODES, conv2d_packed, linear_packed
+from gguf_sd_kernels.repack import repack
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_linear(mode: str, dtype: torch.dtype, material: Any) -> None:
+    blocks, weight = material.weight("Q4_1", 40, 64, seed=1)
+    x, bias = material.normal(2, 3, 64, seed=2, dtype=dtype), material.normal(40, seed=3, dtype=dtype)
+    residual, y = material.normal(2, 3, 40, seed=4, dtype=dtype), F.linear(x.double(), weight, bias.double())
+    got = linear_packed(x, repack(blocks, "Q4_1"), bias, residual, mode=mode)
+    assert material.error(got, y + residual) < 2e-3
+    value, gate = y.chunk(2, dim=-1)
+    got = linear_packed(x, repack(blocks, "Q4_1"), bias, geglu=True, mode=mode)
+    assert material.error(got, value * F.gelu(gate)) < 2e-3
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("tap_major", [True, False])
+@pytest.mark.parametrize("channels", [32, 16])
+def test_conv(mode: str, tap_major: bool, channels: int, material: Any) -> None:
+    """Without 32 channels or tap-major order there is no fused convolution; the result is right all the same."""
+    shape = (24, channels, 2, 2)
+    blocks, flat = material.weight("Q8_0", 24, 4 * channels, seed=5)
+    full = flat.view(24, 2, 2, channels).permute(0, 3, 1, 2) if tap_major else flat.view(shape)
+    x, bias = material.normal(2, channels, 4, 5, seed=6), material.normal(24, seed=7)
+    emb = material.normal(2, 24, seed=8)
+    want = F.conv2d(x.double(), full, bias.double(), 1, 1) + emb[:, :, None, None]
+    residual = material.normal(*want.shape, seed=9)
+    weight = repack(blocks, "Q8_0", shape, tap_major=tap_major)
+    got = conv2d_packed(x, weight, bias, 1, 1, emb=emb, residual=residual, mode=mode)
+    assert material.error(got, want + residual) < 2e-3
+
+
+def test_auto_takes_the_measured_mode(material: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+    for module, name in (("linear", "linear_fused"), ("dequantize", "dequantize_packed")):
+        real = getattr(__import__(f"gguf_sd_kernels.{module}", fromlist=[name]), name)
+
+        def spy(*args: Any, real: Any = real, name: str = name, **options: Any) -> Any:
+            taken.append(name)
+            return real(*args, **options)
+
+        monkeypatch.setattr(f"gguf_sd_kernels.{module}.{name}", spy)
+    monkeypatch.setattr(launches, "_measured", {})
+    weight, x = repack(material.weight("Q4_0", 32, 64, seed=10)[0], "Q4_0"), material.normal(5, 64, seed=11)
+    product, launch = Product("linear", "Q4_0", 5, 32, 64), Launch(16, 32, 64, warps=4, stages=2)
+    for fused, dequantize in ((1.0, 2.0), (2.0, 1.0)):
+        launches._measured[product.key] = Measured(launch, fused, dequantize, resident=0.5)
+        linear_packed(x, weight)
+    assert taken == ["linear_fused", "dequantize_packed"]
+    assert packed.UNMEASURED in MODES
+
+
+def test_errors_give_the_values(material: Any) -> None:
+    weight, x = repack(material.weight("Q4_0", 32, 64, seed=12)[0], "Q4_0"), material.normal(5, 64, seed=13)
+    with pytest.raises(ValueError, match=r"'quick'.*auto, fused, dequantize"):
+        linear_packed(x, weight, mode="quick")
+    with pytest.raises(ValueError, match="no residual"):
+        linear_packed(x, weight, residual=x[:, :16], geglu=True, mode="dequantize")
+    with pytest.raises(ValueError, match="no fused kernels"):
+        launches.choose(Product("linear", "Q4_0", 5, 32, 64), None, 1)
