@@ -23,6 +23,7 @@ def parameters(picture: Picture, model: str, model_hash: str = "", dtype: str = 
         "Size": f"{job.width}x{job.height}",
         "Model hash": model_hash,
         "Model": _quoted(model),
+        "Denoising strength": "" if job.strength is None else f"{job.strength:g}",
         "Precision": dtype,
         "Version": f"gguf-sd {gguf_sd.__version__}",
     }

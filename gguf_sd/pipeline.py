@@ -2,121 +2,28 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from gguf_sd import memory
-from gguf_sd.config import Defaults, ModelConfig
+from gguf_sd import beginning, images, memory
+from gguf_sd.beginning import Beginning, Encoder
 from gguf_sd.errors import GgufSdError
+from gguf_sd.guidance import Conditioning, Predictor, Prompt
 from gguf_sd.model_file import ModelFile
 from gguf_sd.models.text import Encoded
-from gguf_sd.models.unet import UNet, timestep_embedding
-from gguf_sd.sampling.names import resolve_sampler, resolve_schedule
-from gguf_sd.sampling.noise import NoiseSource
-from gguf_sd.sampling.samplers import Step, sample
-from gguf_sd.sampling.schedules import Schedule, make_schedule
+from gguf_sd.models.unet import timestep_embedding
+from gguf_sd.request import Job, Request, prepare
+from gguf_sd.sampling import NoiseSource, Step, sample
 from gguf_sd.tokenizer import Tokenizer
 
-MAX_SEED = 2**32 - 1
 SIZE_EMBEDDING = 256  # width of the embedding of each of SDXL's six sizes
 NOT_CROPPED = (0, 0)  # top, left
-
-
-@dataclass(frozen=True)
-class Request:
-    """One call for pictures. ``None`` means the model's own default."""
-
-    prompt: str = ""
-    negative_prompt: str = ""
-    steps: int | None = None
-    guidance: float | None = None  # <= 1 runs the UNet without guidance, once a step
-    sampler: str | None = None
-    schedule: str | None = None
-    seed: int | None = None  # picture i has seed + i; None draws one
-    width: int | None = None
-    height: int | None = None
-    batch: int = 1  # pictures painted at once
-    count: int = 1  # pictures in all
-
-
-@dataclass(frozen=True)
-class Job:
-    """A checked request, every value filled in."""
-
-    prompt: str
-    negative_prompt: str
-    steps: int
-    guidance: float
-    sampler: str
-    schedule_name: str
-    seed: int
-    width: int
-    height: int
-    batch: int
-    count: int
-    schedule: Schedule = field(repr=False, compare=False)
-
-    @property
-    def guided(self) -> bool:
-        return self.guidance > 1
-
-    def batches(self) -> Iterator[list[int]]:
-        """The seeds of each batch."""
-        seeds = [(self.seed + i) % (MAX_SEED + 1) for i in range(self.count)]
-        for first in range(0, self.count, self.batch):
-            yield seeds[first : first + self.batch]
-
-
-def prepare(request: Request, config: ModelConfig) -> Job:
-    """Fills a request with the model's defaults; raises GgufSdError for values that cannot work."""
-    defaults = replace(
-        config.defaults,
-        **{
-            name: value
-            for name in ("steps", "guidance", "width", "height")
-            if (value := getattr(request, name)) is not None
-        },
-    )
-    _check(defaults, request, config)
-    sampler, implied = resolve_sampler(request.sampler or defaults.sampler)
-    own_schedule = defaults.schedule if request.sampler is None else "model"
-    schedule_name = resolve_schedule(request.schedule or implied or own_schedule, sampler)
-    return Job(
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
-        steps=defaults.steps,
-        guidance=defaults.guidance,
-        sampler=sampler,
-        schedule_name=schedule_name,
-        seed=random.randint(0, MAX_SEED) if request.seed is None else request.seed,
-        width=defaults.width,
-        height=defaults.height,
-        batch=request.batch,
-        count=request.count,
-        schedule=make_schedule(config.scheduler, sampler, schedule_name, defaults.steps),
-    )
-
-
-def _check(values: Defaults, request: Request, config: ModelConfig) -> None:
-    unit = config.vae.downscale
-    for name, size in (("width", values.width), ("height", values.height)):
-        if size < unit or size % unit:
-            low = max(size // unit, 1) * unit
-            raise GgufSdError(f"{name} {size} is no multiple of {unit}; the nearest are {low} and {low + unit}")
-    for name, count in (("batch", request.batch), ("count", request.count)):
-        if count < 1:
-            raise GgufSdError(f"{name} must be at least 1, got {count}")
-    if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
-        raise GgufSdError(f"seed must lie in 0 … {MAX_SEED}, got {request.seed}")
-    if not 0 <= values.guidance <= 100:
-        raise GgufSdError(f"guidance must lie in 0 … 100, got {values.guidance}")
 
 
 @dataclass(frozen=True)
@@ -126,22 +33,6 @@ class Picture:
     image: Image.Image
     seed: int
     job: Job
-
-
-class Prompt(NamedTuple):
-    """An encoded prompt: what the UNet attends to [1, N, context_dim], and SDXL's vector of pooled text and sizes
-    [1, vector_dim]."""
-
-    context: Tensor
-    vector: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """The encoded prompt and, for guidance, the negative prompt."""
-
-    positive: Prompt
-    negative: Prompt | None
 
 
 class Pipeline:
@@ -176,12 +67,13 @@ class Pipeline:
         conditioning = self.encode(job)
         for seeds in job.batches():
             noise = NoiseSource(seeds, self.dtype, self.device)
-            latents = noise(self._latent_shape(job, len(seeds)))
-            for step in self.denoise(job, latents, conditioning, noise):
+            start = self.begin(job, noise)
+            latents = start.latents
+            for step in self.denoise(job, start, conditioning, noise):
                 latents = step.latents
                 on_step(step)
             for pixels, seed in zip(self.decode(latents), seeds, strict=True):
-                yield Picture(Image.fromarray(pixels.numpy()), seed, job)
+                yield Picture(_finished(Image.fromarray(pixels.numpy()), job), seed, job)
 
     @torch.inference_mode()
     def encode(self, job: Job) -> Conditioning:
@@ -214,10 +106,24 @@ class Pipeline:
         embedded = timestep_embedding(sizes, SIZE_EMBEDDING).flatten()[None]
         return Prompt(context, torch.cat([pooled, embedded.to(pooled)], dim=-1))
 
-    def denoise(self, job: Job, latents: Tensor, conditioning: Conditioning, noise: NoiseSource) -> Iterator[Step]:
-        """Walks unit-variance latents [B, 4, h, w] down the job's schedule, yielding after every step."""
-        predict = _Predictor(self._part("unet"), conditioning, job.guidance, self.plan.batch_guidance)
-        yield from sample(predict, latents, job.schedule, noise)
+    def begin(self, job: Job, noise: NoiseSource) -> Beginning:
+        """What the job's sampling starts from, for as many pictures as ``noise`` has seeds."""
+        config, vae = self.model.config, self.model.config.vae
+        shape = len(noise.seeds), vae.latent_channels, job.height // vae.downscale, job.width // vae.downscale
+        if job.picture is None and config.unet.in_channels == vae.latent_channels:
+            return beginning.text_only(config, shape, noise, None)
+        encoder = Encoder(self._part("vae"), self.device, self.dtype)
+        if job.picture is None:
+            start = beginning.text_only(config, shape, noise, encoder)
+        else:
+            start = beginning.from_picture(config, shape, noise, encoder, job.picture, job.schedule)
+        self._release("vae")
+        return start
+
+    def denoise(self, job: Job, start: Beginning, conditioning: Conditioning, noise: NoiseSource) -> Iterator[Step]:
+        """Walks latents [B, 4, h, w] down the job's schedule, yielding after every step."""
+        predict = Predictor(self._part("unet"), conditioning, job.guidance, self.plan.batch_guidance, start.extra)
+        yield from sample(predict, start.latents, job.schedule, noise, start.start_step, start.blend)
         self._release("unet")
 
     @torch.inference_mode()
@@ -238,10 +144,6 @@ class Pipeline:
     def _plan(self, pixels: int) -> memory.Plan:
         model = self.model
         return memory.Plan.make(self.weights, self.device, self.dtype, model.unet_values(), model.config, pixels)
-
-    def _latent_shape(self, job: Job, batch: int) -> tuple[int, int, int, int]:
-        vae = self.model.config.vae
-        return batch, vae.latent_channels, job.height // vae.downscale, job.width // vae.downscale
 
     def _part(self, name: str) -> Any:
         if name not in self._parts:
@@ -264,34 +166,13 @@ class Pipeline:
         return unet
 
 
+def _finished(painted: Image.Image, job: Job) -> Image.Image:
+    """With what lies outside the mask put back."""
+    if job.picture is None or job.picture.mask is None or not job.paste:
+        return painted
+    return images.pasted(painted, job.picture.image, job.picture.mask, job.mask_blur)
+
+
 def _zeroed(encoded: Encoded) -> Encoded:
     pooled = None if encoded.pooled is None else torch.zeros_like(encoded.pooled)
     return Encoded(torch.zeros_like(encoded.last), torch.zeros_like(encoded.penultimate), pooled)
-
-
-class _Predictor:
-    """The UNet under classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598)."""
-
-    def __init__(self, unet: UNet, conditioning: Conditioning, guidance: float, batched: bool):
-        self.unet, self.conditioning, self.guidance, self.batched = unet, conditioning, guidance, batched
-
-    @torch.inference_mode()
-    def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        """latents [B, 4, h, w], 0-dim timestep -> prediction [B, 4, h, w]."""
-        positive, negative = self.conditioning.positive, self.conditioning.negative
-        if negative is None:
-            return self._run(latents, timestep, [positive])
-        if self.batched:
-            without, with_prompt = self._run(latents, timestep, [negative, positive]).chunk(2)
-        else:
-            without = self._run(latents, timestep, [negative])
-            with_prompt = self._run(latents, timestep, [positive])
-        return without + self.guidance * (with_prompt - without)
-
-    def _run(self, latents: Tensor, timestep: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """The predictions for each prompt in turn, [prompts * B, 4, h, w]."""
-        batch = len(latents)
-        context = torch.cat([prompt.context.expand(batch, -1, -1) for prompt in prompts])
-        vectors = [prompt.vector.expand(batch, -1) for prompt in prompts if prompt.vector is not None]
-        repeated = latents.repeat(len(prompts), 1, 1, 1)
-        return self.unet(repeated, timestep.expand(len(repeated)), context, torch.cat(vectors) if vectors else None)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from gguf_sd.errors import GgufSdError
 
 if TYPE_CHECKING:
-    from gguf_sd.pipeline import Job, Pipeline
+    from gguf_sd.pipeline import Pipeline
+    from gguf_sd.request import Job
 
 
 def add_parser(subparsers: Any) -> None:
@@ -37,6 +38,12 @@ def add_parser(subparsers: Any) -> None:
     add("--height", type=int, help="pixels, a multiple of 8")
     add("--count", type=int, default=1, help="pictures in all (1)")
     add("--batch", type=int, default=1, help="pictures painted at once: faster on a GPU, more memory (1)")
+    add("--init-image", type=Path, dest="image", help="picture to start from (image-to-image)")
+    add("--strength", type=float, help="how much of it may change, up to 1 (0.8; 1 with --mask)")
+    add("--resize", default="crop", help="how it is brought to size: crop, fit or stretch (crop)")
+    add("--mask", type=Path, help="repaint the picture only where this one is white, or transparent (inpainting)")
+    add("--mask-blur", type=int, default=4, help="pixels over which the mask's edge is softened, inwards (4)")
+    add("--no-paste", action="store_false", dest="paste", help="keep what the model made of the rest of the picture")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
     add("--dtype", default="auto", help="auto, float32, float16, bfloat16: what the UNet computes in")
     add("--weights", default="auto", help="auto, quantized (small) or resident (dequantised once: faster, larger)")
@@ -50,10 +57,14 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from gguf_sd.cli.cache import model_path
     from gguf_sd.demo import model_folder
-    from gguf_sd.pipeline import Pipeline, Request
+    from gguf_sd.images import open_image
+    from gguf_sd.pipeline import Pipeline
+    from gguf_sd.request import Request
 
     _check_output(args.output)
-    request = Request(**{f.name: getattr(args, f.name) for f in fields(Request)})
+    values = {f.name: getattr(args, f.name) for f in fields(Request)}
+    pictures = {name: open_image(path) for name in ("image", "mask") if (path := values[name]) is not None}
+    request = Request(**(values | pictures))
     path = model_path(args.model or model_folder(), args.type, args.tokenizer, quiet=args.quiet)
     pipeline = Pipeline.load(path, args.device, args.dtype, args.weights)
     job = pipeline.prepare(request)
@@ -76,14 +87,14 @@ def paint(pipeline: Pipeline, job: Job, args: argparse.Namespace) -> dict[str, A
     dtype = str(pipeline.dtype).removeprefix("torch.")
     files, started = [], time.perf_counter()
     batches = len(list(job.batches()))
-    with tqdm(total=job.steps * batches, unit="step", disable=args.quiet) as bar:
+    with tqdm(total=job.steps_run * batches, unit="step", disable=args.quiet) as bar:
         pictures = pipeline.paint(job, on_step=lambda _: bar.update())
         for index, picture in enumerate(pictures):
             path = _numbered(args.output, index, job.count)
             text = parameters(picture, pipeline.model.path.stem, pipeline.model.source_hash, dtype)
             save_png(picture.image, path, {PARAMETERS: text})
             files.append({"path": str(path), "seed": picture.seed})
-    settings = {f.name: getattr(job, f.name) for f in fields(job) if f.name != "schedule"}
+    settings = {f.name: getattr(job, f.name) for f in fields(job) if f.repr}
     return {
         "model": str(pipeline.model.path),
         "device": str(pipeline.device),

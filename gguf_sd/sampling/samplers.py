@@ -1,13 +1,14 @@
 """The samplers: functions that walk latents down a schedule, and :func:`sample`, which runs one by name.
 
 A sampler takes ``(denoiser, x, schedule, start, noise)`` and yields ``(x, denoised)`` after every step: the
-latents [B, C, H, W] in its own scaling (SamplerInfo.sigma_space) and its current estimate of the clean ones.
-``start`` is the step to begin at. What happens to latents at a step equals diffusers' scheduler of that name.
+latents [B, C, H, W] in its own scaling (SamplerInfo.sigma_space) and its current estimate of the clean ones. It
+is sent the latents to go on with. ``start`` is the step to begin at. What
+happens to latents at a step equals diffusers' scheduler of that name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,8 @@ from gguf_sd.sampling.names import SAMPLERS
 from gguf_sd.sampling.noise import Noise
 from gguf_sd.sampling.schedules import Schedule, alphas_cumprod
 
-Trajectory = Iterator[tuple[Tensor, Tensor]]
+Trajectory = Generator[tuple[Tensor, Tensor], Tensor, None]
+Blend = Callable[[Tensor, int], Tensor]
 SampleFn = Callable[[Denoiser, Tensor, Schedule, int, Noise], Trajectory]
 
 # Adams-Bashforth weights, newest first, by how many model outputs there are.
@@ -52,6 +54,7 @@ def sample(
     schedule: Schedule,
     noise: Noise | None = None,
     start_step: int | None = None,
+    blend: Blend | None = None,
 ) -> Iterator[Step]:
     """Denoises latents [B, C, H, W], yielding after every step; the last Step holds the result.
 
@@ -60,7 +63,8 @@ def sample(
     between its calls is float32 (float64 if the latents are).
 
     Without ``start_step`` the latents are unit-variance noise, scaled here (text-to-image). With it they are
-    taken as they are, noised for that step by :func:`add_noise` (image-to-image).
+    taken as they are, noised for that step by :func:`add_noise` (image-to-image). ``blend(x, step)`` may change the
+    latents before each later ``step``, and after the last, when ``step`` is ``schedule.steps`` (inpainting).
 
     Raises GgufSdError for a start_step out of range, ValueError for a stochastic sampler without ``noise``.
     """
@@ -75,13 +79,17 @@ def sample(
         x = x * schedule.init_noise_sigma
     denoiser = Denoiser(model, schedule.config.prediction_type, latents.dtype)
     trajectory = SAMPLE_FUNCTIONS[schedule.sampler](denoiser, x, schedule, start, noise)
-    return _steps(trajectory, schedule.steps - start, latents.dtype)
+    return _steps(trajectory, start, schedule.steps, latents.dtype, blend or (lambda x, step: x))
 
 
 @torch.no_grad()
-def _steps(trajectory: Trajectory, total: int, dtype: torch.dtype) -> Iterator[Step]:
-    for index, (x, denoised) in enumerate(trajectory):
-        yield Step(index, total, x.to(dtype), denoised.to(dtype))
+def _steps(trajectory: Trajectory, start: int, end: int, dtype: torch.dtype, blend: Blend) -> Iterator[Step]:
+    x, denoised = next(trajectory)
+    for step in range(start, end):
+        x = blend(x, step + 1)
+        yield Step(step - start, end - start, x.to(dtype), denoised.to(dtype))
+        if step + 1 < end:
+            x, denoised = trajectory.send(x)
 
 
 def _no_noise(shape: object, dtype: torch.dtype | None = None) -> Tensor:
@@ -95,7 +103,7 @@ def euler(denoiser: Denoiser, x: Tensor, schedule: Schedule, start: int, noise: 
         sigma, sigma_next = schedule.sigmas[i], schedule.sigmas[i + 1]
         denoised = denoiser.denoise(x, timesteps[i], sigma)
         x = x + (x - denoised) / sigma * (sigma_next - sigma)
-        yield x, denoised
+        x = yield x, denoised
 
 
 def euler_a(denoiser: Denoiser, x: Tensor, schedule: Schedule, start: int, noise: Noise) -> Trajectory:
@@ -108,7 +116,7 @@ def euler_a(denoiser: Denoiser, x: Tensor, schedule: Schedule, start: int, noise
         sigma_down = (sigma_next**2 - sigma_up**2) ** 0.5
         x = x + (x - denoised) / sigma * (sigma_down - sigma)
         x = x + noise(x.shape).to(x) * sigma_up
-        yield x, denoised
+        x = yield x, denoised
 
 
 def heun(denoiser: Denoiser, x: Tensor, schedule: Schedule, start: int, noise: Noise) -> Trajectory:
@@ -124,7 +132,7 @@ def heun(denoiser: Denoiser, x: Tensor, schedule: Schedule, start: int, noise: N
             slope_next = (x_next - denoised) / sigma_next
             x_next = x + (slope + slope_next) / 2 * (sigma_next - sigma)
         x = x_next
-        yield x, denoised
+        x = yield x, denoised
 
 
 def dpmpp_2m(denoiser: Denoiser, x: Tensor, schedule: Schedule, start: int, noise: Noise) -> Trajectory:
@@ -138,7 +146,7 @@ def dpmpp_2m(denoiser: Denoiser, x: Tensor, schedule: Schedule, start: int, nois
         h = (sigma / sigma_next).log()  # the step in log signal-to-noise ratio; infinite for the last
         target = history.extrapolate(denoised, h)
         x = level_next.sigma / level.sigma * x - level_next.alpha * torch.expm1(-h) * target
-        yield x, denoised
+        x = yield x, denoised
 
 
 def dpmpp_2m_sde(denoiser: Denoiser, x: Tensor, schedule: Schedule, start: int, noise: Noise) -> Trajectory:
@@ -158,7 +166,7 @@ def dpmpp_2m_sde(denoiser: Denoiser, x: Tensor, schedule: Schedule, start: int, 
         fresh = noise(x.shape, torch.float32).to(x)
         x = level_next.sigma / level.sigma * torch.exp(-h) * x
         x = x + level_next.alpha * replaced * target + level_next.sigma * replaced**0.5 * fresh
-        yield x, denoised
+        x = yield x, denoised
 
 
 class _TwoStep:
@@ -199,7 +207,7 @@ def ddim(denoiser: Denoiser, x: Tensor, schedule: Schedule, start: int, noise: N
         denoised, eps = denoiser.predict(x, timestep, grid.level(t))
         level_next = grid.level(t - grid.stride)
         x = level_next.alpha * denoised + level_next.sigma * eps
-        yield x, denoised
+        x = yield x, denoised
 
 
 def pndm(denoiser: Denoiser, x: Tensor, schedule: Schedule, start: int, noise: Noise) -> Trajectory:
@@ -227,14 +235,14 @@ def pndm(denoiser: Denoiser, x: Tensor, schedule: Schedule, start: int, noise: N
     t, timestep = pairs[1]
     mean = (outputs[0] + denoiser.output(ahead, timestep)) / 2
     x, denoised = transfer(x, mean, t + grid.stride, t)
-    yield x, denoised
+    x = yield x, denoised
 
     for t, timestep in pairs[2:]:
         outputs = [denoiser.output(x, timestep), *outputs[:3]]
         weights = ADAMS_BASHFORTH[len(outputs)]
         mean = sum((w * out for w, out in zip(weights, outputs, strict=True)), torch.zeros_like(x))
         x, denoised = transfer(x, mean, t, t - grid.stride)
-        yield x, denoised
+        x = yield x, denoised
 
 
 def lcm(denoiser: Denoiser, x: Tensor, schedule: Schedule, start: int, noise: Noise) -> Trajectory:
@@ -252,7 +260,7 @@ def lcm(denoiser: Denoiser, x: Tensor, schedule: Schedule, start: int, noise: No
             x = level_next.alpha * denoised + level_next.sigma * noise(x.shape).to(x)
         else:
             x = denoised
-        yield x, denoised
+        x = yield x, denoised
 
 
 SAMPLE_FUNCTIONS: dict[str, SampleFn] = {

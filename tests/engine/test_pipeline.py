@@ -15,7 +15,7 @@ import torch
 from gguf_sd import Pipeline
 from gguf_sd.errors import GgufSdError
 from gguf_sd.model_file import ModelFile
-from gguf_sd.pipeline import Request
+from gguf_sd.request import Request
 from gguf_sd.tensor_names import UNET, inverted, rename, unet_modules
 from gguf_sd_convert.convert import ConvertOptions, convert
 
