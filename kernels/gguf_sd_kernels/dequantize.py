@@ -24,7 +24,7 @@ GATHER_VALUES, GATHER_WARPS = 1024, 4
 @triton.jit
 def dequantize_kernel(quants, scales, mins, out, n_blocks, QTYPE: tl.constexpr, BLOCKS: tl.constexpr):
     """out [n_blocks, 32] = the values of each block, in the order of the file."""
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     mask = block < n_blocks
     WIDTH: tl.constexpr = 32 if QTYPE == "Q8_0" else 16
     packed = tl.load(quants + block[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], mask=mask[:, None], other=0)
@@ -47,7 +47,7 @@ def dequantize_taps_kernel(
 
     Neighbouring values are TAPS apart in the file, so a cache line serves several of them and other taps later.
     """
-    at = tl.program_id(0).to(tl.int64) * VALUES + tl.arange(0, VALUES)
+    at = tl.program_id(0) * VALUES + tl.arange(0, VALUES)
     mask = at < n_values
     row_tap = at // channels
     stored = (row_tap // TAPS * channels + at % channels) * TAPS + row_tap % TAPS
@@ -56,7 +56,7 @@ def dequantize_taps_kernel(
         codes = tl.load(quants + stored, mask=mask, other=0).to(tl.float32) - 128.0
     else:
         byte = tl.load(quants + block * 16 + within % 16, mask=mask, other=0).to(tl.int32)
-        codes = ((byte >> (within // 16 * 4).to(tl.int32)) & 0x0F).to(tl.float32)
+        codes = ((byte >> (within // 16 * 4)) & 0x0F).to(tl.float32)
         if QTYPE == "Q4_0":
             codes -= 8.0
     values = codes * tl.load(scales + block, mask=mask, other=0.0).to(tl.float32)
@@ -70,11 +70,13 @@ def dequantize_packed(weight: PackedWeight, dtype: torch.dtype, out: Tensor | No
 
     A convolution comes out in channels-last strides whichever way its blocks lie, as cuDNN wants it.
     ``out``, when given, is contiguous, of ``dtype``, and has as many elements; the result is a view of it.
-    Raises ValueError for another dtype or ``out``.
+    Raises ValueError for another dtype or ``out``, or 2^31 values and more.
     """
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"weights are decoded to float32, float16 or bfloat16, got {dtype}")
     rows, cols = weight.rows, weight.cols
+    if rows * cols >= 2**31 - GATHER_VALUES:
+        raise ValueError(f"a weight of {rows} x {cols} values is too large for 32-bit offsets")
     if out is None:
         out = torch.empty(rows * cols, dtype=dtype, device=weight.device)
     elif out.numel() != rows * cols or out.dtype != dtype or out.device != weight.device or not out.is_contiguous():
