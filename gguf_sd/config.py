@@ -108,6 +108,25 @@ class Defaults(_Config):
 
 
 @dataclass(frozen=True)
+class SafetyConfig(_Config):
+    """A safety checker: a CLIP vision transformer in the words of transformers' CLIPVisionConfig, and how pictures are
+    prepared for it. The literals are those of the checker published with Stable Diffusion 1.x."""
+
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    image_size: int = 224  # pixels along each side of the square that it sees
+    patch_size: int = 14
+    hidden_act: str = "quick_gelu"
+    projection_dim: int = 768
+    resize: int = 224  # pixels that the picture's shorter side is brought to, before the square is cut out
+    rescale: float = 1 / 255  # from 8-bit values
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # RGB, after rescaling
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
 class ModelConfig(_Config):
     """A whole text-to-image model."""
 
@@ -118,6 +137,7 @@ class ModelConfig(_Config):
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     defaults: Defaults = field(default_factory=Defaults)
     zero_empty_negative: bool = False  # an empty negative prompt is all zeros, not an encoded empty text (SDXL)
+    safety: SafetyConfig | None = None  # of the safety checker in the file, if there is one
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -127,6 +147,7 @@ class ModelConfig(_Config):
             "text": lambda texts: tuple(TextConfig.from_dict(t) for t in texts),
             "scheduler": SchedulerConfig.from_dict,
             "defaults": Defaults.from_dict,
+            "safety": lambda safety: None if safety is None else SafetyConfig.from_dict(safety),
         }
         return super().from_dict({k: parts[k](v) if k in parts else v for k, v in values.items()})
 

@@ -14,11 +14,12 @@ from gguf_sd.config import ModelConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd.gguf_file import GGUFFile
 from gguf_sd.load import Source, assign
+from gguf_sd.models.safety import SafetyChecker
 from gguf_sd.models.text import TextEncoder
 from gguf_sd.models.unet import UNet
 from gguf_sd.models.vae import Autoencoder
 from gguf_sd.recognise import recognise
-from gguf_sd.tensor_names import TEXT, UNET, VAE, canonical_names
+from gguf_sd.tensor_names import SAFETY, TEXT, UNET, VAE, canonical_names
 from gguf_sd.tokenizer import METADATA_KEY, Tokenizer
 
 CONFIG_KEY = "gguf_sd.config"
@@ -31,7 +32,7 @@ SOURCE_HASH_KEY = "gguf_sd.source.sha256"
 
 def part_of(canonical: str) -> str:
     """Which part of the model a tensor belongs to."""
-    parts = {UNET: "unet", VAE: "vae", TEXT: "text encoder"}
+    parts = {UNET: "unet", VAE: "vae", TEXT: "text encoder", SAFETY: "safety checker"}
     parts |= {prefix: f"text encoder {i + 1}" for i, prefix in enumerate(XL_TEXTS)}
     return next((part for prefix, part in parts.items() if canonical.startswith(prefix)), "other")
 
@@ -113,6 +114,16 @@ class ModelFile:
         encoder = TextEncoder.load(self.config.text[index], tensors, dtype, str(self.path))
         self.file.forget_pages()
         return encoder
+
+    def load_safety(self, dtype: torch.dtype) -> SafetyChecker:
+        """The model's safety checker. Raises GgufSdError where the file carries none (``config.safety`` is None)."""
+        if self.config.safety is None:
+            raise GgufSdError(
+                f"{self.path} carries no safety checker; convert a diffusers folder that has one, or do without"
+            )
+        checker = SafetyChecker.load(self.config.safety, self.part(SAFETY), dtype, str(self.path))
+        self.file.forget_pages()
+        return checker
 
     def tokenizer(self) -> Tokenizer:
         if METADATA_KEY not in self.file.metadata:

@@ -16,11 +16,11 @@ from gguf_sd.beginning import Beginning, Encoder
 from gguf_sd.errors import GgufSdError
 from gguf_sd.guidance import Conditioning, Predictor, Prompt
 from gguf_sd.model_file import ModelFile
-from gguf_sd.models.text import Encoded
+from gguf_sd.models.text import Encoded, TextEncoder
 from gguf_sd.models.unet import timestep_embedding
 from gguf_sd.request import Job, Request, prepare
 from gguf_sd.sampling import NoiseSource, Step, sample
-from gguf_sd.tokenizer import Tokenizer
+from gguf_sd.tokenizer import Tokenizer, Tokens
 
 SIZE_EMBEDDING = 256  # width of the embedding of each of SDXL's six sizes
 NOT_CROPPED = (0, 0)  # top, left
@@ -83,24 +83,33 @@ class Pipeline:
         encoded: list[list[Encoded]] = [[] for _ in prompts]
         for index, config in enumerate(self.model.config.text):
             encoder = self._part(f"text {index}")
-            for prompt, results in zip(prompts, encoded, strict=True):
-                results.append(encoder.encode(tokenizer.encode(prompt, config).to(self.device)))
+            tokens = [tokenizer.encode(prompt, config) for prompt in prompts]
+            chunks = max(len(t.ids) for t in tokens)  # both prompts the same number, for guidance in one batch
+            for results, some in zip(encoded, tokens, strict=True):
+                results.append(self._encode(encoder, some.padded(chunks, config), job.clip_skip))
             self._release(f"text {index}")
+        if job.guided and not job.negative_prompt and self.model.config.zero_empty_negative:
+            encoded[1] = [_zeroed(result) for result in encoded[1]]
         conditioned = [self._prompt(results, job) for results in encoded]
-        if not job.guided:
-            return Conditioning(conditioned[0], None)
-        if not job.negative_prompt and self.model.config.zero_empty_negative:
-            conditioned[1] = self._prompt([_zeroed(result) for result in encoded[1]], job)
-        return Conditioning(conditioned[0], conditioned[1])
+        return Conditioning(conditioned[0], conditioned[1] if job.guided else None)
+
+    def _encode(self, encoder: TextEncoder, tokens: Tokens, clip_skip: int | None) -> Encoded:
+        """Chunks [C, N] to states [1, C * N, hidden_size], weighted; pooled is the first chunk's.
+
+        SD 1.x attends to the last states, normalised; SDXL to the last but one as they are.
+        """
+        xl = bool(self.model.config.unet.vector_dim)
+        states, pooled = encoder.encode(tokens.ids.to(self.device), clip_skip or (2 if xl else 1), not xl)
+        states = weighted(states, tokens.weights.to(states)).flatten(0, 1)[None]
+        return Encoded(states, None if pooled is None else pooled[:1])
 
     def _prompt(self, encoded: Sequence[Encoded], job: Job) -> Prompt:
-        """SD 1.x attends to its encoder's last states; SDXL to both encoders' last but one, and takes the pooled text
-        and the picture's sizes besides (Podell et al. 2023, arXiv:2307.01952)."""
-        if not self.model.config.unet.vector_dim:
-            return Prompt(encoded[0].last)
-        context = torch.cat([result.penultimate for result in encoded], dim=-1)
+        """SDXL attends to both encoders' states side by side, and takes the pooled text and the picture's sizes besides
+        (Podell et al. 2023, arXiv:2307.01952)."""
+        context = torch.cat([result.states for result in encoded], dim=-1)
         pooled = encoded[-1].pooled
-        assert pooled is not None
+        if pooled is None:
+            return Prompt(context)
         original = target = (job.height, job.width)
         sizes = torch.tensor([*original, *NOT_CROPPED, *target], device=self.device)
         embedded = timestep_embedding(sizes, SIZE_EMBEDDING).flatten()[None]
@@ -175,4 +184,13 @@ def _finished(painted: Image.Image, job: Job) -> Image.Image:
 
 def _zeroed(encoded: Encoded) -> Encoded:
     pooled = None if encoded.pooled is None else torch.zeros_like(encoded.pooled)
-    return Encoded(torch.zeros_like(encoded.last), torch.zeros_like(encoded.penultimate), pooled)
+    return Encoded(torch.zeros_like(encoded.states), pooled)
+
+
+def weighted(states: Tensor, weights: Tensor) -> Tensor:
+    """States [C, N, D] times the weights [C, N] of their tokens, the mean of each chunk kept as it was, as
+    AUTOMATIC1111 does. Weights of 1 change nothing."""
+    if (weights == 1).all():
+        return states
+    scaled = states * weights[..., None]
+    return scaled * (states.float().mean((1, 2), True) / scaled.float().mean((1, 2), True)).to(states)

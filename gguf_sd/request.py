@@ -32,6 +32,7 @@ class Request:
     height: int | None = None
     batch: int = 1  # pictures painted at once
     count: int = 1  # pictures in all
+    clip_skip: int | None = None  # 1 = the text encoder's last layer, 2 = the last but one, … (None: the model's habit)
     image: Image.Image | None = None  # to start from: image-to-image, and inpainting with a mask
     mask: Image.Image | None = None  # white, or transparent, where to repaint
     strength: float | None = None  # 0 … 1: how much of the picture may change (0.8; 1 with a mask)
@@ -55,6 +56,7 @@ class Job:
     height: int
     batch: int
     count: int
+    clip_skip: int | None
     strength: float | None
     mask_blur: int
     schedule: Schedule = field(repr=False, compare=False)
@@ -104,6 +106,7 @@ def prepare(request: Request, config: ModelConfig) -> Job:
         height=defaults.height,
         batch=request.batch,
         count=request.count,
+        clip_skip=request.clip_skip,
         strength=strength,
         mask_blur=request.mask_blur,
         schedule=make_schedule(config.scheduler, sampler, schedule_name, defaults.steps),
@@ -142,6 +145,9 @@ def _check(values: Defaults, request: Request, config: ModelConfig) -> None:
     for name, count in (("batch", request.batch), ("count", request.count)):
         if count < 1:
             raise GgufSdError(f"{name} must be at least 1, got {count}")
+    layers = min(text.num_hidden_layers for text in config.text)
+    if request.clip_skip is not None and not 1 <= request.clip_skip <= layers:
+        raise GgufSdError(f"clip skip must lie in 1 … {layers}, the text encoder's layers, got {request.clip_skip}")
     if not 0 <= request.mask_blur <= 256:
         raise GgufSdError(f"mask blur must lie in 0 … 256 pixels, got {request.mask_blur}")
     if request.seed is not None and not 0 <= request.seed <= MAX_SEED:

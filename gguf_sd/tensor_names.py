@@ -16,6 +16,7 @@ UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 TEXT = "cond_stage_model.transformer."
 XL_TEXT = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
+SAFETY = "safety_checker."  # behind it: the names of diffusers' checkpoints, as transformers 4 wrote them
 
 # Prefixes that tools write instead (stable-diffusion.cpp, ComfyUI exports), longest first within a family.
 PREFIX_ALIASES = {

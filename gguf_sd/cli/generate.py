@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import tempfile
 import time
 from dataclasses import fields
@@ -14,7 +15,9 @@ from gguf_sd.errors import GgufSdError
 
 if TYPE_CHECKING:
     from gguf_sd.pipeline import Pipeline
-    from gguf_sd.request import Job
+    from gguf_sd.request import Job, Request
+
+log = logging.getLogger(__name__)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -26,8 +29,10 @@ def add_parser(subparsers: Any) -> None:
     add = parser.add_argument
     add("model", nargs="?", type=Path, help="a .gguf file; or a checkpoint or diffusers folder, converted into the "
         "cache first (default: the built-in demo model)")  # fmt: skip
-    add("-p", "--prompt", default="", help="what to paint (default: nothing in particular)")
-    add("-n", "--negative-prompt", default="", help="what to keep away from; needs guidance above 1")
+    add("--from", type=Path, dest="settings", metavar="PNG", help="take the settings from a picture; others given here "
+        "override them")  # fmt: skip
+    add("-p", "--prompt", help="what to paint; (x:1.2) weighs x, BREAK starts a new chunk")
+    add("-n", "--negative-prompt", help="what to keep away from; needs guidance above 1")
     add("-o", "--output", type=Path, default=Path("out.png"), help="PNG to write; several get -1, -2, … (out.png)")
     add("--steps", type=int, help="sampling steps")
     add("--guidance", type=float, help="classifier-free guidance scale; 1 or less does without (and is twice as fast)")
@@ -38,6 +43,7 @@ def add_parser(subparsers: Any) -> None:
     add("--height", type=int, help="pixels, a multiple of 8")
     add("--count", type=int, default=1, help="pictures in all (1)")
     add("--batch", type=int, default=1, help="pictures painted at once: faster on a GPU, more memory (1)")
+    add("--clip-skip", type=int, help="text encoder layers counted from the end: 1 takes the last, 2 the last but one")
     add("--init-image", type=Path, dest="image", help="picture to start from (image-to-image)")
     add("--strength", type=float, help="how much of it may change, up to 1 (0.8; 1 with --mask)")
     add("--resize", default="crop", help="how it is brought to size: crop, fit or stretch (crop)")
@@ -45,7 +51,7 @@ def add_parser(subparsers: Any) -> None:
     add("--mask-blur", type=int, default=4, help="pixels over which the mask's edge is softened, inwards (4)")
     add("--no-paste", action="store_false", dest="paste", help="keep what the model made of the rest of the picture")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
-    add("--dtype", default="auto", help="auto, float32, float16, bfloat16: what the UNet computes in")
+    add("--dtype", help="auto, float32, float16, bfloat16: what the UNet computes in (auto)")
     add("--weights", default="auto", help="auto, quantized (small) or resident (dequantised once: faster, larger)")
     add("--type", default=None, help="quantisation of a MODEL that is no GGUF: f16, q8_0, q4_1, q4_0 (q8_0)")
     add("--tokenizer", type=Path, help="tokenizer for a model that carries none: a folder or a BPE merges file")
@@ -57,16 +63,15 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from gguf_sd.cli.cache import model_path
     from gguf_sd.demo import model_folder
-    from gguf_sd.images import open_image
+    from gguf_sd.parameters import read_parameters
     from gguf_sd.pipeline import Pipeline
-    from gguf_sd.request import Request
 
     _check_output(args.output)
-    values = {f.name: getattr(args, f.name) for f in fields(Request)}
-    pictures = {name: open_image(path) for name in ("image", "mask") if (path := values[name]) is not None}
-    request = Request(**(values | pictures))
+    recorded = read_parameters(args.settings) if args.settings else {}
+    request = _request(args, recorded)
     path = model_path(args.model or model_folder(), args.type, args.tokenizer, quiet=args.quiet)
-    pipeline = Pipeline.load(path, args.device, args.dtype, args.weights)
+    pipeline = Pipeline.load(path, args.device, args.dtype or recorded.get("dtype", "auto"), args.weights)
+    _check_model(pipeline, recorded)
     job = pipeline.prepare(request)
     report = paint(pipeline, job, args)
     if args.json:
@@ -75,6 +80,32 @@ def run(args: argparse.Namespace) -> int:
         for file in report["files"]:
             print(f"{file['path']}  seed {file['seed']}")
     return 0
+
+
+def _request(args: argparse.Namespace, recorded: dict[str, Any]) -> Request:
+    """The settings of the command line over those recorded in a picture."""
+    from gguf_sd.images import open_image
+    from gguf_sd.request import Request
+
+    names = {f.name for f in fields(Request)}
+    if args.sampler is not None:
+        recorded = {**recorded, "schedule": None}  # it went with the recorded sampler
+    if "strength" in recorded and args.image is None:
+        raise GgufSdError(f"{args.settings} was painted from another picture; give that one with --init-image")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    values: dict[str, Any] = {name: value for name, value in recorded.items() if name in names} | given
+    values |= {name: open_image(values[name]) for name in ("image", "mask") if name in values}
+    return Request(**values)
+
+
+def _check_model(pipeline: Pipeline, recorded: dict[str, Any]) -> None:
+    wanted, got = recorded.get("model_hash", ""), pipeline.model.source_hash
+    if wanted and got and not got.startswith(wanted):
+        log.warning(
+            "the picture was painted by another model (%s, hash %s), the result will differ",
+            recorded.get("model"),
+            wanted,
+        )
 
 
 def paint(pipeline: Pipeline, job: Job, args: argparse.Namespace) -> dict[str, Any]:

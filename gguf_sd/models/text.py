@@ -34,10 +34,9 @@ OPENCLIP_QKV = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight
 
 
 class Encoded(NamedTuple):
-    """What a text encoder makes of a prompt."""
+    """What a text encoder makes of token ids."""
 
-    last: Tensor  # [B, N, hidden_size], after the final LayerNorm: what SD 1.x attends to
-    penultimate: Tensor  # [B, N, hidden_size], of the last layer but one, not normalised: what SDXL attends to
+    states: Tensor  # [B, N, hidden_size]
     pooled: Tensor | None  # [B, projection_dim], the projected end-of-text token, of encoders with a projection
 
 
@@ -84,11 +83,15 @@ class TextEncoder(nn.Module):
         return encoder.eval()
 
     @torch.inference_mode()
-    def encode(self, ids: Tensor) -> Encoded:
-        """Token ids [B, N], N = ``config.max_position_embeddings``."""
+    def encode(self, ids: Tensor, clip_skip: int, normalise: bool) -> Encoded:
+        """Token ids [B, N], N = ``config.max_position_embeddings``, to the states after the last layer (``clip_skip``
+        1), the last but one (2) and so on; with the final LayerNorm where ``normalise``, as SD 1.x has it."""
         output = self.model(input_ids=ids, output_hidden_states=True)
-        pooled = output.text_embeds if self.config.projection_dim else None
-        return Encoded(output.last_hidden_state, output.hidden_states[-2], pooled)
+        states = output.hidden_states[-clip_skip]
+        if normalise:
+            transformer = getattr(self.model, "text_model", self.model)  # transformers 5 dropped the level
+            states = transformer.final_layer_norm(states)
+        return Encoded(states, output.text_embeds if self.config.projection_dim else None)
 
 
 def from_openclip(tensors: Mapping[str, Source]) -> dict[str, Source]:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from gguf_sd.cli.main import main
+from gguf_sd.parameters import parse_parameters
 
 FAST = ["--steps", "2", "--width", "32", "--height", "32", "--device", "cpu", "--dtype", "float32", "--quiet"]
 
@@ -53,6 +54,56 @@ def test_the_same_seed_the_same_picture(model: Path, tmp_path: Path) -> None:
     first = paint("a.png")
     assert paint("b.png") == first
     assert paint("c.png", "--seed", "4") != first
+
+
+def test_settings_are_read_back(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, again, other = (tmp_path / name for name in ("first.png", "again.png", "other.png"))
+    settings = ["-p", 'a (cat:1.2), "red"', "-n", "dög", "--sampler", "DPM++ 2M Karras", "--guidance", "3.5"]
+    assert main(["generate", str(model), "-o", str(first), "--seed", "7", "--clip-skip", "2", *settings, *FAST]) == 0
+    assert main(["generate", str(model), "--from", str(first), "-o", str(again), "--device", "cpu", "--quiet"]) == 0
+    assert Image.open(again).tobytes() == Image.open(first).tobytes()
+    assert Image.open(again).text == Image.open(first).text
+    assert main(["generate", str(model), "--from", str(first), "--seed", "8", "-o", str(other), "--quiet"]) == 0
+    assert "Seed: 8," in Image.open(other).text["parameters"]
+    assert Image.open(other).tobytes() != Image.open(first).tobytes()
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    assert main(["generate", str(model), "--from", str(tmp_path / "plain.png"), "-o", str(again)]) == 2
+    assert "carries no settings" in capsys.readouterr().err
+
+
+def test_settings_of_automatic1111_are_understood() -> None:
+    text = "a castle\nin fog\nNegative prompt: people\nSteps: 28, Sampler: DPM++ 2M Karras, CFG scale: 6.5, Seed: 99, "
+    text += 'Size: 512x768, Model hash: 6ce0161689, Model: v1-5-pruned, Lora hashes: "a: 1, b: 2", Version: v1.7.0'
+    settings = parse_parameters(text)
+    assert settings == {
+        "prompt": "a castle\nin fog",
+        "negative_prompt": "people",
+        "steps": 28,
+        "sampler": "dpmpp_2m",
+        "schedule": "karras",
+        "guidance": 6.5,
+        "seed": 99,
+        "width": 512,
+        "height": 768,
+        "model": "v1-5-pruned",
+        "model_hash": "6ce0161689",
+    }
+
+
+def test_image_to_image_and_inpainting(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (50, 40), "orange").save(tmp_path / "start.jpg")
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (16, 0, 32, 32))
+    mask.save(tmp_path / "mask.png")
+    command = ["generate", str(model), "-p", "a cat", "--init-image", str(tmp_path / "start.jpg"), "--seed", "1", *FAST]
+    assert main([*command, "-o", str(tmp_path / "a.png"), "--strength", "0.5"]) == 0
+    assert "Denoising strength: 0.5" in Image.open(tmp_path / "a.png").text["parameters"]
+    assert main([*command, "-o", str(tmp_path / "b.png"), "--mask", str(tmp_path / "mask.png")]) == 0
+    left = Image.open(tmp_path / "b.png").crop((0, 0, 16, 32)).getcolors()
+    assert left is not None
+    assert len(left) <= 3, "outside the mask stands the picture, resized"
+    assert main([*command, "-o", str(tmp_path / "c.png"), "--strength", "0.2"]) == 2
+    assert "take a strength of at least 0.5" in capsys.readouterr().err
 
 
 def test_several_pictures(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

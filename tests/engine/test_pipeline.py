@@ -228,13 +228,8 @@ def test_latents_that_are_not_finite_are_an_error(
         pipeline.decode(latents)
 
 
-def test_long_and_empty_prompts(
-    tiny_pipeline: Callable[..., Path], converted: Callable[..., Path], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_long_and_empty_prompts(tiny_pipeline: Callable[..., Path], converted: Callable[..., Path]) -> None:
     pipeline = Pipeline.load(converted(tiny_pipeline(), type="q8_0"), device="cpu", dtype="float32")
     settings = {"steps": 1, "width": 32, "height": 32, "seed": 0}
-    assert not caplog.records
-    pipeline("", **settings)
-    assert not caplog.records
-    pipeline("cat " * 300, **settings)
-    assert "300 tokens, 75 fit" in caplog.text
+    pictures = [pipeline(p, **settings)[0].tobytes() for p in ("", "cat " * 75, "cat " * 300, "cat " * 299 + "dog")]
+    assert len(set(pictures)) == 4
