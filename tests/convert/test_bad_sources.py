@@ -98,16 +98,20 @@ def test_truncated_ckpt(single_file: Make, tmp_path: Path, keep: int) -> None:
 
 
 class Hostile:
+    def __init__(self, path: Path):
+        self.path = path
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return eval, ("open('/tmp/gguf-sd-test-was-here', 'w')",)
+        return eval, (f"open({str(self.path)!r}, 'w')",)
 
 
 def test_pickled_code_is_refused(tmp_path: Path) -> None:
-    torch.save({"state_dict": {"x": torch.zeros(2)}, "extra": Hostile()}, tmp_path / "zip.ckpt")
-    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Hostile(), protocol=2))
+    trace = tmp_path / "trace"
+    torch.save({"state_dict": {"x": torch.zeros(2)}, "extra": Hostile(trace)}, tmp_path / "zip.ckpt")
+    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Hostile(trace), protocol=2))
     refused(tmp_path / "zip.ckpt", r"Python code \(.*eval\) and is refused")
     refused(tmp_path / "plain.ckpt", "refused|damaged")
-    assert not Path("/tmp/gguf-sd-test-was-here").exists()
+    assert not trace.exists()
 
 
 def test_lightning_leftovers_are_harmless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
