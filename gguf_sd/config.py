@@ -120,6 +120,8 @@ class SafetyConfig(_Config):
     patch_size: int = 14
     hidden_act: str = "quick_gelu"
     projection_dim: int = 768
+    concepts: int = 17
+    special_care: int = 3
     resize: int = 224  # pixels that the picture's shorter side is brought to, before the square is cut out
     rescale: float = 1 / 255  # from 8-bit values
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # RGB, after rescaling

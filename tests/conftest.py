@@ -56,6 +56,7 @@ class Tiny:
     scheduler: str = "PNDMScheduler"
     scheduler_config: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    safety: bool = False
 
 
 def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -123,9 +124,23 @@ def _save(tiny: Tiny, folder: Path) -> Path:
         parts |= {"text_encoder_2": randomise(second, tiny.seed + 3), "tokenizer_2": tokenizer}
         diffusers.StableDiffusionXLPipeline(**parts).save_pretrained(folder)
     else:
-        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        checker, processor = _safety_checker(tiny.seed + 4) if tiny.safety else (None, None)
+        parts |= {"safety_checker": checker, "feature_extractor": processor, "requires_safety_checker": tiny.safety}
         diffusers.StableDiffusionPipeline(**parts).save_pretrained(folder)
     return folder
+
+
+def _safety_checker(seed: int) -> tuple[Any, Any]:
+    """A checker with random concepts, and its image processor, which looks at less than the whole picture."""
+    import transformers
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+    pil = "CLIPImageProcessorPil" if hasattr(transformers, "CLIPImageProcessorPil") else "CLIPImageProcessor"
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision |= {"image_size": 32, "patch_size": 8}
+    checker = StableDiffusionSafetyChecker(transformers.CLIPConfig(vision_config=vision, projection_dim=24))
+    processor = getattr(transformers, pil)(size={"shortest_edge": 37}, crop_size={"height": 32, "width": 32})
+    return randomise(checker, seed), processor
 
 
 def _text_config(tokenizer: Any, **changes: Any) -> Any:

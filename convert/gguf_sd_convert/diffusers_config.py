@@ -9,6 +9,7 @@ from typing import Any
 from gguf_sd.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd_convert.json_settings import check_fixed, integer, integers, read_json, refusal
+from gguf_sd_convert.safety_config import safety_config
 from gguf_sd_convert.scheduler_config import scheduler_config
 
 # Settings that must have one of these values, the first of which is diffusers' default for an absent key.
@@ -78,7 +79,8 @@ def read_model_config(folder: Path) -> tuple[ModelConfig, list[str]]:
     if name == "sdxl":
         vae = replace(vae, overflows_float16=bool(vae_json.get("force_upcast", True)))
     zero = name == "sdxl" and bool(read_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", True))
-    return ModelConfig(name, unet, vae, tuple(texts), scheduler, defaults, zero), notes
+    safety, more = safety_config(folder)
+    return ModelConfig(name, unet, vae, tuple(texts), scheduler, defaults, zero, safety), notes + more
 
 
 def _channels(values: dict[str, Any], default: tuple[int, ...]) -> tuple[int, ...]:

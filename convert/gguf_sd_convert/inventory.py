@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gguf_sd.config import ModelConfig, TextConfig
+from gguf_sd.config import ModelConfig, SafetyConfig, TextConfig
 from gguf_sd.layers import Pointwise
 from gguf_sd.models.unet import SpatialTransformer, UNet
 from gguf_sd.models.vae import AttnBlock, Autoencoder
-from gguf_sd.tensor_names import TEXT, UNET, VAE, XL_TEXT
+from gguf_sd.tensor_names import SAFETY, TEXT, UNET, VAE, XL_TEXT
 
 Shape = tuple[int, ...]
 
@@ -24,7 +24,7 @@ OPENCLIP_LAYER = {
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
-    """Canonical name -> shape in torch order; UNet, autoencoder, text encoders, in this order."""
+    """Canonical name -> shape in torch order; UNet, autoencoder, text encoders, safety checker, in this order."""
     with torch.device("meta"):
         unet, vae = UNet(config.unet), Autoencoder(config.vae)
     shapes = _module_shapes(unet, UNET, {SpatialTransformer} if not config.unet.linear_projection else set())
@@ -35,6 +35,8 @@ def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
         shapes |= {XL_TEXT[1] + name: shape for name, shape in openclip_shapes(openclip).items()}
     else:
         shapes |= {TEXT + name: shape for name, shape in clip_shapes(config.text[0]).items()}
+    if config.safety:
+        shapes |= {SAFETY + name: shape for name, shape in safety_shapes(config.safety).items()}
     return shapes
 
 
@@ -60,16 +62,41 @@ def clip_shapes(config: TextConfig) -> dict[str, Shape]:
         "embeddings.token_embedding.weight": (config.vocab_size, width),
         "embeddings.position_embedding.weight": (config.max_position_embeddings, width),
     }
+    shapes |= _clip_layers(config.num_hidden_layers, width, inner)
+    shapes |= {f"final_layer_norm.{leaf}": (width,) for leaf in ("weight", "bias")}
+    return {"text_model." + name: shape for name, shape in shapes.items()}
+
+
+def _clip_layers(layers: int, width: int, inner: int) -> dict[str, Shape]:
+    """The transformer layers of transformers' CLIP models, text and vision alike."""
+    shapes: dict[str, Shape] = {}
     linears = {f"self_attn.{leaf}": (width, width) for leaf in ("k_proj", "v_proj", "q_proj", "out_proj")}
     linears |= {"mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
-    for i in range(config.num_hidden_layers):
+    for i in range(layers):
         for name, shape in linears.items():
             shapes[f"encoder.layers.{i}.{name}.weight"] = shape
             shapes[f"encoder.layers.{i}.{name}.bias"] = shape[:1]
         for norm in ("layer_norm1", "layer_norm2"):
             shapes |= {f"encoder.layers.{i}.{norm}.{leaf}": (width,) for leaf in ("weight", "bias")}
-    shapes |= {f"final_layer_norm.{leaf}": (width,) for leaf in ("weight", "bias")}
-    return {"text_model." + name: shape for name, shape in shapes.items()}
+    return shapes
+
+
+def safety_shapes(config: SafetyConfig) -> dict[str, Shape]:
+    """diffusers' StableDiffusionSafetyChecker, names as transformers 4 gives them."""
+    width, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
+    vision: dict[str, Shape] = {
+        "embeddings.class_embedding": (width,),
+        "embeddings.patch_embedding.weight": (width, 3, config.patch_size, config.patch_size),
+        "embeddings.position_embedding.weight": (patches + 1, width),
+    }
+    vision |= {f"pre_layrnorm.{leaf}": (width,) for leaf in ("weight", "bias")}
+    vision |= _clip_layers(config.num_hidden_layers, width, config.intermediate_size)
+    vision |= {f"post_layernorm.{leaf}": (width,) for leaf in ("weight", "bias")}
+    shapes = {"vision_model.vision_model." + name: shape for name, shape in vision.items()}
+    shapes["visual_projection.weight"] = (config.projection_dim, width)
+    for name, count in (("concept", config.concepts), ("special_care", config.special_care)):
+        shapes |= {f"{name}_embeds": (count, config.projection_dim), f"{name}_embeds_weights": (count,)}
+    return shapes
 
 
 def openclip_shapes(config: TextConfig) -> dict[str, Shape]:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from gguf_sd.tensor_names import UNET
+from gguf_sd.tensor_names import SAFETY, UNET
 from gguf_sd_kernels.formats import FORMATS, row_bytes
 
 TYPES = ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -74,6 +74,8 @@ def _place(name: str, shape: tuple[int, ...], qtype: str, layout: str, outside_f
 
 def _kept(name: str, shape: tuple[int, ...], qtype: str, layout: str) -> str:
     """Why a matrix or convolution stays F16; empty where it does not."""
+    if name.startswith(SAFETY):
+        return "safety checker"
     if not name.startswith(UNET):
         return "autoencoder" if name.startswith("first_stage_model.") else "text encoder"
     if qtype not in FORMATS:

@@ -12,10 +12,11 @@ import torch
 from gguf_sd.config import SDXL_TURBO, ModelConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd.recognise import recognise
-from gguf_sd.tensor_names import TEXT, UNET, VAE, XL_TEXT, canonical_names, rename, unet_modules, vae_modules
+from gguf_sd.tensor_names import SAFETY, TEXT, UNET, VAE, XL_TEXT, canonical_names, rename, unet_modules, vae_modules
 from gguf_sd_convert.checkpoints import Checkpoint, Entry, open_checkpoint, open_safetensors, open_sharded
 from gguf_sd_convert.diffusers_config import read_model_config
 from gguf_sd_convert.inventory import OPENCLIP_LAYER, Shape
+from gguf_sd_convert.safety_config import FOLDER as SAFETY_FOLDER
 
 EMA = "model_ema."
 
@@ -100,12 +101,15 @@ def _open_folder(path: Path) -> Source:
     _check_pipeline(path)
     config, notes = read_model_config(path)
     parts = ["unet", "vae", "text_encoder", *(["text_encoder_2"] if config.name == "sdxl" else [])]
+    parts += [SAFETY_FOLDER] if config.safety else []
     weights = {part: _weights(path / part) for part in parts}
     tensors = _renamed(weights["unet"], UNET, unet_modules(config.unet))
     tensors |= _renamed(weights["vae"], VAE, vae_modules(config.vae))
     tensors |= _clip(weights["text_encoder"], XL_TEXT[0] if config.name == "sdxl" else TEXT)
     if config.name == "sdxl":
         tensors |= _openclip(weights["text_encoder_2"], XL_TEXT[1])
+    if config.safety:
+        tensors |= _safety(weights[SAFETY_FOLDER])
     files = tuple(file for part in parts for file in weights[part].files)
     tokenizers = [path / "tokenizer", *([path / "tokenizer_2"] if config.name == "sdxl" else [])]
     present = tuple(folder for folder in tokenizers if folder.is_dir())
@@ -127,7 +131,8 @@ def _check_pipeline(path: Path) -> None:
 
 def _weights(folder: Path) -> Checkpoint:
     """A component's weights: whole or sharded, in the usual precision or, failing that, the fp16 variant."""
-    stem = "model" if folder.name.startswith("text_encoder") else "diffusion_pytorch_model"
+    of_transformers = folder.name.startswith("text_encoder") or folder.name == SAFETY_FOLDER
+    stem = "model" if of_transformers else "diffusion_pytorch_model"
     for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
         if (path := folder / name).is_file():
             return open_safetensors(path)
@@ -151,6 +156,16 @@ def _clip(weights: Checkpoint, prefix: str) -> dict[str, Entry]:
     """transformers 4 writes names with ``text_model.``, transformers 5 without."""
     return {
         f"{prefix}text_model.{name.removeprefix('text_model.')}": entry
+        for name, entry in weights.entries.items()
+        if not name.endswith("position_ids")
+    }
+
+
+def _safety(weights: Checkpoint) -> dict[str, Entry]:
+    """transformers 4 writes the vision transformer's names with ``vision_model.`` twice, transformers 5 once."""
+    vision = "vision_model."
+    return {
+        SAFETY + (name if name.startswith(vision * 2) else name.replace(vision, vision * 2, 1)): entry
         for name, entry in weights.entries.items()
         if not name.endswith("position_ids")
     }

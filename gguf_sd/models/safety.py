@@ -1,8 +1,8 @@
 """The safety checker: which pictures come too close to a list of concepts that their model's makers wish not to show.
 
 A CLIP vision transformer (transformers') embeds the picture; its cosine similarity with 17 concepts is held against a
-threshold for each. Three further concepts, of special care, lower those thresholds when one of them is found. What the
-concepts are is published as embeddings only (Rando et al. 2022, arXiv:2210.04610, describe the rule).
+threshold for each. Three further concepts, of special care, lower all thresholds a little when one of them is found.
+The concepts are published as embeddings only; Rando et al. 2022 (arXiv:2210.04610) describe the rule.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from gguf_sd.config import SafetyConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd.load import Source, assign
 
-CONCEPTS, SPECIAL_CARE = 17, 3
 ADJUSTMENT = 0.01  # added to every concept's score where special care is called for
 DECIMALS = 3  # scores are rounded so before they are compared with zero
 BLUR = 1 / 10  # standard deviation of the blur, of the picture's longer side
@@ -29,12 +28,12 @@ VISION = "vision_model."
 class Concepts(nn.Module):
     """Embeddings [n, projection_dim] and thresholds [n] (``_weights``), under the checkpoint's names."""
 
-    def __init__(self, width: int):
+    def __init__(self, config: SafetyConfig):
         super().__init__()
-        self.concept_embeds = nn.Parameter(torch.empty(CONCEPTS, width))
-        self.concept_embeds_weights = nn.Parameter(torch.empty(CONCEPTS))
-        self.special_care_embeds = nn.Parameter(torch.empty(SPECIAL_CARE, width))
-        self.special_care_embeds_weights = nn.Parameter(torch.empty(SPECIAL_CARE))
+        self.concept_embeds = nn.Parameter(torch.empty(config.concepts, config.projection_dim))
+        self.concept_embeds_weights = nn.Parameter(torch.empty(config.concepts))
+        self.special_care_embeds = nn.Parameter(torch.empty(config.special_care, config.projection_dim))
+        self.special_care_embeds_weights = nn.Parameter(torch.empty(config.special_care))
 
     def flagged(self, embeddings: Tensor) -> Tensor:
         """Picture embeddings [B, projection_dim], float32 -> bool [B]."""
@@ -64,7 +63,7 @@ class SafetyChecker(nn.Module):
                 attn_implementation="sdpa",
             )
         )
-        self.concepts = Concepts(config.projection_dim)
+        self.concepts = Concepts(config)
 
     @classmethod
     def load(cls, config: SafetyConfig, tensors: Mapping[str, Source], dtype: torch.dtype, where: str) -> SafetyChecker:
@@ -90,9 +89,7 @@ class SafetyChecker(nn.Module):
         no number: such a picture must not pass."""
         embeddings = self.embed(images)
         if not embeddings.isfinite().all():
-            raise GgufSdError(
-                "the safety checker produced values that are not finite; try --dtype float32 or bfloat16"
-            )
+            raise GgufSdError("the safety checker produced values that are not finite; try --dtype float32 or bfloat16")
         with torch.inference_mode():
             return [bool(flag) for flag in self.concepts.flagged(embeddings).cpu()]
 
