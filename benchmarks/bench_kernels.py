@@ -49,6 +49,7 @@ class Row:
     fused: float
     dequantize: float
     resident: float
+    int8: float | None = None  # activations in 8 bits too: linears, Q4_0 and Q8_0
 
     @property
     def tflops(self) -> float:
@@ -88,7 +89,7 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True  # the rivals at their best
     started = time.monotonic()
     rows: list[Row] = []
-    header = f"{'':6}{'':44}{'fused':>9}{'dequant':>9}{'16 bit':>9} us {'TFLOP/s':>9}{'GB/s':>7}  launch"
+    header = f"{'':6}{'':44}{'fused':>9}{'dequant':>9}{'16 bit':>9}{'int8':>9} us{'TFLOP/s':>9}{'GB/s':>7}  launch"
     print(header)
     with torch.inference_mode():
         for layer, qtype in jobs:
@@ -149,6 +150,7 @@ def time_modes(layer: Layer, qtype: str, x: Tensor, bias: Tensor, weights: list[
     from gguf_sd_kernels.conv import conv2d_fused
     from gguf_sd_kernels.dequantize import dequantize_packed
     from gguf_sd_kernels.linear import linear_fused
+    from gguf_sd_kernels.linear_int8 import INT8_TYPES, linear_int8
 
     def fused(weight: PackedWeight, launch: Launch) -> Tensor:
         if layer.op == "conv":
@@ -178,6 +180,9 @@ def time_modes(layer: Layer, qtype: str, x: Tensor, bias: Tensor, weights: list[
     product = Product(layer.op, qtype, layer.m, layer.n, layer.k, layer.taps)
     for launch in candidates(product, gpu_family(x.device) or "", multiprocessors(x.device)):
         tried[launch] = time_calls([partial(fused, weight, launch) for weight in weights])
+    if layer.op != "conv" and qtype in INT8_TYPES:
+        int8 = partial(linear_int8, x, bias=bias, geglu=layer.op == "geglu")
+        seconds["int8"] = time_calls([partial(int8, weight) for weight in weights])
     best = min(tried, key=lambda launch: tried[launch])
     micro = {name: round(value * 1e6, 2) for name, value in (seconds | {"fused": tried[best]}).items()}
     return Row(layer, qtype, best, **micro)
@@ -234,8 +239,8 @@ def line(row: Row) -> str:
     launch = row.launch
     flags = f"{launch.warps}w {launch.stages}s x{launch.splits}"
     return (
-        f"{row.qtype:6}{row.layer!s:44}{row.fused:9.1f}{row.dequantize:9.1f}{row.resident:9.1f}    "
-        f"{row.tflops:9.1f}{row.gbytes:7.0f}  {launch.block_m}x{launch.block_n}x{launch.block_k} {flags}"
+        f"{row.qtype:6}{row.layer!s:44}{row.fused:9.1f}{row.dequantize:9.1f}{row.resident:9.1f}"
+        f"{row.int8 or float('nan'):9.1f}   {row.tflops:9.1f}{row.gbytes:7.0f}  {launch.block_m}x{launch.block_n}x{launch.block_k} {flags}"
     )
 
 

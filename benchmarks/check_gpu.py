@@ -99,6 +99,7 @@ def checks(device: torch.device, sizes: Sizes) -> Iterator[Result]:
     yield from ptx_checks(device, sizes)
     yield from launch_checks(device, sizes)
     yield from norm_checks(device, sizes)
+    yield from int8_checks(device, sizes)
 
 
 def random_blocks(qtype: str, rows: int, cols: int, device: torch.device) -> Tensor:
@@ -261,6 +262,22 @@ def norm_checks(device: torch.device, sizes: Sizes) -> Iterator[Result]:
             rows = x.permute(0, 2, 3, 1).contiguous()
             want = F.layer_norm(rows.double(), (channels,), weight.double(), bias.double(), 1e-5)
             yield Result(f"layer norm {name}", error(layer_norm_triton(rows, weight, bias), want), limit)
+
+
+def int8_checks(device: torch.device, sizes: Sizes) -> Iterator[Result]:
+    """Against float64 with the same quantised activations, and loosely with the true ones."""
+    from gguf_sd_kernels.linear_int8 import INT8_TYPES, linear_int8, quantize_activations
+
+    n, k = sizes.linears[-1]
+    for qtype in INT8_TYPES:
+        packed, weight = packed_weight(qtype, (n, k), device)
+        for m in sizes.ms:
+            x = torch.randn(m, k, device=device, dtype=torch.float16)
+            quantised = quantize_activations(x)
+            values = (quantised.codes.view(m, -1, 32) * quantised.scales[..., None].double()).view(m, k)
+            got = linear_int8(x, packed)
+            yield Result(f"int8 {qtype} {m}x{n}x{k}", error(got, F.linear(values, weight)), 2e-3)
+            yield Result(f"int8 {qtype} {m}x{n}x{k}, true x", error(got, F.linear(x.double(), weight)), 2e-2)
 
 
 if __name__ == "__main__":

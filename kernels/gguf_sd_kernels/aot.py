@@ -88,7 +88,7 @@ def build(case: Case, target: str) -> Built:
         compiled = triton.compile(source, target=gpu, options={"num_warps": case.warps, "num_stages": case.stages})
     shared = compiled.metadata.shared
     built = _inspect_amd(compiled.asm["amdgcn"]) if amd else _inspect_cuda(compiled.asm["cubin"])
-    wanted = MATRIX_INSTRUCTION[target] if case.matrix else ""
+    wanted = MATRIX_INSTRUCTION[target] if case.matrix == "float" else case.matrix
     if target == "90" and wanted and case.matrix_rows < 64:
         wanted = "HMMA"
     loop, matrix = _main_loop(built.code, wanted)

@@ -23,7 +23,7 @@ class Case:
     warps: int
     stages: int
     multiples_of_16: frozenset[str] = frozenset()
-    matrix: bool = False  # multiplies matrices
+    matrix: str = ""  # "float" or "IMMA" (int8): the matrix instruction it must use
     matrix_rows: int = 0  # rows of its first operand
 
     def kernel(self) -> Any:
@@ -45,6 +45,8 @@ def cases(target: str) -> Iterator[Case]:
     yield from conv_cases(target)
     yield from dequantize_cases()
     yield from norm_cases()
+    if family(target) == "mma":  # elsewhere scaling every block costs more than int8 saves
+        yield from int8_cases()
 
 
 def linear_cases(target: str) -> Iterator[Case]:
@@ -65,7 +67,7 @@ def linear_case(launch: Launch, qtype: str, dtype: str, *, geglu: bool = False, 
         warps=launch.warps,
         stages=launch.stages,
         multiples_of_16=frozenset({"N", "K"}),
-        matrix=True,
+        matrix="float",
         matrix_rows=launch.block_n if launch.swap else launch.block_m,
     )
 
@@ -88,7 +90,7 @@ def conv_case(launch: Launch, qtype: str, dtype: str, *, split: bool = False) ->
         warps=launch.warps,
         stages=launch.stages,
         multiples_of_16=frozenset({"N", "K", "IC"}),
-        matrix=True,
+        matrix="float",
         matrix_rows=launch.block_n if launch.swap else launch.block_m,
     )
 
@@ -131,6 +133,32 @@ def norm_cases() -> Iterator[Case]:
         constants = {"WIDTH": width}
         name = f"layer norm {dtype} width {width}"
         yield Case(name, "triton_norm:layer_norm_kernel", types, constants, width // 256, 1)
+
+
+def int8_cases() -> Iterator[Case]:
+    from .linear_int8 import INT8_TYPES, LARGE_M, QUANTIZE_BLOCKS, QUANTIZE_WARPS, SMALL_M
+
+    activations = {"codes": "*i8", "x_scales": "*fp32", "sums": "*i32"}
+    for launch, qtype, (geglu, split) in product(
+        (SMALL_M, LARGE_M), INT8_TYPES, ((False, False), (False, True), (True, False))
+    ):
+        constants, name = _product_constants(launch, qtype, "fp16", split)
+        for unused in ("SWAP", "PTX", "WIDEN", "BLOCK_K", "mins"):
+            constants.pop(unused, None)
+        types = activations | _WEIGHT_TYPES | dict.fromkeys(("bias", "residual", "out"), "*fp16")
+        yield Case(
+            name=f"int8 {name}{' geglu' if geglu else ''}",
+            function="linear_int8:linear_int8_kernel",
+            types=types | dict.fromkeys(("M", "N", "K", "steps"), "i32"),
+            constants=constants | {"GEGLU": geglu} | ({"residual": None} if geglu else {}),
+            warps=launch.warps,
+            stages=launch.stages,
+            multiples_of_16=frozenset({"N", "K"}),
+            matrix="IMMA",
+        )
+    types = {"x": "*fp16", "codes": "*i8", "scales": "*fp32", "sums": "*i32", "n_blocks": "i32"}
+    quantize, blocks = "linear_int8:quantize_kernel", {"BLOCKS": QUANTIZE_BLOCKS}
+    yield Case("int8 quantize", quantize, types, blocks, QUANTIZE_WARPS, 1)
 
 
 _WEIGHT_TYPES = {"quants": "*u8", "scales": "*fp16", "mins": "*fp16", "partials": "*fp32", "counters": "*i32"}
