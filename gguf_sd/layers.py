@@ -12,15 +12,18 @@ from gguf_sd_kernels import ops
 class PointwiseForward:
     """Mixin for linears that are 1x1 convolutions: runs on [B, C, H, W] through its channels-last view."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # type: ignore[misc]
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        last = None if residual is None else residual.permute(0, 2, 3, 1)
+        return super().forward(x.permute(0, 2, 3, 1), last).permute(0, 3, 1, 2)  # type: ignore[misc]
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b."""
+    """y = x W^T + b, and what is to be added to it."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.product(x, self.weight, self.bias)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [..., in], residual [..., out] -> [..., out]."""
+        y = ops.product(x, self.weight, self.bias)
+        return y if residual is None else y.add_(residual)
 
     def geglu(self, x: Tensor) -> Tensor:
         """value * gelu(gate), the halves of y: x [..., in] -> [..., out / 2]."""
@@ -32,11 +35,18 @@ class Pointwise(PointwiseForward, Linear):
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution of [B, C, H, W] with a square kernel, the same stride and padding both ways."""
+    """A convolution with a square kernel, the same stride and padding both ways, and what is to be added to it."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W], emb [B, out] for every pixel, residual [B, out, H', W'] -> [B, out, H', W']."""
         assert not isinstance(self.padding, str)
-        return ops.convolve(x, self.weight, self.bias, self.stride[0], self.padding[0])
+        return _added(ops.convolve(x, self.weight, self.bias, self.stride[0], self.padding[0]), emb, residual)
+
+
+def _added(y: Tensor, emb: Tensor | None, residual: Tensor | None) -> Tensor:
+    if emb is not None:
+        y = y.add_(emb[:, :, None, None])
+    return y if residual is None else y.add_(residual)
 
 
 class Quantized(nn.Module):
@@ -62,8 +72,9 @@ class Quantized(nn.Module):
 class QuantLinear(Quantized):
     """y = x W^T + b, with W [out, in] in blocks."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.blocks, self.qtype, self.bias)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = ops.linear(x, self.blocks, self.qtype, self.bias)
+        return y if residual is None else y.add_(residual)
 
     def geglu(self, x: Tensor) -> Tensor:
         """value * gelu(gate), the halves of y: x [..., in] -> [..., out / 2]."""
@@ -81,9 +92,9 @@ class QuantConv2d(Quantized):
         super().__init__(weight, bias)
         self.stride, self.padding = stride, padding
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         out, channels, kh, kw = self.shape
-        return ops.conv2d(
+        y = ops.conv2d(
             x,
             self.blocks,
             self.qtype,
@@ -93,6 +104,7 @@ class QuantConv2d(Quantized):
             padding=self.padding,
             tap_major=self.tap_major,
         )
+        return _added(y, emb, residual)
 
 
 def quantized(module: nn.Linear | nn.Conv2d, weight: QuantTensor) -> nn.Module:

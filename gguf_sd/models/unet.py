@@ -60,8 +60,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x [B, C, H, W], emb [B, time_dim] -> [B, out_channels, H, W]."""
-        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
-        return self.skip_connection(x) + self.out_layers(h)
+        norm, _, conv = self.in_layers
+        h = conv(norm(x), emb=self.emb_layers(emb))
+        norm, _, _, conv = self.out_layers
+        return conv(norm(h), residual=self.skip_connection(x))
 
 
 class Attention(nn.Module):
@@ -75,14 +77,14 @@ class Attention(nn.Module):
         self.to_v = Linear(context_dim, dim, bias=False)
         self.to_out = nn.Sequential(Linear(dim, dim))
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x [B, N, dim], context [B, M, context_dim] -> [B, N, dim]."""
+    def forward(self, x: Tensor, residual: Tensor, context: Tensor | None = None) -> Tensor:
+        """x and residual [B, N, dim], context [B, M, context_dim] -> [B, N, dim]."""
         source = x if context is None else context
         q, k, v = (
             projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for projected in (self.to_q(x), self.to_k(source), self.to_v(source))
         )
-        return self.to_out(ops.attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.to_out[0](ops.attention(q, k, v).transpose(1, 2).flatten(2), residual)
 
 
 class GEGLU(nn.Module):
@@ -101,8 +103,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        geglu, _, out = self.net
+        return out(geglu(x), residual)
 
 
 class TransformerBlock(nn.Module):
@@ -118,9 +121,9 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        x = self.attn1(self.norm1(x), x)
+        x = self.attn2(self.norm2(x), x, context)
+        return self.ff(self.norm3(x), x)
 
 
 class SpatialTransformer(nn.Module):
@@ -138,7 +141,7 @@ class SpatialTransformer(nn.Module):
         h = self.proj_in(tokens(self.norm(x)))
         for block in self.transformer_blocks:
             h = block(h, context)
-        return x + feature_map(self.proj_out(h), x.shape[2], x.shape[3])
+        return feature_map(self.proj_out(h, tokens(x)), x.shape[2], x.shape[3])
 
 
 class Downsample(nn.Module):

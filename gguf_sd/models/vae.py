@@ -25,7 +25,7 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(self.norm1(x))
-        return self.nin_shortcut(x) + self.conv2(self.norm2(h))
+        return self.conv2(self.norm2(h), residual=self.nin_shortcut(x))
 
 
 class AttnBlock(nn.Module):
@@ -42,7 +42,7 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = tokens(self.norm(x))[:, None]
         h = ops.attention(self.q(h), self.k(h), self.v(h))
-        return x + feature_map(self.proj_out(h[:, 0]), x.shape[2], x.shape[3])
+        return feature_map(self.proj_out(h[:, 0], tokens(x)), x.shape[2], x.shape[3])
 
 
 class Mid(nn.Module):
