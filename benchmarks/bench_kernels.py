@@ -237,11 +237,9 @@ def summarise(works: dict[str, Counter[Layer]], rows: list[Row]) -> dict[str, An
 
 def line(row: Row) -> str:
     launch = row.launch
-    flags = f"{launch.warps}w {launch.stages}s x{launch.splits}"
-    return (
-        f"{row.qtype:6}{row.layer!s:44}{row.fused:9.1f}{row.dequantize:9.1f}{row.resident:9.1f}"
-        f"{row.int8 or float('nan'):9.1f}   {row.tflops:9.1f}{row.gbytes:7.0f}  {launch.block_m}x{launch.block_n}x{launch.block_k} {flags}"
-    )
+    times = "".join(f"{t:9.1f}" for t in (row.fused, row.dequantize, row.resident, row.int8 or float("nan")))
+    tile = f"{launch.block_m}x{launch.block_n}x{launch.block_k} {launch.warps}w {launch.stages}s x{launch.splits}"
+    return f"{row.qtype:6}{row.layer!s:44}{times}   {row.tflops:9.1f}{row.gbytes:7.0f}  {tile}"
 
 
 def table(totals: dict[str, Any]) -> str:

@@ -94,12 +94,12 @@ def main() -> None:
 def checks(device: torch.device, sizes: Sizes) -> Iterator[Result]:
     """The cheap and fundamental first."""
     yield from dequantize_checks(device, sizes)
+    yield from norm_checks(device, sizes)
+    yield from ptx_checks(device, sizes)
     yield from linear_checks(device, sizes)
     yield from conv_checks(device, sizes)
-    yield from ptx_checks(device, sizes)
-    yield from launch_checks(device, sizes)
-    yield from norm_checks(device, sizes)
     yield from int8_checks(device, sizes)
+    yield from launch_checks(device, sizes)
 
 
 def random_blocks(qtype: str, rows: int, cols: int, device: torch.device) -> Tensor:
@@ -168,7 +168,7 @@ def packed_weight(qtype: str, shape: tuple[int, ...], device: torch.device):  # 
 
     cols = shape[1] * (shape[2] * shape[3] if len(shape) == 4 else 1)
     blocks = random_blocks(qtype, shape[0], cols, device)
-    decoded = reference.dequantize(blocks, qtype, torch.float32).double()
+    decoded = reference.dequantize(blocks.cpu(), qtype, torch.float32).to(device).double()
     if len(shape) == 4:
         oc, ic, kh, kw = shape
         decoded = decoded.view(oc, kh, kw, ic).permute(0, 3, 1, 2)

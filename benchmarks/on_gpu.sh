@@ -26,16 +26,21 @@ part() { # name, command …
     echo "== $name: $((SECONDS - started)) s"
 }
 
-"$python" - <<'PYTHON' | tee "$results/machine.txt"
+"$python" - <<'PYTHON' 2>&1 | tee "$results/machine.txt"
 import torch, triton, numpy
 print(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), "driver", torch.version.cuda or torch.version.hip)
 print("torch", torch.__version__, "triton", triton.__version__, "numpy", numpy.__version__)
 PYTHON
+if [ $? -ne 0 ]; then
+    echo "no GPU that torch and triton can use; see $results/machine.txt" >&2
+    exit 2
+fi
 
-part check "$python" benchmarks/check_gpu.py --seconds 150 --json "$results/check.json"
-part kernels "$python" benchmarks/bench_kernels.py --seconds 240 --json "$results/kernels.json" \
-    --auto "$results/auto.json"
-# Further parts, such as the whole UNet step and pictures, go here; lower --seconds above to keep under 8 minutes.
+# Seconds after which a part starts nothing new; what it left out is said in its output.
+part check "$python" benchmarks/check_gpu.py --seconds "${CHECK_SECONDS:-160}" --json "$results/check.json"
+part kernels "$python" benchmarks/bench_kernels.py --seconds "${KERNELS_SECONDS:-240}" \
+    --json "$results/kernels.json" --auto "$results/auto.json"
+# Further parts, such as the whole UNet step and pictures, go here; lower the seconds above to stay under 8 minutes.
 
 echo "== done: $failed parts failed, results in $results"
 exit "$failed"
