@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,3 +77,11 @@ def test_errors_give_the_values(material: Any) -> None:
         linear_packed(x, weight, residual=x[:, :16], geglu=True, mode="dequantize")
     with pytest.raises(ValueError, match="no fused kernels"):
         launches.choose(Product("linear", "Q4_0", 5, 32, 64), None, 1)
+
+
+def test_importing_needs_no_triton() -> None:
+    """Triton is imported by the first product, not by the package."""
+    names = ", ".join(f"gguf_sd_kernels.{name}" for name in ("ops", "packed", "repack", "launch", "workspace"))
+    code = f"import sys, {names}; assert not any(name.startswith('triton') for name in sys.modules)"
+    folder = str(Path(packed.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": folder})
