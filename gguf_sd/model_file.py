@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from gguf_sd.clip_tokenizer import find_tokenizer
 from gguf_sd.config import ModelConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd.gguf_file import GGUFFile
@@ -125,9 +126,10 @@ class ModelFile:
         self.file.forget_pages()
         return checker
 
-    def tokenizer(self) -> Tokenizer:
-        if METADATA_KEY not in self.file.metadata:
-            raise GgufSdError(
-                f"{self.path} carries no tokenizer; give one with --tokenizer (a folder or a BPE merges file)"
-            )
-        return Tokenizer(self.file.metadata[METADATA_KEY], str(self.path))
+    def tokenizer(self, chosen: Path | None = None) -> Tokenizer:
+        """The file's own tokenizer; ``chosen`` (a tokenizer folder or a BPE merges file), or one that can be found, for
+        files of other tools, which carry none."""
+        text = self.file.metadata.get(METADATA_KEY)
+        if chosen is not None or text is None:
+            text = find_tokenizer(chosen, None, self.config.text[0]).json
+        return Tokenizer(str(text), str(self.path))

@@ -20,7 +20,7 @@ from gguf_sd.models.text import Encoded, TextEncoder
 from gguf_sd.models.unet import timestep_embedding
 from gguf_sd.request import Job, Request, prepare
 from gguf_sd.sampling import NoiseSource, Step, sample
-from gguf_sd.tokenizer import Tokenizer, Tokens
+from gguf_sd.tokenizer import Tokens
 
 SIZE_EMBEDDING = 256  # width of the embedding of each of SDXL's six sizes
 NOT_CROPPED = (0, 0)  # top, left
@@ -38,20 +38,35 @@ class Picture:
 class Pipeline:
     """A model and where it runs. Parts are loaded when first needed, and kept or dropped as memory allows."""
 
-    def __init__(self, model: ModelFile, device: torch.device, dtype: torch.dtype, weights: str = "auto"):
+    def __init__(
+        self,
+        model: ModelFile,
+        device: torch.device,
+        dtype: torch.dtype,
+        weights: str = "auto",
+        tokenizer: Path | None = None,
+    ):
         self.model, self.device, self.dtype, self.weights = model, device, dtype, weights
         self.plan = self._plan(model.config.defaults.width * model.config.defaults.height)
         overflows = dtype == torch.float16 and model.config.vae.overflows_float16
         self.vae_dtype = memory.wide_dtype(device) if overflows else dtype
         self._parts: dict[str, Any] = {}
-        self._tokenizer: Tokenizer | None = None
+        self.tokenizer = model.tokenizer(tokenizer)
 
     @classmethod
-    def load(cls, path: Path | str, device: str = "auto", dtype: str = "auto", weights: str = "auto") -> Pipeline:
-        """Opens a GGUF file. ``weights``: auto, quantized or resident, see :class:`gguf_sd.memory.Plan`.
+    def load(
+        cls,
+        path: Path | str,
+        device: str = "auto",
+        dtype: str = "auto",
+        weights: str = "auto",
+        tokenizer: Path | None = None,
+    ) -> Pipeline:
+        """Opens a GGUF file. ``weights``: auto, quantized or resident, see :class:`gguf_sd.memory.Plan`;
+        ``tokenizer``: a folder or a BPE merges file, for GGUF files that carry none.
         Raises GgufSdError for files and settings that cannot work."""
         chosen = memory.choose_device(device)
-        return cls(ModelFile.open(path), chosen, memory.choose_dtype(dtype, chosen), weights)
+        return cls(ModelFile.open(path), chosen, memory.choose_dtype(dtype, chosen), weights, tokenizer)
 
     def __call__(self, prompt: str = "", **settings: Any) -> list[Image.Image]:
         """Paints pictures: the words of :class:`Request` as keywords, PIL images back."""
@@ -79,11 +94,10 @@ class Pipeline:
     def encode(self, job: Job) -> Conditioning:
         """The job's prompts through the text encoders, one encoder at a time."""
         prompts = [job.prompt, job.negative_prompt] if job.guided else [job.prompt]
-        tokenizer = self._tokenizer = self._tokenizer or self.model.tokenizer()
         encoded: list[list[Encoded]] = [[] for _ in prompts]
         for index, config in enumerate(self.model.config.text):
             encoder = self._part(f"text {index}")
-            tokens = [tokenizer.encode(prompt, config) for prompt in prompts]
+            tokens = [self.tokenizer.encode(prompt, config) for prompt in prompts]
             chunks = max(len(t.ids) for t in tokens)  # both prompts the same number, for guidance in one batch
             for results, some in zip(encoded, tokens, strict=True):
                 results.append(self._encode(encoder, some.padded(chunks, config), job.clip_skip))

@@ -9,7 +9,6 @@ import contextlib
 import os
 import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gguf_sd.errors import GgufSdError
+from gguf_sd.files import put_in_place, temporary_beside
 from gguf_sd_convert.policy import Stored
 
 ALIGNMENT = 32
@@ -56,7 +56,7 @@ class GGUFSink:
     def __enter__(self) -> GGUFSink:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_terminable())
-            self._temporary = stack.enter_context(_temporary_beside(self.target))
+            self._temporary = stack.enter_context(temporary_beside(self.target))
             self._write_header()
             size = self._temporary.stat().st_size
             self.nbytes = size + sum(_padded(tensor.nbytes) for tensor in self.tensors)
@@ -72,11 +72,8 @@ class GGUFSink:
                 return
             if self._left:
                 raise RuntimeError(f"{len(self._left)} tensors were not written, the first is {self._left[-1].name}")
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._file.close()
-            os.replace(self._temporary, self.target)
-            _sync_folder(self.target.parent)
+            put_in_place(self._temporary, self.target)
 
     def _write_header(self) -> None:
         writer = gguf.GGUFWriter(self._temporary, self.architecture)
@@ -144,24 +141,6 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def _temporary_beside(target: Path) -> Iterator[Path]:
-    """A new empty file in the target's folder, removed at the end unless it was renamed."""
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-    except OSError as error:
-        raise GgufSdError(f"cannot write to {target.parent}: {error.strerror}") from error
-    path = Path(name)
-    try:
-        umask = os.umask(0)
-        os.umask(umask)
-        os.fchmod(descriptor, 0o666 & ~umask)  # mkstemp's files are for their owner only
-        os.close(descriptor)
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
 def _terminable() -> Iterator[None]:
     """SIGTERM unwinds the stack like an exception, so that what is cleaned up on exceptions is on it, too."""
     if threading.current_thread() is not threading.main_thread():
@@ -176,12 +155,3 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

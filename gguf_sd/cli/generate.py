@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     recorded = read_parameters(args.settings) if args.settings else {}
     request = _request(args, recorded)
     path = model_path(args.model or model_folder(), args.type, args.tokenizer, quiet=args.quiet)
-    pipeline = Pipeline.load(path, args.device, args.dtype or recorded.get("dtype", "auto"), args.weights)
+    dtype = args.dtype or recorded.get("dtype", "auto")
+    pipeline = Pipeline.load(path, args.device, dtype, args.weights, args.tokenizer)
     _check_model(pipeline, recorded)
     job = pipeline.prepare(request)
     report = paint(pipeline, job, args)

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import tokenizers
 
+from gguf_sd import clip_tokenizer as module
+from gguf_sd.clip_tokenizer import find_tokenizer, read_tokenizer
 from gguf_sd.config import TextConfig
 from gguf_sd.errors import GgufSdError
-from gguf_sd_convert import tokenizer as module
 from gguf_sd_convert.convert import ConvertOptions, convert
-from gguf_sd_convert.tokenizer import find_tokenizer, read_tokenizer
 
 Make = Callable[..., Any]
 MERGES = Path(__file__).parents[3] / "shared" / "data" / "clip" / "bpe_simple_vocab_16e6.txt.gz"

@@ -231,5 +231,5 @@ def test_latents_that_are_not_finite_are_an_error(
 def test_long_and_empty_prompts(tiny_pipeline: Callable[..., Path], converted: Callable[..., Path]) -> None:
     pipeline = Pipeline.load(converted(tiny_pipeline(), type="q8_0"), device="cpu", dtype="float32")
     settings = {"steps": 1, "width": 32, "height": 32, "seed": 0}
-    pictures = [pipeline(p, **settings)[0].tobytes() for p in ("", "cat " * 75, "cat " * 300, "cat " * 299 + "dog")]
-    assert len(set(pictures)) == 4
+    pictures = [pipeline(p, **settings)[0].tobytes() for p in ("", "cat " * 150, "cat " * 75 + "dog " * 75)]
+    assert len(set(pictures)) == 3
