@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,10 @@ from gguf_sd.tensor_names import VAE, canonical_names, rename, vae_modules
 TAKES = "--vae takes TAESD or a full VAE as .safetensors, a diffusers folder of either, or a .gguf model"
 DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
 MODULES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-WIDTHS = re.compile(r"encoder\.down(?:_blocks)?\.(\d+)\.(?:block|resnets)\.(\d+)\.conv1\.weight")
-TINY_NAME = re.compile(r"(?:.*(?P<half>encoder|decoder)\.(?:layers\.)?)?(?P<index>\d+)\.(?P<leaf>(?:conv\.\d\.)?\w+)")
+WIDTHS = re.compile(r"encoder\.down(?:_blocks)?\.([0-9]{1,3})\.(?:block|resnets)\.([0-9]{1,3})\.conv1\.weight")
+TINY_NAME = re.compile(
+    r"(?:.*(?P<half>encoder|decoder)\.(?:layers\.)?)?(?P<index>[0-9]{1,3})\.(?P<leaf>(?:conv\.[0-9]\.)?\w+)"
+)
 # Settings of a config.json that do not show in the tensors, and the values that the engine runs.
 TINY_FIXED: dict[str, tuple[Any, ...]] = {"act_fn": ("relu",), "upsample_fn": ("nearest",), "scaling_factor": (1,)}
 FULL_FIXED: dict[str, tuple[Any, ...]] = {
@@ -67,7 +69,9 @@ class VAEFile:
         return opened
 
 
-def load_vae_file(path: Path | str, dtype: torch.dtype, model: VAEConfig | None = None) -> Autoencoder | TinyAutoencoder:
+def load_vae_file(
+    path: Path | str, dtype: torch.dtype, model: VAEConfig | None = None
+) -> Autoencoder | TinyAutoencoder:
     """Opens and reads a VAE, see :meth:`VAEFile.open`; on the CPU, ready for inference."""
     return VAEFile.open(path, model).load(dtype)
 
@@ -79,14 +83,15 @@ def _open_folder(folder: Path, model: VAEConfig) -> VAEFile:
         if (folder / name).is_file():
             return _open_file(folder / name, model)
     found = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
-    decoders = [path for path in found if "decoder" in path.name]
-    candidates = decoders if len(decoders) == 1 else found
+    encoders = [path for path in found if "encoder" in path.name]  # each is found from its decoder, where there is one
+    paired = [path for path in encoders if path.with_name(path.name.replace("encoder", "decoder")) in found]
+    candidates = [path for path in found if path not in paired]
     if len(candidates) == 1:
         return _open_file(candidates[0], model)
     if not found:
         raise GgufSdError(f"the folder {folder} holds no .safetensors file; {TAKES}")
-    names = ", ".join(path.name for path in candidates[:4])
-    raise GgufSdError(f"the folder {folder} holds more than one VAE ({names}, …); give the path of one file")
+    names = ", ".join(path.name for path in candidates[:4]) + (", …" if len(candidates) > 4 else "")
+    raise GgufSdError(f"the folder {folder} holds more than one file ({names}); give the path of the one to take")
 
 
 def _open_file(path: Path, model: VAEConfig) -> VAEFile:
@@ -138,7 +143,8 @@ def _tiny_places(path: Path, shapes: Shapes) -> Places:
     weights. diffusers leaves that layer out, so its decoder counts from one less.
     """
     found = {name: TINY_NAME.fullmatch(name) for name in shapes}
-    if not shapes or not all(found.values()):
+    convolutions = all(len(shape) == 4 for name, shape in shapes.items() if name.endswith("weight"))
+    if not shapes or not all(found.values()) or not convolutions:
         return {}
     bare = "encoder" if "0.weight" in shapes else "decoder"
     rows = [(m["half"] or bare, int(m["index"]), m["leaf"], name) for name, m in found.items() if m]
@@ -179,13 +185,14 @@ def _full_config(path: Path, shapes: Shapes, settings: Mapping[str, Any], model:
     if not blocks or len(first) != 4 or len(last) != 4:
         raise GgufSdError(f"{path} holds no VAE (no tensors encoder.down.* and decoder.conv_in.weight); {TAKES}")
     widths = {level: shape[0] for (level, _), shape in sorted(blocks.items())}
-    if sorted(widths) != list(range(len(widths))):
-        raise GgufSdError(f"{path} lacks a level of its encoder, it has {sorted(widths)}; download it again")
+    layers = len(blocks) // len(widths)
+    if set(blocks) != {(level, layer) for level in range(len(widths)) for layer in range(layers)}:
+        raise GgufSdError(f"{path} lacks resnet blocks of its encoder, it has {len(blocks)}; download it again")
     groups = settings.get("norm_num_groups", 32)
-    if type(groups) is not int or groups < 1 or any(width % groups for width in widths.values()):
+    if type(groups) is not int or groups < 1 or any(not width or width % groups for width in widths.values()):
         raise GgufSdError(
             f"{path}: the VAE's widths {list(widths.values())} do not split into {groups!r} groups; "
-            "put the config.json that belongs to it beside it"
+            f"name it {DIFFUSERS_WEIGHTS[0]} and put its config.json beside it"
         )
     scale = settings.get("scaling_factor", model.scaling_factor)
     if not isinstance(scale, int | float) or not 0 < scale < math.inf:
@@ -194,7 +201,7 @@ def _full_config(path: Path, shapes: Shapes, settings: Mapping[str, Any], model:
         in_channels=last[0],
         latent_channels=first[1],
         block_out_channels=tuple(widths.values()),
-        layers_per_block=max(layer for _, layer in blocks) + 1,
+        layers_per_block=layers,
         norm_groups=groups,
         scaling_factor=float(scale),
         overflows_float16=model.overflows_float16 and bool(settings.get("force_upcast", True)),
@@ -259,8 +266,11 @@ def _shapes(path: Path) -> Shapes:
 def _sources(places: Places) -> dict[str, Source]:
     """Readers that keep the files open no longer than they live themselves."""
     files = {path: _open_safetensors(path) for path in {path for path, _ in places.values()}}
-    return {ours: partial(_read, files[path], name) for ours, (path, name) in places.items()}
+    return {ours: partial(_read, files[path], path, name) for ours, (path, name) in places.items()}
 
 
-def _read(file: Any, name: str) -> Tensor:
-    return file.get_tensor(name).clone()  # its own memory: what safetensors returns is the mapped file
+def _read(file: Any, path: Path, name: str) -> Tensor:
+    try:
+        return file.get_tensor(name).clone()  # its own memory: what safetensors returns is the mapped file
+    except (SafetensorError, AttributeError, RuntimeError) as error:
+        raise GgufSdError(f"{path}: cannot read tensor {name}: {error}; get the VAE in float16 or float32") from error
