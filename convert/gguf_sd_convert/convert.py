@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gguf_sd.clip_tokenizer import ClipTokenizer, find_tokenizer, read_tokenizer
-from gguf_sd.config import ModelConfig
+from gguf_sd.config import SD15, SDXL, SDXL_TURBO, ModelConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd_convert.checkpoints import Entry
 from gguf_sd_convert.inventory import expected_tensors
@@ -49,6 +49,10 @@ class ConvertOptions:
     config: ModelConfig | None = None
     force: bool = False
     threads: int = 0
+    preset: str | None = None  # a key of PRESETS: whose schedule and defaults the file gets
+
+
+PRESETS = {"sd15": SD15, "sdxl": SDXL, "sdxl-turbo": SDXL_TURBO}
 
 
 @dataclass(frozen=True)

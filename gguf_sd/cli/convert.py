@@ -31,6 +31,7 @@ def add_parser(subparsers: Any) -> None:
     add("--tokenizer", type=Path, help="tokenizer folder, tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz, for a "
         "source that has none")  # fmt: skip
     add("--config", type=Path, help="diffusers folder whose JSON files describe a single-file SOURCE")
+    add("--preset", help="whose schedule and defaults the file gets: sd15, sdxl or sdxl-turbo (what the source says)")
     add("--threads", type=int, default=0, help="tensors worked on at once (one a core)")
     add("--force", action="store_true", help="replace an existing file")
     add("--quiet", action="store_true", help="no progress bar and no table")
@@ -50,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
         if args.source.is_dir():
             raise GgufSdError(f"--config is for single files; the folder {args.source} has a configuration")
         config, _ = read_model_config(args.config)
-    options = ConvertOptions(args.type, args.layout, args.ema, args.tokenizer, config, args.force, args.threads)
+    options = ConvertOptions(
+        args.type, args.layout, args.ema, args.tokenizer, config, args.force, args.threads, args.preset
+    )
     report = convert(args.source, args.output, options, quiet=args.quiet or args.json)
     if args.json:
         print(json.dumps(asdict(report), indent=2))

@@ -13,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gguf_sd.config import SDXL_TURBO
 from gguf_sd.errors import GgufSdError
-from gguf_sd_convert.convert import convert
+from gguf_sd.model_file import ModelFile
+from gguf_sd_convert.convert import ConvertOptions, convert
 
 Make = Callable[..., Any]
 FIRST, SECOND = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."
@@ -115,3 +117,18 @@ def test_parts_that_do_not_fit(folder: Path, tmp_path: Path, path: str, settings
     edit(broken / path, **settings)
     with pytest.raises(GgufSdError, match=match):
         convert(broken, tmp_path / "x.gguf")
+
+
+def test_turbo_is_a_preset_and_a_name_is_only_a_hint(folder: Path, tmp_path: Path) -> None:
+    named = shutil.copytree(folder, tmp_path / "my-turbo")
+    report = convert(named, tmp_path / "a.gguf")
+    assert any("--preset sdxl-turbo" in note for note in report.notes)
+    assert ModelFile.open(tmp_path / "a.gguf").config.defaults.steps != 1
+    report = convert(folder, tmp_path / "b.gguf", ConvertOptions(preset="sdxl-turbo"))
+    assert not any("--preset" in note for note in report.notes)
+    config = ModelFile.open(tmp_path / "b.gguf").config
+    assert (config.defaults, config.scheduler) == (SDXL_TURBO.defaults, SDXL_TURBO.scheduler)
+    with pytest.raises(GgufSdError, match="preset sd15 is for sd1 models"):
+        convert(folder, tmp_path / "c.gguf", ConvertOptions(preset="sd15"))
+    with pytest.raises(GgufSdError, match="no preset 'turbo'; choose from sd15, sdxl, sdxl-turbo"):
+        convert(folder, tmp_path / "c.gguf", ConvertOptions(preset="turbo"))
