@@ -111,10 +111,27 @@ def convert(
 
 
 def _prepare(path: Path, options: ConvertOptions) -> _Job:
-    source = open_source(path, options.ema, options.config)
+    source = _preset(open_source(path, options.ema, options.config), options.preset)
     tokenizer, config = _tokenizer(source, options)
     tensors, unused = fitted(source, expected_tensors(config))
     return _Job(source, config, tokenizer, tensors, unused, options)
+
+
+def _preset(source: Source, preset: str | None) -> Source:
+    """The source with the schedule and the defaults of a preset; a name that speaks of Turbo is a hint, no more."""
+    config = source.config
+    if preset is None:
+        settled = config.name != "sdxl" or config.defaults.steps == SDXL_TURBO.defaults.steps
+        if settled or "turbo" not in source.path.resolve().name.lower():
+            return source
+        hint = "its name speaks of Turbo, nothing else does: --preset sdxl-turbo makes 1 step without guidance the default"
+        return replace(source, notes=(*source.notes, hint))
+    if preset not in PRESETS:
+        raise GgufSdError(f"no preset {preset!r}; choose from {', '.join(PRESETS)}")
+    chosen = PRESETS[preset]
+    if chosen.name != config.name:
+        raise GgufSdError(f"preset {preset} is for {chosen.name} models; {source.path} is {config.name}")
+    return replace(source, config=replace(config, scheduler=chosen.scheduler, defaults=chosen.defaults))
 
 
 def _tokenizer(source: Source, options: ConvertOptions) -> tuple[ClipTokenizer, ModelConfig]:
