@@ -124,7 +124,7 @@ def _preset(source: Source, preset: str | None) -> Source:
         settled = config.name != "sdxl" or config.defaults.steps == SDXL_TURBO.defaults.steps
         if settled or "turbo" not in source.path.resolve().name.lower():
             return source
-        hint = "its name speaks of Turbo, nothing else does: --preset sdxl-turbo makes 1 step without guidance the default"
+        hint = "its name speaks of Turbo, nothing else does: --preset sdxl-turbo gives the file 1 step without guidance"
         return replace(source, notes=(*source.notes, hint))
     if preset not in PRESETS:
         raise GgufSdError(f"no preset {preset!r}; choose from {', '.join(PRESETS)}")
