@@ -1,5 +1,7 @@
 """Seconds a UNet step and a VAE decode on this CPU, ours beside diffusers' in one run, and the peak memory.
 
+A step is guided (a batch of two) for SD 1.5, and not (one picture, as SDXL-Turbo runs) for SDXL.
+
     python benchmarks/make_checkpoint.py /tmp/sd15.safetensors --model sd15
     gguf-sd convert /tmp/sd15.safetensors -o /tmp/sd15-q4_0.gguf --type q4_0 --tokenizer PATH
     python benchmarks/bench_cpu_step.py /tmp/sd15-q4_0.gguf --output benchmarks/results/cpu_step.json
@@ -26,7 +28,7 @@ from typing import Any
 import diffusers
 import torch
 
-from gguf_sd.config import SD15
+from gguf_sd.config import UNetConfig
 from gguf_sd.memory import choose_dtype, make_resident
 from gguf_sd.model_file import ModelFile
 
@@ -35,7 +37,7 @@ MODES = ("quantized", "resident")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="an SD 1.5 GGUF file")
+    parser.add_argument("model", type=Path, help="an SD 1.5 or SDXL GGUF file")
     parser.add_argument("--size", type=int, default=512, help="pixels along each side")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -69,21 +71,45 @@ def main() -> None:
 
 def step_contestants(path: Path, size: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     model = ModelFile.open(path)
-    latents = torch.randn(2, model.config.unet.in_channels, size // 8, size // 8).to(dtype)
-    context = torch.randn(2, 77, model.config.unet.context_dim).to(dtype)
-    timesteps = torch.tensor([500, 500])
-    assert model.config.unet.block_out_channels == SD15.unet.block_out_channels, "the comparison is for SD 1.5"
+    config = model.config.unet
+    batch = 1 if config.vector_dim else 2
+    latents = torch.randn(batch, config.in_channels, size // 8, size // 8).to(dtype)
+    context = torch.randn(batch, 77, config.context_dim).to(dtype)
+    vector = torch.randn(batch, config.vector_dim).to(dtype) if config.vector_dim else None
+    timesteps = torch.full((batch,), 500)
     with torch.device("meta"):
-        theirs = diffusers.UNet2DConditionModel(cross_attention_dim=768, in_channels=latents.shape[1])
+        theirs = diffusers.UNet2DConditionModel(**diffusers_settings(config))
     theirs = random_weights(theirs, dtype)
+    more: dict[str, Any] = {}
+    if config.vector_dim:
+        pooled = config.vector_dim - 6 * 256
+        more = {"added_cond_kwargs": {"text_embeds": torch.randn(1, pooled).to(dtype), "time_ids": torch.ones(1, 6)}}
     quantized, resident = model.load_unet(dtype), model.load_unet(dtype)
     make_resident(resident, dtype)
     channels_last = latents.contiguous(memory_format=torch.channels_last)
     return {
-        "diffusers": lambda: theirs(channels_last, timesteps, context),
-        "quantized": lambda: quantized(latents, timesteps, context),
-        "resident": lambda: resident(latents, timesteps, context),
+        "diffusers": lambda: theirs(channels_last, timesteps, context, **more),
+        "quantized": lambda: quantized(latents, timesteps, context, vector),
+        "resident": lambda: resident(latents, timesteps, context, vector),
     }
+
+
+def diffusers_settings(config: UNetConfig) -> dict[str, Any]:
+    down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config.transformer_layers]
+    settings: dict[str, Any] = {
+        "in_channels": config.in_channels,
+        "block_out_channels": config.block_out_channels,
+        "down_block_types": down,
+        "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down)],
+        "transformer_layers_per_block": [max(depth, 1) for depth in config.transformer_layers],
+        "attention_head_dim": config.num_heads,
+        "cross_attention_dim": config.context_dim,
+        "use_linear_projection": config.linear_projection,
+    }
+    if config.vector_dim:
+        settings |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+        settings |= {"projection_class_embeddings_input_dim": config.vector_dim}
+    return settings
 
 
 def decode_contestants(path: Path, size: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
@@ -124,10 +150,11 @@ def medians(contestants: dict[str, Callable[[], Any]], repeats: int) -> dict[str
 
 
 def peak_memory(path: Path, size: int, weights: str) -> int:
-    """Peak resident memory of `gguf-sd generate`, MB (10^6 bytes), two steps with guidance."""
+    """Peak resident memory of `gguf-sd generate`, MB (10^6 bytes), for two steps, guided or not as above."""
+    guidance = "0" if ModelFile.open(path).config.unet.vector_dim else "7.5"
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "gguf_sd.cli.main", "generate", str(path), "-p", "a lighthouse", "--quiet"]
-        command += ["--steps", "2", "--guidance", "7.5", "--seed", "1", "--weights", weights, "--device", "cpu"]
+        command += ["--steps", "2", "--guidance", guidance, "--seed", "1", "--weights", weights, "--device", "cpu"]
         command += ["--width", str(size), "--height", str(size), "-o", f"{folder}/out.png"]
         probe = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True)"
         probe += "; print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"

@@ -16,11 +16,15 @@ from gguf_sd.beginning import Beginning, Encoder
 from gguf_sd.errors import GgufSdError
 from gguf_sd.guidance import Conditioning, Predictor, Prompt
 from gguf_sd.model_file import ModelFile
+from gguf_sd.models.safety import blurred
 from gguf_sd.models.text import Encoded, TextEncoder
 from gguf_sd.models.unet import timestep_embedding
+from gguf_sd.models.vae import Autoencoder
+from gguf_sd.preview import family, previews
 from gguf_sd.request import Job, Request, prepare
 from gguf_sd.sampling import NoiseSource, Step, sample
 from gguf_sd.tokenizer import Tokens
+from gguf_sd.vae_file import VAEFile
 
 SIZE_EMBEDDING = 256  # width of the embedding of each of SDXL's six sizes
 NOT_CROPPED = (0, 0)  # top, left
@@ -33,6 +37,7 @@ class Picture:
     image: Image.Image
     seed: int
     job: Job
+    flagged: bool = False  # by the safety checker
 
 
 class Pipeline:
@@ -45,10 +50,13 @@ class Pipeline:
         dtype: torch.dtype,
         weights: str = "auto",
         tokenizer: Path | None = None,
+        vae: Path | None = None,
     ):
         self.model, self.device, self.dtype, self.weights = model, device, dtype, weights
         self.plan = self._plan(model.config.defaults.width * model.config.defaults.height)
-        overflows = dtype == torch.float16 and model.config.vae.overflows_float16
+        self.vae_file = None if vae is None else VAEFile.open(vae, model.config.vae)
+        self.vae_config = self.vae_file.config if self.vae_file else model.config.vae
+        overflows = dtype == torch.float16 and self.vae_config.overflows_float16
         self.vae_dtype = memory.wide_dtype(device) if overflows else dtype
         self._parts: dict[str, Any] = {}
         self.tokenizer = model.tokenizer(tokenizer)
@@ -61,12 +69,14 @@ class Pipeline:
         dtype: str = "auto",
         weights: str = "auto",
         tokenizer: Path | None = None,
+        vae: Path | None = None,
     ) -> Pipeline:
         """Opens a GGUF file. ``weights``: auto, quantized or resident, see :class:`gguf_sd.memory.Plan`;
-        ``tokenizer``: a folder or a BPE merges file, for GGUF files that carry none.
+        ``tokenizer``: a folder or a BPE merges file, for GGUF files that carry none; ``vae``: another autoencoder than
+        the file's own, full or tiny, see :mod:`gguf_sd.vae_file`.
         Raises GgufSdError for files and settings that cannot work."""
         chosen = memory.choose_device(device)
-        return cls(ModelFile.open(path), chosen, memory.choose_dtype(dtype, chosen), weights, tokenizer)
+        return cls(ModelFile.open(path), chosen, memory.choose_dtype(dtype, chosen), weights, tokenizer, vae)
 
     def __call__(self, prompt: str = "", **settings: Any) -> list[Image.Image]:
         """Paints pictures: the words of :class:`Request` as keywords, PIL images back."""
@@ -87,8 +97,8 @@ class Pipeline:
             for step in self.denoise(job, start, conditioning, noise):
                 latents = step.latents
                 on_step(step)
-            for pixels, seed in zip(self.decode(latents), seeds, strict=True):
-                yield Picture(_finished(Image.fromarray(pixels.numpy()), job), seed, job)
+            painted = [_finished(Image.fromarray(pixels.numpy()), job) for pixels in self.decode(latents)]
+            yield from self._checked(painted, seeds, job)
 
     @torch.inference_mode()
     def encode(self, job: Job) -> Conditioning:
@@ -164,6 +174,22 @@ class Pipeline:
             raise GgufSdError("the VAE produced values that are not finite; try --dtype float32 or bfloat16")
         return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
+    def preview(self, step: Step) -> Image.Image:
+        """A cheap look at the first picture of a step: through a tiny autoencoder if that is in use, by a linear map
+        for latents of Stable Diffusion's kind, else through the model's own autoencoder."""
+        vae = self._part("vae") if self.vae_file or family(self.model.config.vae) is None else None
+        linear = isinstance(vae, Autoencoder) and family(self.model.config.vae) is not None
+        return previews(step.denoised[:1], self.model.config.vae, None if linear else vae)[0]
+
+    def _checked(self, painted: list[Image.Image], seeds: list[int], job: Job) -> Iterator[Picture]:
+        """The pictures as the model's safety checker, if it has one, lets them pass."""
+        flags = [False] * len(painted)
+        if job.safety != "off" and self.model.config.safety is not None:
+            flags = self._part("safety").flagged(painted)
+            self._release("safety")
+        for image, seed, flagged in zip(painted, seeds, flags, strict=True):
+            yield Picture(blurred(image) if flagged and job.safety == "blur" else image, seed, job, flagged)
+
     def _plan(self, pixels: int) -> memory.Plan:
         model = self.model
         return memory.Plan.make(self.weights, self.device, self.dtype, model.unet_values(), model.config, pixels)
@@ -180,7 +206,9 @@ class Pipeline:
 
     def _load(self, name: str) -> nn.Module:
         if name == "vae":
-            return self.model.load_vae(self.vae_dtype)
+            return self.vae_file.load(self.vae_dtype) if self.vae_file else self.model.load_vae(self.vae_dtype)
+        if name == "safety":
+            return self.model.load_safety(self.dtype)
         if name != "unet":
             return self.model.load_text(int(name.removeprefix("text ")), self.dtype)
         unet = self.model.load_unet(self.dtype)

@@ -15,6 +15,7 @@ from gguf_sd.errors import GgufSdError
 from gguf_sd.sampling import Schedule, make_schedule, resolve_sampler, resolve_schedule
 
 MAX_SEED = 2**32 - 1
+SAFETY_MODES = ("blur", "warn", "off")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Request:
     resize: str = "crop"  # how image and mask are brought to size: crop, fit or stretch
     mask_blur: int = 4  # pixels over which the edge of the mask is softened, inwards
     paste: bool = True  # outside the mask, the picture's very pixels
+    safety: str = "blur"  # what happens to pictures that the model's safety checker flags: blur, warn or off
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Job:
     schedule: Schedule = field(repr=False, compare=False)
     picture: beginning.Picture | None = field(repr=False, compare=False)
     paste: bool = field(repr=False, compare=False)
+    safety: str = field(repr=False, compare=False)
 
     @property
     def steps_run(self) -> int:
@@ -112,6 +115,7 @@ def prepare(request: Request, config: ModelConfig) -> Job:
         schedule=make_schedule(config.scheduler, sampler, schedule_name, defaults.steps),
         picture=picture,
         paste=request.paste,
+        safety=request.safety,
     )
 
 
@@ -148,6 +152,8 @@ def _check(values: Defaults, request: Request, config: ModelConfig) -> None:
     layers = min(text.num_hidden_layers for text in config.text)
     if request.clip_skip is not None and not 1 <= request.clip_skip <= layers:
         raise GgufSdError(f"clip skip must lie in 1 … {layers}, the text encoder's layers, got {request.clip_skip}")
+    if request.safety not in SAFETY_MODES:
+        raise GgufSdError(f"unknown safety mode {request.safety!r}; choose from {', '.join(SAFETY_MODES)}")
     if not 0 <= request.mask_blur <= 256:
         raise GgufSdError(f"mask blur must lie in 0 … 256 pixels, got {request.mask_blur}")
     if request.seed is not None and not 0 <= request.seed <= MAX_SEED:

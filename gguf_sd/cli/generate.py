@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 import tempfile
 import time
 from dataclasses import fields
@@ -16,6 +17,7 @@ from gguf_sd.errors import GgufSdError
 if TYPE_CHECKING:
     from gguf_sd.pipeline import Pipeline
     from gguf_sd.request import Job, Request
+    from gguf_sd.sampling import Step
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,10 @@ def add_parser(subparsers: Any) -> None:
     add("--mask", type=Path, help="repaint the picture only where this one is white, or transparent (inpainting)")
     add("--mask-blur", type=int, default=4, help="pixels over which the mask's edge is softened, inwards (4)")
     add("--no-paste", action="store_false", dest="paste", help="keep what the model made of the rest of the picture")
+    add("--safety", default="blur", help="what happens to pictures that the model's safety checker flags: blur, warn "
+        "or off (blur)")  # fmt: skip
+    add("--vae", type=Path, help="another autoencoder: TAESD, or a full VAE file or folder")
+    add("--preview", type=int, default=0, metavar="N", help="write OUTPUT.preview.png every N steps (0 = never)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
     add("--dtype", help="auto, float32, float16, bfloat16: what the UNet computes in (auto)")
     add("--weights", default="auto", help="auto, quantized (small) or resident (dequantised once: faster, larger)")
@@ -67,11 +73,13 @@ def run(args: argparse.Namespace) -> int:
     from gguf_sd.pipeline import Pipeline
 
     _check_output(args.output)
+    if args.preview < 0:
+        raise GgufSdError(f"--preview is {args.preview}; it takes a number of steps, or 0 for none")
     recorded = read_parameters(args.settings) if args.settings else {}
     request = _request(args, recorded)
     path = model_path(args.model or model_folder(), args.type, args.tokenizer, quiet=args.quiet)
     dtype = args.dtype or recorded.get("dtype", "auto")
-    pipeline = Pipeline.load(path, args.device, dtype, args.weights, args.tokenizer)
+    pipeline = Pipeline.load(path, args.device, dtype, args.weights, args.tokenizer, args.vae)
     _check_model(pipeline, recorded)
     job = pipeline.prepare(request)
     report = paint(pipeline, job, args)
@@ -116,16 +124,24 @@ def paint(pipeline: Pipeline, job: Job, args: argparse.Namespace) -> dict[str, A
     from gguf_sd.files import save_png
     from gguf_sd.parameters import PARAMETERS, parameters
 
+    if pipeline.model.config.safety is None and args.safety != "off" and not args.quiet:
+        print("this model carries no safety checker", file=sys.stderr)
     dtype = str(pipeline.dtype).removeprefix("torch.")
     files, started = [], time.perf_counter()
-    batches = len(list(job.batches()))
-    with tqdm(total=job.steps_run * batches, unit="step", disable=args.quiet) as bar:
-        pictures = pipeline.paint(job, on_step=lambda _: bar.update())
-        for index, picture in enumerate(pictures):
+    with tqdm(total=job.steps_run * len(list(job.batches())), unit="step", disable=args.quiet) as bar:
+
+        def on_step(step: Step) -> None:
+            bar.update()
+            if args.preview and (step.index + 1) % args.preview == 0:
+                save_png(pipeline.preview(step), args.output.with_suffix(".preview.png"))
+
+        for index, picture in enumerate(pipeline.paint(job, on_step)):
             path = _numbered(args.output, index, job.count)
             text = parameters(picture, pipeline.model.path.stem, pipeline.model.source_hash, dtype)
             save_png(picture.image, path, {PARAMETERS: text})
-            files.append({"path": str(path), "seed": picture.seed})
+            files.append({"path": str(path), "seed": picture.seed, "flagged": picture.flagged})
+            if picture.flagged:
+                log.warning("%s was flagged by the safety checker (--safety %s)", path, args.safety)
     settings = {f.name: getattr(job, f.name) for f in fields(job) if f.repr}
     return {
         "model": str(pipeline.model.path),

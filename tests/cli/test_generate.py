@@ -33,7 +33,7 @@ def test_picture_with_its_settings(model: Path, tmp_path: Path, capsys: pytest.C
     command = ["generate", str(model), "-p", "a cat, red", "-n", "dog", "-o", str(out), "--seed", "7", *FAST]
     assert main([*command, "--sampler", "DPM++ 2M Karras", "--guidance", "6.5", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["files"] == [{"path": str(out), "seed": 7}]
+    assert report["files"] == [{"path": str(out), "seed": 7, "flagged": False}]
     assert report["settings"]["sampler"] == "dpmpp_2m"
     picture = Image.open(out)
     assert picture.size == (32, 32)
@@ -104,6 +104,37 @@ def test_image_to_image_and_inpainting(model: Path, tmp_path: Path, capsys: pyte
     assert len(left) <= 3, "outside the mask stands the picture, resized"
     assert main([*command, "-o", str(tmp_path / "c.png"), "--strength", "0.2"]) == 2
     assert "take a strength of at least 0.5" in capsys.readouterr().err
+
+
+def test_previews(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    assert main(["generate", str(model), "-o", str(out), "--preview", "1", *FAST]) == 0
+    assert Image.open(tmp_path / "out.preview.png").size == (32, 32)
+    assert main(["generate", str(model), "-o", str(out), "--vae", str(model), *FAST]) == 0
+    same = Image.open(out).tobytes()
+    assert main(["generate", str(model), "-o", str(out), "--from", str(out), *FAST]) == 0
+    assert Image.open(out).tobytes() == same
+
+
+def test_flagged_pictures(
+    tiny_pipeline: Callable[..., Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Blurred unless told otherwise."""
+    model, out = tmp_path / "safe.gguf", tmp_path / "out.png"
+    assert main(["convert", str(tiny_pipeline(safety=True)), "-o", str(model), "--quiet"]) == 0
+    paint = ["generate", str(model), "-o", str(out), "--seed", "1", *FAST]
+    monkeypatch.setattr("gguf_sd.models.safety.SafetyChecker.flagged", lambda self, images: [True] * len(images))
+    assert main([*paint, "--safety", "off"]) == 0
+    plain = Image.open(out).tobytes()
+    assert main([*paint, "--safety", "warn"]) == 0
+    assert "flagged by the safety checker" in caplog.text
+    assert Image.open(out).tobytes() == plain
+    assert main(paint) == 0
+    assert Image.open(out).tobytes() != plain
+    assert main([*paint, "--safety", "maybe"]) == 2
 
 
 def test_several_pictures(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
