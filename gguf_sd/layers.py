@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from gguf_sd.quant_tensor import QuantTensor
 from gguf_sd_kernels import ops
+from gguf_sd_kernels.packed import conv2d_packed, linear_packed
+from gguf_sd_kernels.repack import PACKED_TYPES, PackedWeight, repack, unpack
 
 
 class PointwiseForward:
@@ -59,25 +61,40 @@ class Quantized(nn.Module):
         self.register_buffer("blocks", weight.blocks)
         self.qtype, self.shape, self.tap_major = weight.qtype, weight.shape, weight.tap_major
         self.bias = bias
+        self.packed: PackedWeight | None = None  # the blocks as the GPU kernels take them, in place of `blocks`
+        self.mode = ""
 
     @property
     def weight(self) -> QuantTensor:
         """The weight, still quantised."""
-        return QuantTensor(self.blocks, self.qtype, self.shape, self.tap_major)
+        blocks = self.blocks if self.packed is None else unpack(self.packed)
+        return QuantTensor(blocks, self.qtype, self.shape, self.tap_major)
+
+    def pack(self, mode: str) -> None:
+        """Repacks the blocks for the GPU kernels, on the device where they are; the module stays there from now on.
+        ``mode`` is one of gguf_sd_kernels.packed.MODES. Types without a kernel are left as they are."""
+        if self.qtype in PACKED_TYPES:
+            self.packed = repack(self.blocks, self.qtype, self.shape, tap_major=self.tap_major)
+            self.mode, self.blocks = mode, self.blocks.new_empty(0)
 
     def extra_repr(self) -> str:
         return f"{self.qtype}, shape={list(self.shape)}, bias={self.bias is not None}"
 
 
 class QuantLinear(Quantized):
-    """y = x W^T + b, with W [out, in] in blocks."""
+    """y = x W^T + b, with W [out, in] in blocks, and what is to be added to it."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [..., in], residual [..., out] -> [..., out]."""
+        if self.packed is not None:
+            return linear_packed(x, self.packed, self.bias, residual, mode=self.mode)
         y = ops.linear(x, self.blocks, self.qtype, self.bias)
         return y if residual is None else y.add_(residual)
 
     def geglu(self, x: Tensor) -> Tensor:
         """value * gelu(gate), the halves of y: x [..., in] -> [..., out / 2]."""
+        if self.packed is not None:
+            return linear_packed(x, self.packed, self.bias, geglu=True, mode=self.mode)
         return ops.linear_geglu(x, self.blocks, self.qtype, self.bias)
 
 
@@ -86,13 +103,17 @@ class QuantPointwise(PointwiseForward, QuantLinear):
 
 
 class QuantConv2d(Quantized):
-    """A convolution of [B, C, H, W] with W [out, in, kh, kw] in blocks."""
+    """A convolution with W [out, in, kh, kw] in blocks, and what is to be added to it."""
 
     def __init__(self, weight: QuantTensor, bias: Tensor | None, stride: int, padding: int):
         super().__init__(weight, bias)
         self.stride, self.padding = stride, padding
 
     def forward(self, x: Tensor, emb: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W], emb [B, out] for every pixel, residual [B, out, H', W'] -> [B, out, H', W']."""
+        if self.packed is not None:
+            stride, padding = self.stride, self.padding
+            return conv2d_packed(x, self.packed, self.bias, stride, padding, residual=residual, emb=emb, mode=self.mode)
         out, channels, kh, kw = self.shape
         y = ops.conv2d(
             x,

@@ -13,6 +13,7 @@ from gguf_sd.errors import GgufSdError
 from gguf_sd.layers import Quantized, resident
 
 WEIGHT_MODES = ("auto", "quantized", "resident")
+KERNEL_MODES = ("auto", "fused", "dequantize", "torch")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # A UNet step holds about this many feature maps of the finest level at once, per picture (measured on SD 1.5).
 LIVE_FEATURE_MAPS = 24
@@ -109,6 +110,23 @@ class Plan:
             weights = "resident" if free > 2 * full + 2 * step else "quantized"
         left = free - (full if weights == "resident" else full // 3)
         return cls(weights, keep_parts=weights == "resident", batch_guidance=left > 2 * step)
+
+
+def choose_kernels(name: str, device: torch.device) -> str:
+    """How quantised layers compute: ``fused`` decodes inside the products, ``dequantize`` before them, both in Triton
+    on a GPU; ``torch`` is plain torch, anywhere. ``auto`` is ``torch`` until the kernels' speed has been measured."""
+    if name not in KERNEL_MODES:
+        raise GgufSdError(f"unknown kernels {name!r}; choose from {', '.join(KERNEL_MODES)}")
+    if name in ("fused", "dequantize") and device.type != "cuda":
+        raise GgufSdError(f"kernels {name!r} run on a GPU, the device is {device}; choose torch or auto")
+    return "torch" if name == "auto" else name
+
+
+def pack(model: nn.Module, mode: str) -> None:
+    """Hands every quantised layer to the Triton kernels, in place; the model is on its GPU already."""
+    for module in model.modules():
+        if isinstance(module, Quantized):
+            module.pack(mode)
 
 
 def make_resident(model: nn.Module, dtype: torch.dtype) -> None:

@@ -51,9 +51,11 @@ class Pipeline:
         weights: str = "auto",
         tokenizer: Path | None = None,
         vae: Path | None = None,
+        kernels: str = "auto",
     ):
         self.model, self.device, self.dtype, self.weights = model, device, dtype, weights
         self.plan = self._plan(model.config.defaults.width * model.config.defaults.height)
+        self.kernels = memory.choose_kernels(kernels, device)
         self.vae_file = None if vae is None else VAEFile.open(vae, model.config.vae)
         self.vae_config = self.vae_file.config if self.vae_file else model.config.vae
         overflows = dtype == torch.float16 and self.vae_config.overflows_float16
@@ -70,13 +72,16 @@ class Pipeline:
         weights: str = "auto",
         tokenizer: Path | None = None,
         vae: Path | None = None,
+        kernels: str = "auto",
     ) -> Pipeline:
-        """Opens a GGUF file. ``weights``: auto, quantized or resident, see :class:`gguf_sd.memory.Plan`;
-        ``tokenizer``: a folder or a BPE merges file, for GGUF files that carry none; ``vae``: another autoencoder than
-        the file's own, full or tiny, see :mod:`gguf_sd.vae_file`.
+        """Opens a GGUF file.
+
+        ``weights``: auto, quantized or resident, see :class:`gguf_sd.memory.Plan`; ``kernels``: see
+        :func:`gguf_sd.memory.choose_kernels`; ``tokenizer``: a folder or a BPE merges file, for GGUF files that carry
+        none; ``vae``: another autoencoder than the file's own, full or tiny, see :mod:`gguf_sd.vae_file`.
         Raises GgufSdError for files and settings that cannot work."""
         chosen = memory.choose_device(device)
-        return cls(ModelFile.open(path), chosen, memory.choose_dtype(dtype, chosen), weights, tokenizer, vae)
+        return cls(ModelFile.open(path), chosen, memory.choose_dtype(dtype, chosen), weights, tokenizer, vae, kernels)
 
     def __call__(self, prompt: str = "", **settings: Any) -> list[Image.Image]:
         """Paints pictures: the words of :class:`Request` as keywords, PIL images back."""
@@ -197,6 +202,8 @@ class Pipeline:
     def _part(self, name: str) -> Any:
         if name not in self._parts:
             self._parts[name] = self._load(name).to(self.device)
+            if name == "unet" and self.plan.weights == "quantized" and self.kernels != "torch":
+                memory.pack(self._parts[name], self.kernels)
         return self._parts[name]
 
     def _release(self, name: str) -> None:

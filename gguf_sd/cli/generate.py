@@ -59,6 +59,8 @@ def add_parser(subparsers: Any) -> None:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
     add("--dtype", help="auto, float32, float16, bfloat16: what the UNet computes in (auto)")
     add("--weights", default="auto", help="auto, quantized (small) or resident (dequantised once: faster, larger)")
+    add("--kernels", default="auto", help="how quantised layers compute: fused or dequantize (Triton, on a GPU), torch "
+        "(auto: torch)")  # fmt: skip
     add("--type", default=None, help="quantisation of a MODEL that is no GGUF: f16, q8_0, q4_1, q4_0 (q8_0)")
     add("--tokenizer", type=Path, help="tokenizer for a model that carries none: a folder or a BPE merges file")
     add("--quiet", action="store_true", help="no progress bars")
@@ -79,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     request = _request(args, recorded)
     path = model_path(args.model or model_folder(), args.type, args.tokenizer, quiet=args.quiet)
     dtype = args.dtype or recorded.get("dtype", "auto")
-    pipeline = Pipeline.load(path, args.device, dtype, args.weights, args.tokenizer, args.vae)
+    pipeline = Pipeline.load(path, args.device, dtype, args.weights, args.tokenizer, args.vae, args.kernels)
     _check_model(pipeline, recorded)
     job = pipeline.prepare(request)
     report = paint(pipeline, job, args)

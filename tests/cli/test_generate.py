@@ -184,6 +184,8 @@ def test_inspect(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "{model}", "--device", "tpu"], "device 'tpu'"),
         (["generate", "{model}", "--dtype", "int3"], "unknown dtype 'int3'"),
         (["generate", "{model}", "--weights", "none"], "unknown weights mode 'none'"),
+        (["generate", "{model}", "--kernels", "cuda"], "unknown kernels 'cuda'"),
+        (["generate", "{model}", "--kernels", "fused", "--device", "cpu"], "run on a GPU"),
         (["generate", "{model}", "--type", "q4_0"], "is a GGUF file already"),
         (["inspect", "{tmp}/text.gguf"], "text.gguf is not a GGUF file"),
     ],
