@@ -121,7 +121,7 @@ def ldm_state(folder: Path, prefix: str) -> dict[str, torch.Tensor]:
     for name, value in load_vae_file(folder, F32).state_dict().items():
         pointwise = value.dim() == 2
         state[prefix + name] = (value[..., None, None] if pointwise else value).contiguous()
-    state[prefix + "loss.logvar"] = torch.zeros(1)
+    state |= {prefix + "loss.logvar": torch.zeros(1), prefix + "model_ema.decay": torch.zeros(1)}
     return state
 
 
