@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -202,6 +204,13 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert message in error
     assert error.count("\n") == 1
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_reader_that_leaves_is_no_error(model: Path) -> None:
+    command = f"{sys.executable} -m gguf_sd.cli.main inspect {model} --tensors | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("file")
+    assert done.stderr == ""
 
 
 def test_missing_tensors_are_named(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
