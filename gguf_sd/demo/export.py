@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from gguf_sd.config import SchedulerConfig, UNetConfig, VAEConfig
+from gguf_sd.demo.paint import GUIDANCE, STEPS
 from gguf_sd.demo.vocabulary import write_tokenizer
 from gguf_sd.demo.world import SIZE
 from gguf_sd.models.unet import UNet
@@ -32,6 +33,7 @@ MODEL_INDEX = {
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
+    "_gguf_sd": {"steps": STEPS, "guidance": GUIDANCE},  # diffusers passes over keys that begin so
 }
 
 
@@ -63,6 +65,7 @@ def _renamed(model: nn.Module, modules: dict[str, str]) -> Iterator[tuple[str, T
 
 def _save(path: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
     save_file({n: t.to(torch.float16).contiguous() for n, t in tensors}, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors writes files for the owner's eyes only
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

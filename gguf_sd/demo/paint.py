@@ -11,7 +11,7 @@ from gguf_sd.models.unet import UNet
 from gguf_sd.models.vae import Autoencoder
 from gguf_sd.sampling import make_schedule, sample
 
-SAMPLER, SPACING, STEPS, GUIDANCE = "dpmpp_2m", "linspace", 20, 4.0
+SAMPLER, SPACING, STEPS, GUIDANCE = "dpmpp_2m", "linspace", 20, 2.0
 
 
 class Painter:

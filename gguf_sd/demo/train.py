@@ -27,7 +27,7 @@ from gguf_sd.models.vae import Autoencoder
 SEED = 0
 TEXT_STEPS, TEXT_BATCH = 2000, 64
 VAE_BATCH = 8
-PICTURES = 20480
+PICTURES = 28672
 
 
 def options() -> argparse.Namespace:
