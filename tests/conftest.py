@@ -14,6 +14,8 @@ import tokenizers
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on CPU tensors; read when triton is imported, which is later
 
 UNET = {
     "sample_size": 16,

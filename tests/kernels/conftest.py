@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import gguf
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which is later
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
