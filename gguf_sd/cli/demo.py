@@ -29,7 +29,6 @@ SHOWN = (
     "a purple square on a grey background",
     "a blue cross right of a yellow circle on a black background",
 )
-BATCH = 24
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Row:
     type: str
     file_bytes: int
     unet_bytes: int
-    seconds: float  # a picture, painted in batches
+    seconds: float  # a picture
     psnr: float | None
     ssim: float | None
     correct: float
@@ -54,7 +53,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add = parser.add_argument
     add("-o", "--output", type=Path, default=Path("demo"), help="folder for the models, the sheet and pictures (demo)")
-    add("--pictures", type=int, default=72, help="pictures painted with each type (72)")
+    add("--pictures", type=int, default=40, help="pictures painted with each type (40)")
     add("--seed", type=int, default=0, help="seed of the prompts and pictures (0)")
     add("--device", default="auto", help="auto, cpu, cuda, …")
     add("--dtype", default="float32", help="auto, float32, float16, bfloat16 (float32)")
@@ -105,7 +104,7 @@ def compare(args: argparse.Namespace) -> tuple[list[Row], dict[str, list[Image.I
             bar.set_description(kind)
             path = args.output / f"demo-{kind}.gguf"
             convert(model_folder(), path, ConvertOptions(type=kind, force=True))
-            pipeline = Pipeline.load(path, args.device, args.dtype, weights="quantized")
+            pipeline = Pipeline.load(path, args.device, args.dtype, weights="auto")
             pictures[kind] = []
             started = time.perf_counter()
             for index, scene in enumerate(scenes):
