@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gguf_sd.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
+from gguf_sd.config import Defaults, ModelConfig, TextConfig, UNetConfig, VAEConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd_convert.json_settings import check_fixed, integer, integers, read_json, refusal
 from gguf_sd_convert.safety_config import safety_config
@@ -75,12 +75,25 @@ def read_model_config(folder: Path) -> tuple[ModelConfig, list[str]]:
     _check_fit(folder, unet, vae, texts)
     scheduler, defaults, notes = scheduler_config(read_json(folder / "scheduler" / "scheduler_config.json"), name)
     width, height = _size(unet_json, vae)
-    defaults = replace(defaults, width=width, height=height)
+    index = read_json(folder / "model_index.json")
+    defaults = _own_defaults(index, replace(defaults, width=width, height=height))
     if name == "sdxl":
         vae = replace(vae, overflows_float16=bool(vae_json.get("force_upcast", True)))
-    zero = name == "sdxl" and bool(read_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", True))
+    zero = name == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True))
     safety, more = safety_config(folder)
     return ModelConfig(name, unet, vae, tuple(texts), scheduler, defaults, zero, safety), notes + more
+
+
+def _own_defaults(index: dict[str, Any], defaults: Defaults) -> Defaults:
+    """The steps and guidance that a model_index.json may give under "_gguf_sd"; diffusers has no place for them."""
+    own = index.get("_gguf_sd", {})
+    if not isinstance(own, dict) or not set(own) <= {"steps", "guidance"}:
+        raise refusal(index, "_gguf_sd", "an object of steps and guidance")
+    values = {"_path": index["_path"], "steps": defaults.steps, "guidance": defaults.guidance} | own
+    guidance = values["guidance"]
+    if isinstance(guidance, bool) or not isinstance(guidance, int | float) or not 0 <= guidance <= 100:
+        raise refusal(values, "guidance", "a number from 0 to 100")
+    return replace(defaults, steps=integer(values, "steps", None), guidance=float(guidance))
 
 
 def _channels(values: dict[str, Any], default: tuple[int, ...]) -> tuple[int, ...]:

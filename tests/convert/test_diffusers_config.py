@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,3 +159,23 @@ def test_unknown_scheduler_is_noted(edited_folder: Make) -> None:
 def test_default_size(edited_folder: Make, size: Any, expected: tuple[int, int]) -> None:
     defaults = read_model_config(edited_folder("unet", sample_size=size))[0].defaults
     assert (defaults.width, defaults.height) == expected
+
+
+def test_steps_and_guidance_of_the_models_own(tiny_pipeline: Make, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_pipeline(), tmp_path / "own")
+    index = json.loads((folder / "model_index.json").read_text())
+
+    def with_own(value: Any) -> Any:
+        (folder / "model_index.json").write_text(json.dumps(index | {"_gguf_sd": value}))
+        return read_model_config(folder)[0].defaults
+
+    defaults = with_own({"steps": 12, "guidance": 2.5})
+    assert (defaults.steps, defaults.guidance, defaults.width) == (12, 2.5, 128)
+    for value, message in (
+        ({"steps": 0}, "steps is 0"),
+        ({"guidance": "much"}, "guidance is 'much'"),
+        ({"sampler": "x"}, "an object of steps and guidance"),
+        (7, "an object of steps and guidance"),
+    ):
+        with pytest.raises(GgufSdError, match=message):
+            with_own(value)
