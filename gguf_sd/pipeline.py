@@ -27,7 +27,6 @@ from gguf_sd.tokenizer import Tokens
 from gguf_sd.vae_file import VAEFile
 
 SIZE_EMBEDDING = 256  # width of the embedding of each of SDXL's six sizes
-NOT_CROPPED = (0, 0)  # top, left
 
 
 @dataclass(frozen=True)
@@ -139,8 +138,9 @@ class Pipeline:
         pooled = encoded[-1].pooled
         if pooled is None:
             return Prompt(context)
-        original = target = (job.height, job.width)
-        sizes = torch.tensor([*original, *NOT_CROPPED, *target], device=self.device)
+        # Each pair as height and width, top and left.
+        pairs = job.original_size[::-1], job.crop[::-1], (job.height, job.width)
+        sizes = torch.tensor(pairs, device=self.device).flatten()
         embedded = timestep_embedding(sizes, SIZE_EMBEDDING).flatten()[None]
         return Prompt(context, torch.cat([pooled, embedded.to(pooled)], dim=-1))
 

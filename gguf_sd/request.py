@@ -34,6 +34,8 @@ class Request:
     batch: int = 1  # pictures painted at once
     count: int = 1  # pictures in all
     clip_skip: int | None = None  # 1 = the text encoder's last layer, 2 = the last but one, … (None: the model's habit)
+    original_size: tuple[int, int] | None = None  # SDXL: width, height the picture seems to have had (None: as painted)
+    crop: tuple[int, int] = (0, 0)  # SDXL: left, top pixels that seem to have been cut off
     image: Image.Image | None = None  # to start from: image-to-image, and inpainting with a mask
     mask: Image.Image | None = None  # white, or transparent, where to repaint
     strength: float | None = None  # 0 … 1: how much of the picture may change (0.8; 1 with a mask)
@@ -59,6 +61,8 @@ class Job:
     batch: int
     count: int
     clip_skip: int | None
+    original_size: tuple[int, int]
+    crop: tuple[int, int]
     strength: float | None
     mask_blur: int
     schedule: Schedule = field(repr=False, compare=False)
@@ -110,6 +114,8 @@ def prepare(request: Request, config: ModelConfig) -> Job:
         batch=request.batch,
         count=request.count,
         clip_skip=request.clip_skip,
+        original_size=request.original_size or (defaults.width, defaults.height),
+        crop=request.crop,
         strength=strength,
         mask_blur=request.mask_blur,
         schedule=make_schedule(config.scheduler, sampler, schedule_name, defaults.steps),
@@ -152,6 +158,8 @@ def _check(values: Defaults, request: Request, config: ModelConfig) -> None:
     layers = min(text.num_hidden_layers for text in config.text)
     if request.clip_skip is not None and not 1 <= request.clip_skip <= layers:
         raise GgufSdError(f"clip skip must lie in 1 … {layers}, the text encoder's layers, got {request.clip_skip}")
+    if min(*(request.original_size or (1, 1)), *(n + 1 for n in request.crop)) < 1:
+        raise GgufSdError(f"sizes and crops count pixels, got {request.original_size} and {request.crop}")
     if request.safety not in SAFETY_MODES:
         raise GgufSdError(f"unknown safety mode {request.safety!r}; choose from {', '.join(SAFETY_MODES)}")
     if not 0 <= request.mask_blur <= 256:

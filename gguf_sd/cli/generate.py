@@ -46,6 +46,8 @@ def add_parser(subparsers: Any) -> None:
     add("--count", type=int, default=1, help="pictures in all (1)")
     add("--batch", type=int, default=1, help="pictures painted at once: faster on a GPU, more memory (1)")
     add("--clip-skip", type=int, help="text encoder layers counted from the end: 1 takes the last, 2 the last but one")
+    add("--original-size", type=_pair, metavar="WxH", help="SDXL: the size that the picture seems to have had")
+    add("--crop", type=_pair, default=(0, 0), metavar="XxY", help="SDXL: pixels cut off on the left and the top (0x0)")
     add("--init-image", type=Path, dest="image", help="picture to start from (image-to-image)")
     add("--strength", type=float, help="how much of it may change, up to 1 (0.8; 1 with --mask)")
     add("--resize", default="crop", help="how it is brought to size: crop, fit or stretch (crop)")
@@ -66,6 +68,15 @@ def add_parser(subparsers: Any) -> None:
     add("--quiet", action="store_true", help="no progress bars")
     add("--json", action="store_true", help="print settings, files and times as JSON")
     parser.set_defaults(run=run)
+
+
+def _pair(text: str) -> tuple[int, int]:
+    """'1024x768' as two numbers; argparse turns the ValueError into a sentence."""
+    first, _, second = text.partition("x")
+    return int(first), int(second)
+
+
+_pair.__name__ = "pair, such as 1024x768"
 
 
 def run(args: argparse.Namespace) -> int:

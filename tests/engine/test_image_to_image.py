@@ -36,7 +36,9 @@ def hole() -> Image.Image:
     return mask
 
 
-def paint_with(folder: Path, task: str, seeds: list[int], **settings: Any) -> list[Image.Image]:
+def paint_with(
+    folder: Path, task: str, seeds: list[int], dtype: torch.dtype = torch.float32, **settings: Any
+) -> list[Image.Image]:
     """diffusers' pictures, its weights rounded to F16 as they are in the file."""
     pipeline = getattr(diffusers, f"AutoPipelineFor{task}").from_pretrained(folder)
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
@@ -45,6 +47,7 @@ def paint_with(folder: Path, task: str, seeds: list[int], **settings: Any) -> li
             if parameter.dim() > 1:
                 parameter.data = parameter.data.half().float()
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(dtype)
     prompts = {"prompt": [PROMPT] * len(seeds), "image": [picture()] * len(seeds)}
     if settings["guidance_scale"] > 1:
         prompts["negative_prompt"] = [NEGATIVE] * len(seeds)
@@ -111,6 +114,21 @@ def check_inpainting(folder: Path, pipeline: Pipeline, strength: float) -> None:
     got = pipeline(PROMPT, **ours)
     assert min(psnr(g, e) for g, e in zip(got, expected, strict=True)) >= 45
     assert psnr(got[0], pipeline(PROMPT, **(ours | {"mask": Image.new("L", SIZE, 255)}))[0]) < 40
+
+
+@pytest.mark.parametrize("fields", [{}, {"unet": INPAINT}], ids=["plain", "inpainting"])
+def test_sixteen_bits(engine: Callable[..., Any], fields: dict[str, Any]) -> None:
+    folder, pipeline = engine(scheduler="EulerDiscreteScheduler", **fields)
+    pipeline = Pipeline.load(pipeline.model.path, device="cpu", dtype="bfloat16")
+    ours = {"steps": 4, "guidance": 3.0, "width": SIZE[0], "height": SIZE[1], "strength": 0.6, "paste": False}
+    ours |= {"image": picture(), "seed": 5, "negative_prompt": NEGATIVE}
+    settings = {"strength": 0.6, "num_inference_steps": 4, "guidance_scale": 3.0}
+    theirs = {**settings, "mask_image": [hole()], "height": SIZE[1], "width": SIZE[0]}
+    expected = paint_with(folder, "Inpainting", [5], torch.bfloat16, **theirs)
+    assert psnr(pipeline(PROMPT, mask=hole(), **ours)[0], expected[0]) >= 35
+    if not fields:
+        expected = paint_with(folder, "Image2Image", [5], torch.bfloat16, **settings)
+        assert psnr(pipeline(PROMPT, **ours)[0], expected[0]) >= 35
 
 
 def test_unmasked_pixels_are_the_pictures_own(engine: Callable[..., Any]) -> None:

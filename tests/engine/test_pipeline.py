@@ -143,6 +143,32 @@ def test_sdxl(
     assert psnr(got[0], expected[1]) < 30
 
 
+def test_sdxl_sizes_and_crops(tiny_pipeline: Callable[..., Path], converted: Callable[..., Path]) -> None:
+    folder = tiny_pipeline(xl=True, scheduler="EulerDiscreteScheduler")
+    path = converted(folder, type="f16", layout="native")
+    theirs = {"original_size": (300, 200), "crops_coords_top_left": (16, 32)}  # height, width; top, left
+    expected = oracle(folder, path)(
+        PROMPT,
+        generator=torch.Generator().manual_seed(7),
+        num_inference_steps=3,
+        guidance_scale=0.0,
+        width=64,
+        height=88,
+        **theirs,
+    ).images[0]
+    settings = {"steps": 3, "guidance": 0.0, "width": 64, "height": 88, "seed": 7}
+    pipeline = Pipeline.load(path, device="cpu", dtype="float32")
+    assert psnr(pipeline(PROMPT, original_size=(200, 300), crop=(32, 16), **settings)[0], expected) >= 45
+    assert psnr(pipeline(PROMPT, **settings)[0], expected) < 45
+
+
+def test_sdxl_decodes_beyond_float16s_range(tiny_pipeline: Callable[..., Path], converted: Callable[..., Path]) -> None:
+    path = converted(tiny_pipeline(xl=True, scheduler="EulerDiscreteScheduler"), type="f16", layout="native")
+    assert Pipeline.load(path, device="cpu", dtype="float16").vae_dtype in (torch.bfloat16, torch.float32)
+    plain = converted(tiny_pipeline(), type="q8_0")
+    assert Pipeline.load(plain, device="cpu", dtype="float16").vae_dtype == torch.float16
+
+
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_sdxl_turbo(tiny_pipeline: Callable[..., Path], converted: Callable[..., Path], steps: int) -> None:
     config = {"timestep_spacing": "trailing"}
@@ -154,8 +180,11 @@ def test_sdxl_turbo(tiny_pipeline: Callable[..., Path], converted: Callable[...,
 
 
 @pytest.mark.parametrize("weights", ["quantized", "resident"])
-def test_sixteen_bits(tiny_pipeline: Callable[..., Path], converted: Callable[..., Path], weights: str) -> None:
-    folder = tiny_pipeline()
+@pytest.mark.parametrize("fields", [{}, {"xl": True, "scheduler": "EulerDiscreteScheduler"}], ids=["sd1", "sdxl"])
+def test_sixteen_bits(
+    tiny_pipeline: Callable[..., Path], converted: Callable[..., Path], weights: str, fields: dict[str, Any]
+) -> None:
+    folder = tiny_pipeline(**fields)
     path = converted(folder, type="q4_0")
     expected = paint_with(oracle(folder, path, torch.bfloat16), [7], **SETTINGS)
     pipeline = Pipeline.load(path, device="cpu", dtype="bfloat16", weights=weights)
