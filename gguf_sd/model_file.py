@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from gguf_sd.clip_tokenizer import find_tokenizer
 from gguf_sd.config import ModelConfig
@@ -19,6 +20,7 @@ from gguf_sd.models.safety import SafetyChecker
 from gguf_sd.models.text import TextEncoder
 from gguf_sd.models.unet import UNet
 from gguf_sd.models.vae import Autoencoder
+from gguf_sd.quant_tensor import QuantTensor
 from gguf_sd.recognise import recognise
 from gguf_sd.tensor_names import SAFETY, TEXT, UNET, VAE, canonical_names
 from gguf_sd.tokenizer import METADATA_KEY, Tokenizer
@@ -83,6 +85,18 @@ class ModelFile:
             )
         return sources
 
+    def _copied(self, prefix: str, dtype: torch.dtype) -> dict[str, Source]:
+        """As :meth:`part`, for tensors that are converted at once: their pages go back one by one, so that a part is
+        never in memory twice."""
+
+        def read(source: Source) -> Tensor:
+            stored = source()
+            full = stored.dequantize(dtype) if isinstance(stored, QuantTensor) else stored.to(dtype)
+            self.file.forget_pages()
+            return full
+
+        return {name: partial(read, source) for name, source in self.part(prefix).items()}
+
     @property
     def source_hash(self) -> str:
         """SHA-256 of the checkpoint the file was made from, as hex; empty where it is not known."""
@@ -102,19 +116,16 @@ class ModelFile:
     def load_vae(self, dtype: torch.dtype) -> Autoencoder:
         with torch.device("meta"):
             vae = Autoencoder(self.config.vae)
-        assign(vae, self.part(VAE), dtype, str(self.path), keep_quantized=False)
-        self.file.forget_pages()
+        assign(vae, self._copied(VAE, dtype), dtype, str(self.path), keep_quantized=False)
         return vae.eval()
 
     def load_text(self, index: int, dtype: torch.dtype) -> TextEncoder:
         """The model's text encoder number ``index``."""
         if len(self.config.text) == 1:
-            tensors = self.part(TEXT)
+            tensors = self._copied(TEXT, dtype)
         else:  # the second is OpenCLIP's ("model."), or transformers' in the files of other tools
-            tensors = {XL_WRAPPER.sub("", name): s for name, s in self.part(XL_TEXTS[index]).items()}
-        encoder = TextEncoder.load(self.config.text[index], tensors, dtype, str(self.path))
-        self.file.forget_pages()
-        return encoder
+            tensors = {XL_WRAPPER.sub("", name): s for name, s in self._copied(XL_TEXTS[index], dtype).items()}
+        return TextEncoder.load(self.config.text[index], tensors, dtype, str(self.path))
 
     def load_safety(self, dtype: torch.dtype) -> SafetyChecker:
         """The model's safety checker. Raises GgufSdError where the file carries none (``config.safety`` is None)."""
@@ -122,9 +133,7 @@ class ModelFile:
             raise GgufSdError(
                 f"{self.path} carries no safety checker; convert a diffusers folder that has one, or do without"
             )
-        checker = SafetyChecker.load(self.config.safety, self.part(SAFETY), dtype, str(self.path))
-        self.file.forget_pages()
-        return checker
+        return SafetyChecker.load(self.config.safety, self._copied(SAFETY, dtype), dtype, str(self.path))
 
     def tokenizer(self, chosen: Path | None = None) -> Tokenizer:
         """The file's own tokenizer; ``chosen`` (a tokenizer folder or a BPE merges file), or one that can be found, for
