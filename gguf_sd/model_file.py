@@ -133,7 +133,9 @@ class ModelFile:
             raise GgufSdError(
                 f"{self.path} carries no safety checker; convert a diffusers folder that has one, or do without"
             )
-        return SafetyChecker.load(self.config.safety, self._copied(SAFETY, dtype), dtype, str(self.path))
+        checker = SafetyChecker.load(self.config.safety, self.part(SAFETY), dtype, str(self.path))
+        self.file.forget_pages()
+        return checker
 
     def tokenizer(self, chosen: Path | None = None) -> Tokenizer:
         """The file's own tokenizer; ``chosen`` (a tokenizer folder or a BPE merges file), or one that can be found, for

@@ -53,7 +53,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add = parser.add_argument
     add("-o", "--output", type=Path, default=Path("demo"), help="folder for the models, the sheet and pictures (demo)")
-    add("--pictures", type=int, default=40, help="pictures painted with each type (40)")
+    add("--pictures", type=int, default=60, help="pictures painted with each type (60)")
     add("--seed", type=int, default=0, help="seed of the prompts and pictures (0)")
     add("--device", default="auto", help="auto, cpu, cuda, …")
     add("--dtype", default="float32", help="auto, float32, float16, bfloat16 (float32)")
