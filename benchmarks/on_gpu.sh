@@ -40,7 +40,6 @@ fi
 part check "$python" benchmarks/check_gpu.py --seconds "${CHECK_SECONDS:-160}" --json "$results/check.json"
 part kernels "$python" benchmarks/bench_kernels.py --seconds "${KERNELS_SECONDS:-240}" \
     --json "$results/kernels.json" --auto "$results/auto.json"
-# Further parts, such as the whole UNet step and pictures, go here; lower the seconds above to stay under 8 minutes.
 
 echo "== done: $failed parts failed, results in $results"
 exit "$failed"

@@ -18,6 +18,21 @@ TEXT = "cond_stage_model.transformer."
 XL_TEXT = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
 SAFETY = "safety_checker."  # behind it: the names of diffusers' checkpoints, as transformers 4 wrote them
 
+# OpenCLIP's names of what transformers calls otherwise; attention's queries, keys and values are one tensor there.
+OPENCLIP = {
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_final.weight": "final_layer_norm.weight",
+    "ln_final.bias": "final_layer_norm.bias",
+}
+OPENCLIP_LAYER = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+
 # Prefixes that tools write instead (stable-diffusion.cpp, ComfyUI exports), longest first within a family.
 PREFIX_ALIASES = {
     "unet.": UNET,

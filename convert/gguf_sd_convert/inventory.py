@@ -13,15 +13,6 @@ from gguf_sd.tensor_names import SAFETY, TEXT, UNET, VAE, XL_TEXT
 
 Shape = tuple[int, ...]
 
-# A layer of transformers' CLIP text model -> OpenCLIP's name for it. Queries, keys and values are one tensor there.
-OPENCLIP_LAYER = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "self_attn.out_proj": "attn.out_proj",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-}
-
 
 def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
     """Canonical name -> shape in torch order; UNet, autoencoder, text encoders, safety checker, in this order."""

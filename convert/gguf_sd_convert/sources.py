@@ -12,10 +12,23 @@ import torch
 from gguf_sd.config import SDXL_TURBO, ModelConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd.recognise import recognise
-from gguf_sd.tensor_names import SAFETY, TEXT, UNET, VAE, XL_TEXT, canonical_names, rename, unet_modules, vae_modules
+from gguf_sd.tensor_names import (
+    OPENCLIP,
+    OPENCLIP_LAYER,
+    SAFETY,
+    TEXT,
+    UNET,
+    VAE,
+    XL_TEXT,
+    canonical_names,
+    inverted,
+    rename,
+    unet_modules,
+    vae_modules,
+)
 from gguf_sd_convert.checkpoints import Checkpoint, Entry, open_checkpoint, open_safetensors, open_sharded
 from gguf_sd_convert.diffusers_config import read_model_config
-from gguf_sd_convert.inventory import OPENCLIP_LAYER, Shape
+from gguf_sd_convert.inventory import Shape
 from gguf_sd_convert.safety_config import FOLDER as SAFETY_FOLDER
 
 EMA = "model_ema."
@@ -175,12 +188,7 @@ def _openclip(weights: Checkpoint, prefix: str) -> dict[str, Entry]:
     """transformers' CLIPTextModelWithProjection under OpenCLIP's names: queries, keys and values in one tensor, the
     projection transposed."""
     entries = {name.removeprefix("text_model."): entry for name, entry in weights.entries.items()}
-    tops = {
-        "embeddings.token_embedding.weight": "token_embedding.weight",
-        "embeddings.position_embedding.weight": "positional_embedding",
-        "final_layer_norm.weight": "ln_final.weight",
-        "final_layer_norm.bias": "ln_final.bias",
-    }
+    tops, layers = inverted(OPENCLIP), inverted(OPENCLIP_LAYER)
     result = {}
     for name, entry in entries.items():
         if name in tops:
@@ -191,8 +199,8 @@ def _openclip(weights: Checkpoint, prefix: str) -> dict[str, Entry]:
             _, _, index, rest = name.split(".", 3)
             module, _, leaf = rest.rpartition(".")
             block = f"{prefix}transformer.resblocks.{index}."
-            if module in OPENCLIP_LAYER:
-                result[f"{block}{OPENCLIP_LAYER[module]}.{leaf}"] = entry
+            if module in layers:
+                result[f"{block}{layers[module]}.{leaf}"] = entry
             elif module == "self_attn.q_proj":
                 names = [f"encoder.layers.{index}.self_attn.{x}_proj.{leaf}" for x in "qkv"]
                 if missing := [n for n in names if n not in entries]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-NAME = "demo"  # what the command line calls it
-
 
 def model_folder() -> Path:
     """The diffusers folder that ships with the package."""
