@@ -14,6 +14,7 @@ import torch
 
 from gguf_sd import Pipeline
 from gguf_sd.errors import GgufSdError
+from gguf_sd.memory import DTYPES
 from gguf_sd.model_file import ModelFile
 from gguf_sd.request import Request
 from gguf_sd.tensor_names import UNET, inverted, rename, unet_modules
@@ -169,14 +170,17 @@ def test_sdxl_decodes_beyond_float16s_range(tiny_pipeline: Callable[..., Path], 
     assert Pipeline.load(plain, device="cpu", dtype="float16").vae_dtype == torch.float16
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 45), ("bfloat16", 35)])
 @pytest.mark.parametrize("steps", [1, 2, 4])
-def test_sdxl_turbo(tiny_pipeline: Callable[..., Path], converted: Callable[..., Path], steps: int) -> None:
+def test_sdxl_turbo(
+    tiny_pipeline: Callable[..., Path], converted: Callable[..., Path], steps: int, dtype: str, bound: float
+) -> None:
     config = {"timestep_spacing": "trailing"}
     folder = tiny_pipeline(xl=True, scheduler="EulerAncestralDiscreteScheduler", scheduler_config=config)
     path = converted(folder, type="q8_0")
     settings = SETTINGS | {"steps": steps, "guidance": 0.0}
-    expected = paint_with(oracle(folder, path), [3], negative=None, **settings)
-    assert psnr(Pipeline.load(path, device="cpu", dtype="float32")(PROMPT, seed=3, **settings)[0], expected[0]) >= 45
+    expected = paint_with(oracle(folder, path, DTYPES[dtype]), [3], negative=None, **settings)
+    assert psnr(Pipeline.load(path, device="cpu", dtype=dtype)(PROMPT, seed=3, **settings)[0], expected[0]) >= bound
 
 
 @pytest.mark.parametrize("weights", ["quantized", "resident"])
