@@ -149,8 +149,8 @@ def measure(layer: Layer, qtype: str, device: torch.device, dtype: torch.dtype) 
 def time_modes(layer: Layer, qtype: str, x: Tensor, bias: Tensor, weights: list[PackedWeight]) -> Row:
     from gguf_sd_kernels.conv import conv2d_fused
     from gguf_sd_kernels.dequantize import dequantize_packed
+    from gguf_sd_kernels.int8 import INT8_TYPES, linear_int8
     from gguf_sd_kernels.linear import linear_fused
-    from gguf_sd_kernels.linear_int8 import INT8_TYPES, linear_int8
 
     def fused(weight: PackedWeight, launch: Launch) -> Tensor:
         if layer.op == "conv":

@@ -266,7 +266,7 @@ def norm_checks(device: torch.device, sizes: Sizes) -> Iterator[Result]:
 
 def int8_checks(device: torch.device, sizes: Sizes) -> Iterator[Result]:
     """Against float64 with the same quantised activations, and loosely with the true ones."""
-    from gguf_sd_kernels.linear_int8 import INT8_TYPES, linear_int8, quantize_activations
+    from gguf_sd_kernels.int8 import INT8_TYPES, linear_int8, quantize_activations
 
     n, k = sizes.linears[-1]
     for qtype in INT8_TYPES:

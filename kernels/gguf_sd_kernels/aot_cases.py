@@ -136,7 +136,7 @@ def norm_cases() -> Iterator[Case]:
 
 
 def int8_cases() -> Iterator[Case]:
-    from .linear_int8 import INT8_TYPES, LARGE_M, QUANTIZE_BLOCKS, QUANTIZE_WARPS, SMALL_M
+    from .int8 import INT8_TYPES, LARGE_M, QUANTIZE_BLOCKS, QUANTIZE_WARPS, SMALL_M
 
     activations = {"codes": "*i8", "x_scales": "*fp32", "sums": "*i32"}
     for launch, qtype, (geglu, split) in product(
@@ -148,7 +148,7 @@ def int8_cases() -> Iterator[Case]:
         types = activations | _WEIGHT_TYPES | dict.fromkeys(("bias", "residual", "out"), "*fp16")
         yield Case(
             name=f"int8 {name}{' geglu' if geglu else ''}",
-            function="linear_int8:linear_int8_kernel",
+            function="int8:linear_int8_kernel",
             types=types | dict.fromkeys(("M", "N", "K", "steps"), "i32"),
             constants=constants | {"GEGLU": geglu} | ({"residual": None} if geglu else {}),
             warps=launch.warps,
@@ -157,7 +157,7 @@ def int8_cases() -> Iterator[Case]:
             matrix="IMMA",
         )
     types = {"x": "*fp16", "codes": "*i8", "scales": "*fp32", "sums": "*i32", "n_blocks": "i32"}
-    quantize, blocks = "linear_int8:quantize_kernel", {"BLOCKS": QUANTIZE_BLOCKS}
+    quantize, blocks = "int8:quantize_kernel", {"BLOCKS": QUANTIZE_BLOCKS}
     yield Case("int8 quantize", quantize, types, blocks, QUANTIZE_WARPS, 1)
 
 

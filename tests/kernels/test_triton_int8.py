@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gguf_sd_kernels.linear_int8 import INT8_TYPES, LARGE_M, SMALL_M, linear_int8, quantize_activations
+from gguf_sd_kernels.int8 import INT8_TYPES, LARGE_M, SMALL_M, linear_int8, quantize_activations
 from gguf_sd_kernels.repack import repack
 
 
