@@ -8,6 +8,8 @@ before these, see :func:`load_measured`.
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -67,10 +69,6 @@ class Product:
         """What a step along K has to divide: a convolution's steps stay inside a tap."""
         return self.k // self.taps
 
-    @property
-    def key(self) -> str:
-        return f"{self.op} {self.qtype} {self.m}x{self.n}x{self.k}/{self.taps}"
-
 
 # family -> (largest M, Launch), in rising order; the last serves every larger M.
 # mma (sm_80 86 89 120): mma.sync; 128x128 and 128x64 spill with 4 warps and do not with 8, 64x128 spills with
@@ -126,7 +124,10 @@ class Measured:
         return "fused" if self.fused <= self.dequantize else "dequantize"
 
 
-_measured: dict[str, Measured] = {}
+# What was measured on this GPU, by the product without its M, then by M.
+_measured: dict[Product, dict[int, Measured]] = {}
+# A product that was not measured goes by the measured one of the nearest M, if that is no further than this factor.
+NEAREST = 4
 
 
 def choose(product: Product, family: str | None, processors: int) -> Launch:
@@ -136,8 +137,11 @@ def choose(product: Product, family: str | None, processors: int) -> Launch:
     """
     if family is None:
         raise ValueError("no fused kernels for this GPU: dequantize, and use the library's product")
-    if known := _measured.get(product.key):
-        return known.launch
+    if near := _nearest(product):
+        m, known = near
+        if m == product.m:
+            return known.launch
+        return replace(known.launch, splits=best_splits(product, known.launch, processors))
     launch = next(launch for largest, launch in UNTUNED[family] if product.m <= largest)
     if product.step_multiple % launch.block_k:
         launch = replace(launch, block_k=32)  # blocks of 32 divide every row
@@ -200,19 +204,44 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def measured(product: Product) -> Measured | None:
-    """What was measured for ``product`` on this GPU, None where nothing was: mode "auto" decides by it."""
-    return _measured.get(product.key)
+    """What was measured on this GPU for ``product``, or for the same weight and the nearest M within a factor of
+    NEAREST; None where nothing was: mode "auto" decides by it."""
+    near = _nearest(product)
+    return near[1] if near else None
+
+
+def _nearest(product: Product) -> tuple[int, Measured] | None:
+    by_m = _measured.get(replace(product, m=0))
+    if not by_m:
+        return None
+    m = min(by_m, key=lambda m: abs(math.log(m / product.m)))
+    return (m, by_m[m]) if 1 / NEAREST <= m / product.m <= NEAREST else None
 
 
 def load_measured(path: Path) -> int:
-    """Reads what ``benchmarks/bench_kernels.py`` measured on this GPU; returns for how many products."""
-    entries: dict[str, dict[str, Any]] = json.loads(path.read_text())["products"]
-    for key, fields in entries.items():
-        _measured[key] = Measured(**(fields | {"launch": Launch(**fields["launch"])}))
-    return len(entries)
+    """Reads what ``benchmarks/bench_kernels.py`` measured on this GPU; returns for how many products.
+
+    Raises ValueError for a file that is no such table; then nothing is taken from it.
+    """
+    try:
+        entries: list[dict[str, Any]] = json.loads(path.read_text())["products"]
+        table = {
+            Product(**entry.pop("product")): Measured(launch=Launch(**entry.pop("launch")), **entry)
+            for entry in entries
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no table of kernel measurements: {error!r}") from error
+    for product, values in table.items():
+        _measured.setdefault(replace(product, m=0), {})[product.m] = values
+    return len(table)
 
 
 def save_measured(path: Path, gpu: str, products: dict[Product, Measured]) -> None:
     """Writes a table for :func:`load_measured`."""
-    table = {"gpu": gpu, "products": {product.key: asdict(values) for product, values in products.items()}}
-    path.write_text(json.dumps(table, indent=1) + "\n")
+    entries = [{"product": asdict(product)} | asdict(values) for product, values in products.items()]
+    path.write_text(json.dumps({"gpu": gpu, "products": entries}, indent=1) + "\n")
+
+
+def table_name(gpu: str) -> str:
+    """File name of a GPU's table: "NVIDIA H200" -> "nvidia-h200.json"."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"

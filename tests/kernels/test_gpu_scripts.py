@@ -41,5 +41,6 @@ def test_bench_kernels(tmp_path: Path) -> None:
     files = ["--json", str(tmp_path / "k.json"), "--auto", str(tmp_path / "auto.json")]
     one = ["--workload", "sdxl-512", "--only", "linear 1x320x1280", "--qtype", "Q8_0"]
     run(str(ROOT / "benchmarks/bench_kernels.py"), "--device", "cpu", *one, *files)
-    assert list(json.loads((tmp_path / "auto.json").read_text())["products"]) == ["linear Q8_0 1x320x1280/1"]
+    (entry,) = json.loads((tmp_path / "auto.json").read_text())["products"]
+    assert entry["product"] == {"op": "linear", "qtype": "Q8_0", "m": 1, "n": 320, "k": 1280, "taps": 1}
     assert json.loads((tmp_path / "k.json").read_text())["complete"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,32 @@ def test_auto_takes_the_measured_mode(material: Any, monkeypatch: pytest.MonkeyP
     weight, x = repack(material.weight("Q4_0", 32, 64, seed=10)[0], "Q4_0"), material.normal(5, 64, seed=11)
     product, launch = Product("linear", "Q4_0", 5, 32, 64), Launch(16, 32, 64, warps=4, stages=2)
     for fused, dequantize in ((1.0, 2.0), (2.0, 1.0)):
-        launches._measured[product.key] = Measured(launch, fused, dequantize, resident=0.5)
+        launches._measured[replace(product, m=0)] = {5: Measured(launch, fused, dequantize, resident=0.5)}
         linear_packed(x, weight)
     assert taken == ["linear_fused", "dequantize_packed"]
     assert packed.UNMEASURED in MODES
+
+
+def test_tables_are_kept_and_the_nearest_m_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launches, "_measured", {})
+    product = Product("conv", "Q4_0", 1024, 320, 2880, taps=9)
+    small, large = Launch(64, 64, 64, 4, 4, splits=3), Launch(128, 64, 64, 8, 3, swap=True)
+    table = {
+        product: Measured(small, 1.0, 2.0, 0.5),
+        replace(product, m=8192): Measured(large, 2.0, 1.0, 0.5),
+    }
+    launches.save_measured(tmp_path / "table.json", "Some GPU", table)
+    assert launches.load_measured(tmp_path / "table.json") == 2
+    assert launches.choose(product, "mma", 4) == small
+    for m, near in ((1500, small), (6000, large), (40000, None), (200, None)):
+        found = launches.measured(replace(product, m=m))
+        assert (found and found.launch) == near
+    assert launches.measured(replace(product, qtype="Q8_0")) is None
+    assert launches.choose(replace(product, m=6000), "mma", 4) == large, "splits of another M mean nothing"
+    (tmp_path / "other.json").write_text('{"products": [{"product": {"op": "conv"}, "launch": {}}]}')
+    with pytest.raises(ValueError, match=r"other\.json is no table"):
+        launches.load_measured(tmp_path / "other.json")
+    assert launches.table_name("NVIDIA GeForce RTX 3060 (12GB)") == "nvidia-geforce-rtx-3060-12gb.json"
 
 
 def test_errors_give_the_values(material: Any) -> None:
