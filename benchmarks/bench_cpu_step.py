@@ -29,7 +29,8 @@ import diffusers
 import torch
 
 from gguf_sd.config import UNetConfig
-from gguf_sd.memory import choose_dtype, make_resident
+from gguf_sd.kernel_modes import make_resident
+from gguf_sd.memory import choose_dtype
 from gguf_sd.model_file import ModelFile
 
 MODES = ("quantized", "resident")

@@ -1,4 +1,4 @@
-"""Linears and convolutions, with weights in full or in quantised blocks: thin modules over the kernels."""
+"""Linears and convolutions, with weights in full or in quantised blocks, and norms: thin modules over the kernels."""
 
 from __future__ import annotations
 
@@ -49,6 +49,36 @@ def _added(y: Tensor, emb: Tensor | None, residual: Tensor | None) -> Tensor:
     if emb is not None:
         y = y.add_(emb[:, :, None, None])
     return y if residual is None else y.add_(residual)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation of [B, C, H, W], with SiLU applied to its result where ``silu``."""
+
+    fused = False  # in one Triton kernel of two launches
+
+    def __init__(self, groups: int, channels: int, eps: float, silu: bool = True):
+        super().__init__(groups, channels, eps=eps)
+        self.silu = silu
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            from gguf_sd_kernels.triton_norm import group_norm_silu_triton
+
+            return group_norm_silu_triton(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
+        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation of [..., C]."""
+
+    fused = False  # in one Triton kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            from gguf_sd_kernels.triton_norm import layer_norm_triton
+
+            return layer_norm_triton(x, self.weight, self.bias, self.eps)
+        return super().forward(x)
 
 
 class Quantized(nn.Module):
@@ -137,9 +167,17 @@ def quantized(module: nn.Linear | nn.Conv2d, weight: QuantTensor) -> nn.Module:
     return kind(weight, module.bias)
 
 
-def resident(module: Quantized, dtype: torch.dtype) -> nn.Module:
-    """The full-precision counterpart: the weight dequantised once, to ``dtype``."""
-    weight = nn.Parameter(module.weight.dequantize(dtype), requires_grad=False)
+def resident(module: Quantized, dtype: torch.dtype, triton: bool = False) -> nn.Module:
+    """The full-precision counterpart, on the same device: the weight dequantised once, to ``dtype``; by Triton where
+    asked for and possible."""
+    if triton and module.qtype in PACKED_TYPES:
+        from gguf_sd_kernels.dequantize import dequantize_packed
+
+        packed = module.packed or repack(module.blocks, module.qtype, module.shape, tap_major=module.tap_major)
+        decoded = dequantize_packed(packed, dtype)
+    else:
+        decoded = module.weight.dequantize(dtype)
+    weight = nn.Parameter(decoded, requires_grad=False)
     out, features = module.shape[:2]
     with torch.device("meta"):
         full: nn.Module

@@ -6,14 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from gguf_sd.config import ModelConfig
 from gguf_sd.errors import GgufSdError
-from gguf_sd.layers import Quantized, resident
 
 WEIGHT_MODES = ("auto", "quantized", "resident")
-KERNEL_MODES = ("auto", "fused", "dequantize", "torch")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # A UNet step holds about this many feature maps of the finest level at once, per picture and half of guidance: a guided
 # SD 1.5 step at 512x512 in bfloat16 took 199 MB beside the weights, 38 maps of 2.6 MB for each half.
@@ -111,27 +108,3 @@ class Plan:
             weights = "resident" if free > 2 * full + 2 * step else "quantized"
         left = free - (full if weights == "resident" else full // 3)
         return cls(weights, keep_parts=weights == "resident", batch_guidance=left > 2 * step)
-
-
-def choose_kernels(name: str, device: torch.device) -> str:
-    """How quantised layers compute: ``fused`` decodes inside the products, ``dequantize`` before them, both in Triton
-    on a GPU; ``torch`` is plain torch, anywhere. ``auto`` is ``torch`` until the kernels' speed has been measured."""
-    if name not in KERNEL_MODES:
-        raise GgufSdError(f"unknown kernels {name!r}; choose from {', '.join(KERNEL_MODES)}")
-    if name in ("fused", "dequantize") and device.type != "cuda":
-        raise GgufSdError(f"kernels {name!r} run on a GPU, the device is {device}; choose torch or auto")
-    return "torch" if name == "auto" else name
-
-
-def pack(model: nn.Module, mode: str) -> None:
-    """Hands every quantised layer to the Triton kernels, in place; the model is on its GPU already."""
-    for module in model.modules():
-        if isinstance(module, Quantized):
-            module.pack(mode)
-
-
-def make_resident(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replaces every quantised layer by its full-precision counterpart, in place."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Quantized):
-            model.set_submodule(name, resident(module, dtype))

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from gguf_sd import beginning, images, memory
 from gguf_sd.beginning import Beginning, Encoder
+from gguf_sd.cuda_graph import CudaCapture, GraphedUNet, use_graphs
 from gguf_sd.errors import GgufSdError
 from gguf_sd.guidance import Conditioning, Predictor, Prompt
+from gguf_sd.kernel_modes import choose_kernels, make_resident, use_kernels
 from gguf_sd.model_file import ModelFile
 from gguf_sd.models.safety import blurred
 from gguf_sd.models.text import Encoded, TextEncoder
@@ -51,10 +53,13 @@ class Pipeline:
         tokenizer: Path | None = None,
         vae: Path | None = None,
         kernels: str = "auto",
+        cuda_graph: str = "auto",
     ):
-        self.model, self.device, self.dtype, self.weights = model, device, dtype, weights
+        self.model, self.device, self.dtype = model, device, dtype
+        self.kernels, self.weights = choose_kernels(kernels, weights, device)
+        use_graphs(cuda_graph, device, self.kernels, passes=0)  # raises for what cannot be
+        self.cuda_graph = cuda_graph
         self.plan = self._plan(model.config.defaults.width * model.config.defaults.height)
-        self.kernels = memory.choose_kernels(kernels, device)
         self.vae_file = None if vae is None else VAEFile.open(vae, model.config.vae)
         self.vae_config = self.vae_file.config if self.vae_file else model.config.vae
         overflows = dtype == torch.float16 and self.vae_config.overflows_float16
@@ -72,15 +77,18 @@ class Pipeline:
         tokenizer: Path | None = None,
         vae: Path | None = None,
         kernels: str = "auto",
+        cuda_graph: str = "auto",
     ) -> Pipeline:
         """Opens a GGUF file.
 
         ``weights``: auto, quantized or resident, see :class:`gguf_sd.memory.Plan`; ``kernels``: see
-        :func:`gguf_sd.memory.choose_kernels`; ``tokenizer``: a folder or a BPE merges file, for GGUF files that carry
+        :func:`gguf_sd.kernel_modes.choose_kernels`; ``cuda_graph``: auto, on or off, see
+        :func:`gguf_sd.cuda_graph.use_graphs`; ``tokenizer``: a folder or a BPE merges file, for GGUF files that carry
         none; ``vae``: another autoencoder than the file's own, full or tiny, see :mod:`gguf_sd.vae_file`.
         Raises GgufSdError for files and settings that cannot work."""
         chosen = memory.choose_device(device)
-        return cls(ModelFile.open(path), chosen, memory.choose_dtype(dtype, chosen), weights, tokenizer, vae, kernels)
+        model, kind = ModelFile.open(path), memory.choose_dtype(dtype, chosen)
+        return cls(model, chosen, kind, weights, tokenizer, vae, kernels, cuda_graph)
 
     def __call__(self, prompt: str = "", **settings: Any) -> list[Image.Image]:
         """Paints pictures: the words of :class:`Request` as keywords, PIL images back."""
@@ -160,8 +168,12 @@ class Pipeline:
 
     def denoise(self, job: Job, start: Beginning, conditioning: Conditioning, noise: NoiseSource) -> Iterator[Step]:
         """Walks latents [B, 4, h, w] down the job's schedule, yielding after every step."""
-        predict = Predictor(self._part("unet"), conditioning, job.guidance, self.plan.batch_guidance, start.extra)
+        passes = job.steps_run * (len(list(job.batches())) if self.plan.keep_parts else 1)
+        graphed = use_graphs(self.cuda_graph, self.device, self.kernels, passes)
+        unet = self._part("graphed unet" if graphed else "unet")
+        predict = Predictor(unet, conditioning, job.guidance, self.plan.batch_guidance, start.extra)
         yield from sample(predict, start.latents, job.schedule, noise, start.start_step, start.blend)
+        self._release("graphed unet")
         self._release("unet")
 
     @torch.inference_mode()
@@ -201,9 +213,11 @@ class Pipeline:
 
     def _part(self, name: str) -> Any:
         if name not in self._parts:
-            self._parts[name] = self._load(name).to(self.device)
-            if name == "unet" and self.plan.weights == "quantized" and self.kernels != "torch":
-                memory.pack(self._parts[name], self.kernels)
+            if name == "graphed unet":
+                capture = CudaCapture(self.device)
+                self._parts[name] = GraphedUNet(self._part("unet"), capture, strict=self.cuda_graph == "on")
+            else:
+                self._parts[name] = self._load(name)
         return self._parts[name]
 
     def _release(self, name: str) -> None:
@@ -212,16 +226,22 @@ class Pipeline:
             self.model.file.forget_pages()
 
     def _load(self, name: str) -> nn.Module:
+        part: nn.Module
         if name == "vae":
-            return self.vae_file.load(self.vae_dtype) if self.vae_file else self.model.load_vae(self.vae_dtype)
-        if name == "safety":
-            return self.model.load_safety(self.dtype)
-        if name != "unet":
-            return self.model.load_text(int(name.removeprefix("text ")), self.dtype)
-        unet = self.model.load_unet(self.dtype)
-        if self.plan.weights == "resident":
-            memory.make_resident(unet, self.dtype)
-        return unet
+            part = self.vae_file.load(self.vae_dtype) if self.vae_file else self.model.load_vae(self.vae_dtype)
+        elif name == "safety":
+            part = self.model.load_safety(self.dtype)
+        elif name == "unet":
+            part = self.model.load_unet(self.dtype)
+        else:
+            part = self.model.load_text(int(name.removeprefix("text ")), self.dtype)
+        part = part.to(self.device)
+        if name == "unet":
+            if self.plan.weights == "resident":
+                make_resident(part, self.dtype, self.kernels)
+            if self.kernels != "torch":
+                use_kernels(part, self.kernels)
+        return part
 
 
 def _finished(painted: Image.Image, job: Job) -> Image.Image:

@@ -12,18 +12,12 @@ from typing import Any
 from tqdm import tqdm
 
 from gguf_sd.errors import GgufSdError
+from gguf_sd.files import cache_folder
 
 DEFAULT_TYPE = "q8_0"
 LAYOUT = "native"
 CHUNK = 1 << 24  # bytes read at once
 WEIGHT_SUFFIXES = {".safetensors", ".ckpt", ".json", ".txt", ".bin"}
-
-
-def cache_folder() -> Path:
-    """$GGUF_SD_CACHE, else gguf-sd under $XDG_CACHE_HOME, else under ~/.cache."""
-    if own := os.environ.get("GGUF_SD_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gguf-sd"
 
 
 def model_path(model: Path, kind: str | None, tokenizer: Path | None = None, quiet: bool = False) -> Path:

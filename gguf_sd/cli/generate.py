@@ -61,8 +61,9 @@ def add_parser(subparsers: Any) -> None:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
     add("--dtype", help="auto, float32, float16, bfloat16: what the UNet computes in (auto)")
     add("--weights", default="auto", help="auto, quantized (small) or resident (dequantised once: faster, larger)")
-    add("--kernels", default="auto", help="how quantised layers compute: fused or dequantize (Triton, on a GPU), torch "
-        "(auto: torch)")  # fmt: skip
+    add("--kernels", default="auto", help="how quantised layers compute: fused, dequantize, int8 or resident (Triton, "
+        "on a GPU), torch (auto: the fastest where this GPU has been measured, else torch)")  # fmt: skip
+    add("--cuda-graph", default="auto", help="replay UNet steps from CUDA graphs: on, off (auto: with Triton kernels)")
     add("--type", default=None, help="quantisation of a MODEL that is no GGUF: f16, q8_0, q4_1, q4_0 (q8_0)")
     add("--tokenizer", type=Path, help="tokenizer for a model that carries none: a folder or a BPE merges file")
     add("--quiet", action="store_true", help="no progress bars")
@@ -92,7 +93,9 @@ def run(args: argparse.Namespace) -> int:
     request = _request(args, recorded)
     path = model_path(args.model or model_folder(), args.type, args.tokenizer, quiet=args.quiet)
     dtype = args.dtype or recorded.get("dtype", "auto")
-    pipeline = Pipeline.load(path, args.device, dtype, args.weights, args.tokenizer, args.vae, args.kernels)
+    pipeline = Pipeline.load(
+        path, args.device, dtype, args.weights, args.tokenizer, args.vae, args.kernels, args.cuda_graph
+    )
     _check_model(pipeline, recorded)
     job = pipeline.prepare(request)
     report = paint(pipeline, job, args)
@@ -161,6 +164,7 @@ def paint(pipeline: Pipeline, job: Job, args: argparse.Namespace) -> dict[str, A
         "device": str(pipeline.device),
         "dtype": dtype,
         "weights": pipeline.plan.weights,
+        "kernels": pipeline.kernels,
         "settings": settings,
         "files": files,
         "seconds": round(time.perf_counter() - started, 3),

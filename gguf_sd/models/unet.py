@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gguf_sd.config import UNetConfig
-from gguf_sd.layers import Conv2d, Linear, Pointwise
+from gguf_sd.layers import Conv2d, GroupNorm, LayerNorm, Linear, Pointwise
 from gguf_sd_kernels import ops
 
 
@@ -25,17 +25,6 @@ def tokens(x: Tensor) -> Tensor:
 def feature_map(x: Tensor, height: int, width: int) -> Tensor:
     """[B, H*W, C] -> channels-last [B, C, H, W], a view."""
     return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-
-
-class GroupNorm(nn.GroupNorm):
-    """Group normalisation of [B, C, H, W], with SiLU applied to its result where ``silu``."""
-
-    def __init__(self, groups: int, channels: int, eps: float, silu: bool = True):
-        super().__init__(groups, channels, eps=eps)
-        self.silu = silu
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
 
 
 class ResBlock(nn.Module):
@@ -116,9 +105,9 @@ class TransformerBlock(nn.Module):
         self.attn1 = Attention(dim, dim, heads)
         self.ff = FeedForward(dim)
         self.attn2 = Attention(dim, context_dim, heads)
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.norm3 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
+        self.norm3 = LayerNorm(dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x = self.attn1(self.norm1(x), x)

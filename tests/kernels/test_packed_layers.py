@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from gguf_sd.config import UNetConfig
+from gguf_sd.kernel_modes import use_kernels
 from gguf_sd.layers import Quantized, quantized
-from gguf_sd.memory import pack
 from gguf_sd.models.unet import UNet
 from gguf_sd.quant_tensor import QuantTensor
 from gguf_sd_convert.quantizers import quantize
@@ -54,7 +54,7 @@ def test_unet_on_the_kernels(qtype: str, tap_major: bool, mode: str, device: tor
     expected = unet(qtype, tap_major, torch.float32, device)(inputs[0].float(), inputs[1], inputs[2].float())
     model = unet(qtype, tap_major, torch.float16, device)
     blocks = {name: m.weight.blocks.clone() for name, m in model.named_modules() if isinstance(m, Quantized)}
-    pack(model, mode)
+    use_kernels(model, mode)
     packed = {name: m for name, m in model.named_modules() if isinstance(m, Quantized)}
     assert all(m.packed is not None and not m.blocks.numel() for m in packed.values())
     assert all(torch.equal(m.weight.blocks, blocks[name]) for name, m in packed.items()), "packing lost something"
