@@ -71,11 +71,13 @@ class Product:
 
 
 # family -> (largest M, Launch), in rising order; the last serves every larger M.
+Table = dict[str, tuple[tuple[int, Launch], ...]]
+
 # mma (sm_80 86 89 120): mma.sync; 128x128 and 128x64 spill with 4 warps and do not with 8, 64x128 spills with
 # both; 3 stages fit 99 KiB.
 # wgmma (sm_90): 256 rows of x share one decoding of 128 rows of w. tcgen05: sm_100. mfma: AMD CDNA. wmma: AMD
 # RDNA, where 128x128 spills at a BLOCK_K of 64.
-UNTUNED: dict[str, tuple[tuple[int, Launch], ...]] = {
+UNTUNED: Table = {
     "mma": (
         (16, Launch(16, 64, 64, warps=4, stages=4, swap=True, ptx=True)),
         (64, Launch(64, 64, 64, warps=4, stages=4, swap=True, ptx=True)),
@@ -166,10 +168,10 @@ def best_splits(product: Product, launch: Launch, processors: int) -> int:
     return min(range(1, min(MAX_SPLITS, steps) + 1), key=cost)
 
 
-def candidates(product: Product, family: str, processors: int) -> list[Launch]:
+def candidates(product: Product, family: str, processors: int, table: Table = UNTUNED) -> list[Launch]:
     """Launches worth measuring for ``product``: every tile of the family, K split as the model says and around it."""
     found: dict[Launch, None] = {}
-    for _, launch in UNTUNED[family]:
+    for _, launch in table[family]:
         if launch.block_m > 16 and launch.block_m >= 4 * product.m:
             continue  # mostly padding
         if product.step_multiple % launch.block_k:
