@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from gguf_sd.config import ModelConfig
 from gguf_sd.errors import GgufSdError
+from gguf_sd.layers import Quantized
 
 WEIGHT_MODES = ("auto", "quantized", "resident")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -47,7 +49,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def wide_dtype(device: torch.device) -> torch.dtype:
     """The smallest dtype with float32's range that the device computes in."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        # Emulated before Ampere: slow, and not everywhere.
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
 
 
@@ -57,9 +60,10 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on the device without swapping."""
+    """Bytes that can still be allocated on the device without swapping; on a GPU with what torch keeps for reuse."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     available = _meminfo("MemAvailable")
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     try:
@@ -95,12 +99,13 @@ class Plan:
         unet_values: int,
         config: ModelConfig,
         pixels: int,
+        held: int = 0,
     ) -> Plan:
         """Fits the job to the free memory: ``unet_values`` weights in the UNet, ``pixels`` of all pictures painted
-        at once."""
+        at once. ``held`` bytes are the model's own already, from an earlier picture."""
         if weights not in WEIGHT_MODES:
             raise GgufSdError(f"unknown weights mode {weights!r}; choose from {', '.join(WEIGHT_MODES)}")
-        free = available_memory(device)
+        free = available_memory(device) + held
         full = unet_values * dtype.itemsize
         latent_pixels = pixels // config.vae.downscale**2
         step = LIVE_FEATURE_MAPS * latent_pixels * config.unet.block_out_channels[0] * dtype.itemsize
@@ -108,3 +113,13 @@ class Plan:
             weights = "resident" if free > 2 * full + 2 * step else "quantized"
         left = free - (full if weights == "resident" else full // 3)
         return cls(weights, keep_parts=weights == "resident", batch_guidance=left > 2 * step)
+
+
+def held_bytes(model: nn.Module, device: torch.device) -> int:
+    """Bytes of a model's weights that count as used on its device: on a CPU quantised blocks do not, they are pages of
+    the file that the system takes back when it needs them."""
+    count = sum(p.nbytes for p in model.parameters())
+    if device.type == "cuda":
+        count += sum(b.nbytes for b in model.buffers())
+        count += sum(m.packed.nbytes for m in model.modules() if isinstance(m, Quantized) and m.packed)
+    return count

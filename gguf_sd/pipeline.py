@@ -59,12 +59,12 @@ class Pipeline:
         self.kernels, self.weights = choose_kernels(kernels, weights, device)
         use_graphs(cuda_graph, device, self.kernels, passes=0)  # raises for what cannot be
         self.cuda_graph = cuda_graph
+        self._parts: dict[str, Any] = {}
         self.plan = self._plan(model.config.defaults.width * model.config.defaults.height)
         self.vae_file = None if vae is None else VAEFile.open(vae, model.config.vae)
         self.vae_config = self.vae_file.config if self.vae_file else model.config.vae
         overflows = dtype == torch.float16 and self.vae_config.overflows_float16
         self.vae_dtype = memory.wide_dtype(device) if overflows else dtype
-        self._parts: dict[str, Any] = {}
         self.tokenizer = model.tokenizer(tokenizer)
 
     @classmethod
@@ -209,7 +209,11 @@ class Pipeline:
 
     def _plan(self, pixels: int) -> memory.Plan:
         model = self.model
-        return memory.Plan.make(self.weights, self.device, self.dtype, model.unet_values(), model.config, pixels)
+        held = sum(
+            part.nbytes if isinstance(part, GraphedUNet) else memory.held_bytes(part, self.device)
+            for part in self._parts.values()
+        )
+        return memory.Plan.make(self.weights, self.device, self.dtype, model.unet_values(), model.config, pixels, held)
 
     def _part(self, name: str) -> Any:
         if name not in self._parts:

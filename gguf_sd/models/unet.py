@@ -37,7 +37,8 @@ class ResBlock(nn.Module):
             nn.Identity(),  # keeps the checkpoint's numbering: its SiLU is part of GroupNorm here
             Conv2d(in_channels, out_channels, 3, padding=1),
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), Linear(time_dim, out_channels))
+        # Its SiLU is the same for every block, and taken once for all.
+        self.emb_layers = nn.Sequential(nn.Identity(), Linear(time_dim, out_channels))
         self.out_layers = nn.Sequential(
             GroupNorm(groups, out_channels, 1e-5),
             nn.Identity(),
@@ -48,7 +49,7 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if same else Pointwise(in_channels, out_channels)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x [B, C, H, W], emb [B, time_dim] -> [B, out_channels, H, W]."""
+        """x [B, C, H, W], emb [B, time_dim] after its SiLU -> [B, out_channels, H, W]."""
         norm, _, conv = self.in_layers
         h = conv(norm(x), emb=self.emb_layers(emb))
         norm, _, _, conv = self.out_layers
@@ -248,6 +249,7 @@ class UNet(nn.Module):
             if vector is None:
                 raise ValueError("this UNet needs a vector of pooled text and sizes")
             emb = emb + self.label_emb(vector)
+        emb = nn.functional.silu(emb)
 
         h = latents.contiguous(memory_format=torch.channels_last)
         skips: list[Tensor] = []

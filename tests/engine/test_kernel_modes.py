@@ -32,7 +32,9 @@ def test_auto_is_torch_until_the_gpu_is_measured(tables: Path, weights: str) -> 
     assert choose_kernels("auto", weights, CPU) == ("torch", weights)
     assert choose_kernels("auto", weights, GPU) == ("torch", weights)
     product = Product("linear", "Q4_0", 5, 32, 64)
-    save_measured(tables / "some-gpu-7.json", "Some GPU 7", {product: Measured(Launch(16, 32, 64, 4, 2), 2.0, 1.0, 0.5)})
+    save_measured(
+        tables / "some-gpu-7.json", "Some GPU 7", {product: Measured(Launch(16, 32, 64, 4, 2), 2.0, 1.0, 0.5)}
+    )
     assert choose_kernels("auto", weights, GPU) == ("auto", weights)
     assert launches.measured(product)
     assert choose_kernels("torch", weights, GPU) == ("torch", weights)

@@ -222,6 +222,27 @@ def test_one_pass_or_two_give_the_same_guidance(
     assert psnr(roomy(PROMPT, **settings)[0], tight(PROMPT, **settings)[0]) >= 60
 
 
+def test_what_is_loaded_already_does_not_change_the_plan(
+    tiny_pipeline: Callable[..., Path], converted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory that the first picture's model takes is not missing for the second's."""
+    pipeline = Pipeline.load(converted(tiny_pipeline(), type="q8_0"), device="cpu", dtype="float32")
+    loaded = [0]
+    total = 0
+    while pipeline.plan.weights != "resident" or total == 0:  # the least memory with which weights are resident
+        total += 100_000
+        monkeypatch.setattr("gguf_sd.memory.available_memory", lambda device, total=total: total - loaded[0])
+        pipeline.plan = pipeline._plan(SETTINGS["width"] * SETTINGS["height"])
+    first = pipeline(PROMPT, seed=1, **SETTINGS)[0]
+    loaded[0] = sum(p.nbytes for part in pipeline._parts.values() for p in part.parameters())
+    assert loaded[0] > 100_000, "nothing was kept, so nothing could be missing"
+    unet = pipeline._parts["unet"]
+    second = pipeline(PROMPT, seed=1, **SETTINGS)[0]
+    assert pipeline.plan.weights == "resident"
+    assert pipeline._parts["unet"] is unet
+    assert psnr(first, second) == float("inf")
+
+
 def test_batches_do_not_change_pictures(tiny_pipeline: Callable[..., Path], converted: Callable[..., Path]) -> None:
     pipeline = Pipeline.load(converted(tiny_pipeline(), type="q8_0"), device="cpu", dtype="float32")
     settings = SETTINGS | {"sampler": "euler_a", "steps": 3}
