@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gguf_sd.errors import GgufSdError
+from gguf_sd.guidance import Steps
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ Capture = Callable[[Callable[[], Tensor]], Replay]
 
 
 def use_graphs(mode: str, device: torch.device, kernels: str, passes: int) -> bool:
-    """Whether ``passes`` passes of the UNet are to go through a graph: ``on`` and ``off`` say so themselves, ``auto``
+    """Whether ``passes`` steps of the UNet are to go through a graph: ``on`` and ``off`` say so themselves, ``auto``
     is on with the Triton kernels (``kernels`` is not torch) and enough passes.
 
     Raises GgufSdError for an unknown mode, and ``on`` without a GPU.
@@ -77,36 +78,41 @@ class _Captured:
 
 @dataclass
 class GraphedUNet:
-    """Stands for ``unet``: captures a pass when it meets inputs of new shapes, and replays it afterwards.
+    """Stands for ``unet``: captures a step when it meets inputs of new shapes, and replays it afterwards.
 
     Where a capture fails, out of memory say, it says so and runs passes as they are; with ``strict`` it raises
     GgufSdError instead.
     """
 
-    unet: nn.Module
+    unet: Steps
     capture: CudaCapture
     strict: bool = False
     nbytes: int = 0  # device memory that the graphs hold beside the weights
     _known: dict[tuple[object, ...], _Captured | None] = field(default_factory=dict)
 
-    def __call__(self, *inputs: Tensor | None) -> Tensor:
-        """The arguments and the result of :meth:`gguf_sd.models.unet.UNet.forward`."""
-        key = tuple(None if x is None else (tuple(x.shape), x.dtype, x.device) for x in inputs)
+    def project(self, context: Tensor) -> Tensor:
+        """As :meth:`gguf_sd.models.unet.UNet.project`; once a prompt, without a graph."""
+        return self.unet.project(context)
+
+    def step(self, latents: Tensor, timesteps: Tensor, projected: Tensor, vector: Tensor | None = None) -> Tensor:
+        """As :meth:`gguf_sd.models.unet.UNet.step`."""
+        inputs = [latents, timesteps, projected] + ([] if vector is None else [vector])
+        key = tuple((tuple(x.shape), x.dtype, x.device) for x in inputs)
         if key not in self._known:
             self._known[key] = self._captured(inputs)
         captured = self._known[key]
         if captured is None:
-            return self.unet(*inputs)
-        for own, given in zip(captured.inputs, _present(inputs), strict=True):
+            return self.unet.step(*inputs)
+        for own, given in zip(captured.inputs, inputs, strict=True):
             own.copy_(given)
         return captured.replay().clone()
 
-    def _captured(self, inputs: Sequence[Tensor | None]) -> _Captured | None:
+    def _captured(self, inputs: list[Tensor]) -> _Captured | None:
         before = self.capture.reserved()
-        # Contiguous copies: timesteps and contexts come expanded, which cannot be written to.
-        own = [None if x is None else x.clone(memory_format=torch.contiguous_format) for x in inputs]
+        # Copies that can be written to: timesteps come expanded.
+        own = [x.clone(memory_format=torch.contiguous_format) for x in inputs]
         try:
-            replay = self.capture(lambda: self.unet(*own))
+            replay = self.capture(lambda: self.unet.step(*own))
         except RuntimeError as error:  # out of memory included
             reason = str(error).splitlines()[0]
             if self.strict:
@@ -114,8 +120,4 @@ class GraphedUNet:
             log.warning("the UNet cannot become a CUDA graph, steps run without one: %s", reason)
             return None
         self.nbytes += max(0, self.capture.reserved() - before)
-        return _Captured(_present(own), replay)
-
-
-def _present(inputs: Sequence[Tensor | None]) -> list[Tensor]:
-    return [x for x in inputs if x is not None]
+        return _Captured(own, replay)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-
-from gguf_sd.models.unet import UNet
 
 
 class Prompt(NamedTuple):
@@ -28,31 +26,56 @@ class Conditioning:
     negative: Prompt | None
 
 
-class Predictor:
-    """The UNet under classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598)."""
+class Steps(Protocol):
+    """What predicts: a UNet, or what stands for it (:class:`gguf_sd.cuda_graph.GraphedUNet`)."""
 
-    def __init__(self, unet: UNet, conditioning: Conditioning, guidance: float, batched: bool, extra: Tensor | None):
-        self.unet, self.conditioning, self.guidance, self.batched = unet, conditioning, guidance, batched
+    def project(self, context: Tensor) -> Tensor: ...
+
+    def step(self, latents: Tensor, timesteps: Tensor, projected: Tensor, vector: Tensor | None = None) -> Tensor: ...
+
+
+class Predictor:
+    """The UNet under classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598).
+
+    What the UNet takes from the prompts is computed once and serves every step.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, unet: Steps, conditioning: Conditioning, guidance: float, batched: bool, extra: Tensor | None):
+        self.unet, self.guidance = unet, guidance
         self.extra = extra  # channels of an inpainting checkpoint, [B, 5, h, w]
+        positive, negative = conditioning.positive, conditioning.negative
+        prompts = [positive] if negative is None else [negative, positive]
+        self.passes = [self._joined(some) for some in ([prompts] if batched else [[prompt] for prompt in prompts])]
+        self.batch = 1  # pictures that each prompt in the passes is repeated for
+
+    def _joined(self, prompts: Sequence[Prompt]) -> Prompt:
+        """The prompts of a pass, their keys and values in place of the context: [prompts, N, …]."""
+        vectors = [prompt.vector for prompt in prompts if prompt.vector is not None]
+        projected = self.unet.project(torch.cat([prompt.context for prompt in prompts]))
+        return Prompt(projected, torch.cat(vectors) if vectors else None)
 
     @torch.inference_mode()
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
         """latents [B, 4, h, w], 0-dim timestep -> prediction [B, 4, h, w]."""
-        positive, negative = self.conditioning.positive, self.conditioning.negative
-        if negative is None:
-            return self._run(latents, timestep, [positive])
-        if self.batched:
-            without, with_prompt = self._run(latents, timestep, [negative, positive]).chunk(2)
-        else:
-            without = self._run(latents, timestep, [negative])
-            with_prompt = self._run(latents, timestep, [positive])
+        if self.batch != len(latents):
+            self.passes = [_repeated(some, self.batch, len(latents)) for some in self.passes]
+            self.batch = len(latents)
+        whole = latents if self.extra is None else torch.cat([latents, self.extra], dim=1)
+        predictions = [self._run(whole, timestep, prompts) for prompts in self.passes]
+        both = torch.cat(predictions).split(len(latents))
+        if len(both) == 1:
+            return both[0]
+        without, with_prompt = both
         return without + self.guidance * (with_prompt - without)
 
-    def _run(self, latents: Tensor, timestep: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """The predictions for each prompt in turn, [prompts * B, 4, h, w]."""
-        batch = len(latents)
-        context = torch.cat([prompt.context.expand(batch, -1, -1) for prompt in prompts])
-        vectors = [prompt.vector.expand(batch, -1) for prompt in prompts if prompt.vector is not None]
-        whole = latents if self.extra is None else torch.cat([latents, self.extra], dim=1)
-        repeated = whole.repeat(len(prompts), 1, 1, 1)
-        return self.unet(repeated, timestep.expand(len(repeated)), context, torch.cat(vectors) if vectors else None)
+    def _run(self, latents: Tensor, timestep: Tensor, prompts: Prompt) -> Tensor:
+        """The predictions for each prompt of a pass in turn, [prompts * B, 4, h, w]."""
+        repeated = latents.repeat(len(prompts.context) // len(latents), 1, 1, 1)
+        return self.unet.step(repeated, timestep.expand(len(repeated)), prompts.context, prompts.vector)
+
+
+def _repeated(prompts: Prompt, before: int, batch: int) -> Prompt:
+    """Each prompt ``batch`` times in place of ``before``."""
+    context, vector = prompts.context[::before].repeat_interleave(batch, dim=0), prompts.vector
+    return Prompt(context, None if vector is None else vector[::before].repeat_interleave(batch, dim=0))

@@ -57,24 +57,30 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention; keys and values come from ``context`` or, without one, from x itself."""
+    """Multi-head attention of x to itself, or to the prompt: cross-attention, which is told by its ``context_dim``."""
 
-    def __init__(self, dim: int, context_dim: int, heads: int):
+    def __init__(self, dim: int, context_dim: int | None, heads: int):
         super().__init__()
         self.heads = heads
         self.to_q = Linear(dim, dim, bias=False)
-        self.to_k = Linear(context_dim, dim, bias=False)
-        self.to_v = Linear(context_dim, dim, bias=False)
+        self.to_k = Linear(context_dim or dim, dim, bias=False)
+        self.to_v = Linear(context_dim or dim, dim, bias=False)
         self.to_out = nn.Sequential(Linear(dim, dim))
+        self.place = slice(0)  # of cross-attention's keys and values among those of all layers
 
-    def forward(self, x: Tensor, residual: Tensor, context: Tensor | None = None) -> Tensor:
-        """x and residual [B, N, dim], context [B, M, context_dim] -> [B, N, dim]."""
-        source = x if context is None else context
-        q, k, v = (
-            projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for projected in (self.to_q(x), self.to_k(source), self.to_v(source))
-        )
-        return self.to_out[0](ops.attention(q, k, v).transpose(1, 2).flatten(2), residual)
+    def project(self, context: Tensor) -> Tensor:
+        """The keys and values of ``context`` [B, M, context_dim], side by side: [B, M, 2 * dim]."""
+        return torch.cat([self.to_k(context), self.to_v(context)], dim=-1)
+
+    def forward(self, x: Tensor, residual: Tensor, projected: Tensor | None = None) -> Tensor:
+        """x and residual [B, N, dim] -> [B, N, dim]; for cross-attention ``projected`` [B, M, …] holds its keys and
+        values at ``place``."""
+        if projected is None:
+            q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
+        else:
+            q, (k, v) = self.to_q(x), projected[..., self.place].chunk(2, dim=-1)
+        heads = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
+        return self.to_out[0](ops.attention(*heads).transpose(1, 2).flatten(2), residual)
 
 
 class GEGLU(nn.Module):
@@ -103,16 +109,16 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, dim: int, context_dim: int, heads: int):
         super().__init__()
-        self.attn1 = Attention(dim, dim, heads)
+        self.attn1 = Attention(dim, None, heads)
         self.ff = FeedForward(dim)
         self.attn2 = Attention(dim, context_dim, heads)
         self.norm1 = LayerNorm(dim)
         self.norm2 = LayerNorm(dim)
         self.norm3 = LayerNorm(dim)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, projected: Tensor) -> Tensor:
         x = self.attn1(self.norm1(x), x)
-        x = self.attn2(self.norm2(x), x, context)
+        x = self.attn2(self.norm2(x), x, projected)
         return self.ff(self.norm3(x), x)
 
 
@@ -126,11 +132,11 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(TransformerBlock(dim, context_dim, heads) for _ in range(depth))
         self.proj_out = Linear(dim, dim)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x [B, dim, H, W], context [B, M, context_dim] -> [B, dim, H, W]."""
+    def forward(self, x: Tensor, projected: Tensor) -> Tensor:
+        """x [B, dim, H, W], projected as in :meth:`UNet.project` -> [B, dim, H, W]."""
         h = self.proj_in(tokens(self.norm(x)))
         for block in self.transformer_blocks:
-            h = block(h, context)
+            h = block(h, projected)
         return feature_map(self.proj_out(h, tokens(x)), x.shape[2], x.shape[3])
 
 
@@ -157,12 +163,12 @@ class Upsample(nn.Module):
 class Stage(nn.ModuleList):
     """One numbered block of the checkpoint: each layer is handed what it takes."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor, size: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, projected: Tensor, size: tuple[int, int]) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
             elif isinstance(layer, SpatialTransformer):
-                x = layer(x, context)
+                x = layer(x, projected)
             elif isinstance(layer, Upsample):
                 x = layer(x, size)
             else:
@@ -240,9 +246,24 @@ class UNet(nn.Module):
             Conv2d(width, config.out_channels, 3, padding=1),
         )
 
+        self.cross_attentions = [m.attn2 for m in self.modules() if isinstance(m, TransformerBlock)]
+        start = 0
+        for attention in self.cross_attentions:
+            stop = start + 2 * attention.to_k.out_features
+            attention.place, start = slice(start, stop), stop
+
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor, vector: Tensor | None = None) -> Tensor:
         """latents [B, in_channels, H, W], timesteps [B], context [B, M, context_dim], vector [B, vector_dim]
         -> prediction [B, out_channels, H, W] in the dtype of latents."""
+        return self.step(latents, timesteps, self.project(context), vector)
+
+    def project(self, context: Tensor) -> Tensor:
+        """The keys and values that all cross-attentions take from the prompt: context [B, M, context_dim] -> [B, M, …].
+        They are the same at every step."""
+        return torch.cat([attention.project(context) for attention in self.cross_attentions], dim=-1)
+
+    def step(self, latents: Tensor, timesteps: Tensor, projected: Tensor, vector: Tensor | None = None) -> Tensor:
+        """As :meth:`forward`, the prompt given by its keys and values from :meth:`project`."""
         emb = timestep_embedding(timesteps, self.config.block_out_channels[0]).to(latents.dtype)
         emb = self.time_embed(emb)
         if self.config.vector_dim:
@@ -254,11 +275,11 @@ class UNet(nn.Module):
         h = latents.contiguous(memory_format=torch.channels_last)
         skips: list[Tensor] = []
         for block in self.input_blocks:
-            h = block(h, emb, context, (0, 0))
+            h = block(h, emb, projected, (0, 0))
             skips.append(h)
-        h = self.middle_block(h, emb, context, (0, 0))
+        h = self.middle_block(h, emb, projected, (0, 0))
         for block in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)
             size = (skips[-1].shape[2], skips[-1].shape[3]) if skips else (0, 0)
-            h = block(h, emb, context, size)
+            h = block(h, emb, projected, size)
         return self.out(h)
