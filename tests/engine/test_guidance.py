@@ -27,7 +27,7 @@ class Product:
 
 
 def prompt(value: float, vector: float | None) -> Prompt:
-    return Prompt(torch.full((1, 3, 2), value), None if vector is None else torch.full((1, 4), vector))
+    return Prompt(torch.full((1, 3, 2), float(value)), None if vector is None else torch.full((1, 4), vector))
 
 
 @pytest.mark.parametrize("batched", [True, False])
