@@ -5,6 +5,7 @@ python benchmarks/shapes.py            # a table for each workload
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gguf_sd.config import SD15, SDXL, ModelConfig
-from gguf_sd.models.unet import UNet
+from gguf_sd.models.unet import Attention, UNet
 from gguf_sd.tensor_names import UNET
 from gguf_sd_convert.policy import plan
 
@@ -76,6 +77,11 @@ def step_layers(work: Workload) -> Counter[Layer]:
             inputs.append(torch.empty(work.batch, config.vector_dim))
     shapes = {UNET + name: tuple(p.shape) for name, p in unet.named_parameters()}
     quantised = {stored.name for stored in plan(shapes, "q4_0", "native") if stored.type == "Q4_0"}
+    for module in unet.modules():  # as the GPU kernels run it
+        if isinstance(module, Attention):
+            module.stack()
+    # A stacked weight stands for its three parts, of which the names are gone.
+    quantised = {re.sub(r"attn1\.to_[qkv]\.", "attn1.to_qkv.", name) for name in quantised}
     names = {id(p): UNET + name for name, p in unet.named_parameters()}
     with torch.inference_mode(), _Recorder(names, quantised) as recorder:
         unet(*inputs)

@@ -14,6 +14,7 @@ import gguf_sd_kernels
 from gguf_sd.errors import GgufSdError
 from gguf_sd.files import cache_folder
 from gguf_sd.layers import GroupNorm, LayerNorm, Quantized, resident
+from gguf_sd.models.unet import Attention
 from gguf_sd_kernels.launch import load_measured, table_name
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,9 @@ def use_kernels(model: nn.Module, mode: str) -> None:
     ``mode`` is one of KERNEL_MODES but torch; with ``resident`` no quantised layers are left, see
     :func:`make_resident`.
     """
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.stack()
     for name, module in model.named_modules():
         if isinstance(module, Quantized):
             module.pack("fused" if mode == "int8" and SIXTEEN_BITS.search(name) else mode)

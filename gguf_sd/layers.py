@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -165,6 +167,23 @@ def quantized(module: nn.Linear | nn.Conv2d, weight: QuantTensor) -> nn.Module:
         return QuantConv2d(weight, module.bias, module.stride[0], module.padding[0])
     kind = QuantPointwise if isinstance(module, Pointwise) else QuantLinear
     return kind(weight, module.bias)
+
+
+def stacked(linears: Sequence[nn.Module]) -> nn.Module | None:
+    """One linear that makes the outputs of several side by side, from weights below one another; None where they are
+    not all plain or all in blocks of one type. For linears of one input width, without biases, not packed yet."""
+    if all(type(linear) is Linear for linear in linears):
+        weight = torch.cat([linear.weight for linear in linears if isinstance(linear, Linear)])
+        out, features = weight.shape
+        with torch.device("meta"):
+            joined = Linear(features, out, bias=False)
+        joined.weight = nn.Parameter(weight, requires_grad=False)
+        return joined
+    weights = [linear.weight for linear in linears if isinstance(linear, QuantLinear)]
+    if len(weights) < len(linears) or len({weight.qtype for weight in weights}) > 1:
+        return None
+    shape = (sum(weight.shape[0] for weight in weights), weights[0].shape[1])
+    return QuantLinear(QuantTensor(torch.cat([weight.blocks for weight in weights]), weights[0].qtype, shape), None)
 
 
 def resident(module: Quantized, dtype: torch.dtype, triton: bool = False) -> nn.Module:
