@@ -166,8 +166,8 @@ class GGUFFile:
         return self._shapes.get(name, self.tensors[name].shape)
 
     def tensor(self, name: str) -> Tensor | QuantTensor:
-        """The tensor, backed by the mapped file. Types without a kernel of ours, and shapes whose rows are no whole
-        number of blocks, are dequantised to F16 here."""
+        """The tensor, backed by the mapped file. Types outside gguf_sd_kernels.formats.FORMATS, and shapes whose
+        rows are no whole number of blocks, are dequantised to F16 here."""
         info = self.tensors[name]
         raw = self._bytes(info)
         shape = self.shape(name)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .conv_cpu import convolve
-from .formats import BlockFormat, block_format, row_bytes, row_values
+from .decoders import decode_into
+from .formats import quant_format, row_bytes, row_values
 from .linear_cpu import product, product_geglu
 from .scratch import borrow
 
@@ -38,7 +39,7 @@ def dequantize(blocks: Tensor, qtype: str, dtype: torch.dtype = torch.float32, o
             f"out must be a contiguous {(rows, cols)} {dtype} tensor on {blocks.device}, "
             f"got {tuple(out.shape)} {out.dtype} on {out.device}, strides {out.stride()}"
         )
-    fmt = block_format(qtype)
+    fmt = quant_format(qtype)
     in_blocks = blocks.contiguous().view(-1, fmt.type_size)
     out_blocks = out.view(-1, fmt.block_size)
     step = CHUNK_VALUES // fmt.block_size
@@ -47,7 +48,7 @@ def dequantize(blocks: Tensor, qtype: str, dtype: torch.dtype = torch.float32, o
     for start in range(0, len(in_blocks), step):
         chunk = slice(start, start + step)
         part = in_blocks[chunk]
-        decoded = _decode_into(values[chunk] if in_place else values[: len(part)], part, fmt)
+        decoded = decode_into(values[chunk] if in_place else values[: len(part)], part, fmt)
         if not in_place:
             out_blocks[chunk] = decoded
     return out
@@ -138,42 +139,6 @@ def conv_weight(
         )
     flat = dequantize(blocks, qtype, dtype, out)
     return flat.view(oc, kh, kw, ic).permute(0, 3, 1, 2) if tap_major else flat.view(oc, ic, kh, kw)
-
-
-def _decode_into(values: Tensor, blocks: Tensor, fmt: BlockFormat) -> Tensor:
-    """uint8 ``[n, type_size]`` -> float32 ``values [n, block_size]``, each step rounded as gguf-py rounds it."""
-    d, m, high, quants = blocks.split([fmt.scale_bytes, fmt.min_bytes, fmt.high_bytes, fmt.quant_bytes], dim=1)
-    if fmt.quant_bytes == fmt.block_size:
-        codes = quants.view(torch.int8)
-    else:
-        codes = _nibbles(quants)
-        if fmt.high_bytes:
-            codes |= _bits(high) << 4
-        codes = codes.view(torch.int8).sub_(fmt.zero_point) if fmt.zero_point else codes
-    values.copy_(codes).mul_(d.view(torch.float16).float())
-    if fmt.min_bytes:
-        values += m.view(torch.float16).float()
-    return values
-
-
-def _nibbles(quants: Tensor) -> Tensor:
-    """uint8 ``[n, 16]`` -> uint8 ``[n, 32]``: all low halves, then all high halves.
-
-    Bits are taken from contiguous bytes, which vectorises, then moved 16 bytes at a time by calling them one
-    complex128: a third of the time of writing them into place directly (Zen 5), two thirds of ``torch.cat``'s.
-    """
-    packed = quants.contiguous()
-    codes = packed.new_empty(len(packed), 32)
-    halves = codes.view(torch.complex128)  # [n, 2]
-    halves[:, 0] = (packed & 0x0F).view(torch.complex128)[:, 0]
-    halves[:, 1] = (packed >> 4).view(torch.complex128)[:, 0]
-    return codes
-
-
-def _bits(high: Tensor) -> Tensor:
-    """uint8 ``[n, 4]`` -> uint8 ``[n, 32]`` of 0 and 1, lowest bit first."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=high.device)
-    return ((high.unsqueeze(-1) >> shifts) & 1).flatten(1)
 
 
 def _weight_buffer(x: Tensor, rows: int, cols: int) -> AbstractContextManager[Tensor]:

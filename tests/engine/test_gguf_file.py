@@ -67,17 +67,32 @@ def test_types_without_a_kernel_and_odd_shapes_become_float16(tmp_path: Path) ->
     assert torch.equal(tensor, torch.from_numpy(expected).half())
 
 
-def test_k_quants_are_read(tmp_path: Path) -> None:
-    blocks = RNG.integers(0, 255, (4, 210), dtype=np.uint8)  # Q6_K: 256 values in 210 bytes
-    blocks[:, 208:] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
-    writer = gguf.GGUFWriter(tmp_path / "k.gguf", "sd1")
-    writer.add_tensor("w", blocks, raw_dtype=gguf.GGMLQuantizationType.Q6_K)
+def write_blocks(path: Path, blocks: np.ndarray, kind: str) -> Path:
+    """A GGUF with one tensor, ``w``, of these bytes."""
+    writer = gguf.GGUFWriter(path, "sd1")
+    writer.add_tensor("w", blocks, raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    tensor = GGUFFile(tmp_path / "k.gguf").tensor("w")
+    return path
+
+
+def test_k_quants_stay_blocks(tmp_path: Path) -> None:
+    blocks = RNG.integers(0, 256, (4, 2 * 210), dtype=np.uint8)  # Q6_K: 256 values in 210 bytes
+    blocks[:, 208:210] = blocks[:, 418:] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
+    tensor = GGUFFile(write_blocks(tmp_path / "k.gguf", blocks, "Q6_K")).tensor("w")
+    assert isinstance(tensor, QuantTensor)
+    assert (tensor.qtype, tensor.shape, tensor.nbytes) == ("Q6_K", (4, 512), blocks.size)
     expected = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q6_K)
+    assert np.array_equal(tensor.dequantize().numpy(), expected)
+
+
+def test_other_types_of_gguf_py_become_float16(tmp_path: Path) -> None:
+    blocks = RNG.integers(0, 256, (4, 66), dtype=np.uint8)  # TQ2_0: 256 values in 66 bytes
+    blocks[:, 64:] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
+    tensor = GGUFFile(write_blocks(tmp_path / "t.gguf", blocks, "TQ2_0")).tensor("w")
+    expected = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.TQ2_0)
     assert isinstance(tensor, torch.Tensor)
     assert torch.equal(tensor, torch.from_numpy(expected).half())
 
