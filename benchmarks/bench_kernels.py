@@ -1,47 +1,65 @@
 """Products with quantised weights, all sizes of SD 1.5 and SDXL: fused, dequantised first, and plain 16-bit.
 
-    python benchmarks/bench_kernels.py --json kernels.json --auto auto.json
+    python benchmarks/bench_kernels.py --json kernels.json --auto auto.json --install
 
 fused: decoded inside the product, with the fastest of the launches tried; dequantize: decoded by our kernel, then
-cuBLAS or cuDNN; resident: cuBLAS or cuDNN on a 16-bit weight. All with bias, GEGLU included where the model has it.
+cuBLAS or cuDNN; resident: cuBLAS or cuDNN on a 16-bit weight; int8: activations quantised too, each time, with the
+fastest launch. All with bias, GEGLU included where the model has it.
 
 Each figure is the median of several replays of a CUDA graph that calls the product on copies of the weight in turn,
-enough of them that none is still in the L2 cache, as in a model. ``auto.json`` is what mode "auto" reads.
+enough of them that none is still in the L2 cache, as in a model. ``auto.json`` is what mode "auto" reads; ``--install``
+puts it where it is looked for.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
+import sys
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from check_gpu import random_blocks
+from checks import error, launch_name
+from device import Deadline, device_name, prepare, synchronize
+from random_weights import random_blocks
 from shapes import WORKLOADS, Layer, step_layers
 from torch import Tensor
 from torch.nn import functional as F
 
-from gguf_sd_kernels.launch import Launch, Measured, Product, candidates, gpu_family, multiprocessors, save_measured
+from gguf_sd.files import cache_folder
+from gguf_sd_kernels.launch import (
+    Launch,
+    Measured,
+    Product,
+    candidates,
+    gpu_family,
+    multiprocessors,
+    save_measured,
+    table_name,
+)
+from gguf_sd_kernels.launch_int8 import choose_int8, int8_candidates, int8_supported
 from gguf_sd_kernels.repack import PackedWeight, repack
 
 QTYPES = ("Q4_0", "Q8_0", "Q4_1")
-CACHE_BYTES = 128 << 20  # more than the L2 cache of any GPU so far (RTX 5090: 96 MiB, H200: 50 MiB)
+CACHE_BYTES = 128 << 20  # more than the L2 cache of any GPU so far (RTX 5090: 96 MiB, H200: 60 MB)
 MAX_COPIES, REPLAYS = 32, 5
+LARGE_M = 1024  # of the target for linears
+FUSED_LIMIT = 5e-3  # relative error against the library's float16 result
 Call = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One product: microseconds a call in each mode, and the fused call's rates."""
+    """One product: microseconds a call in each mode, the fused call's rates, and errors against plain float16."""
 
     layer: Layer
     qtype: str
@@ -49,7 +67,11 @@ class Row:
     fused: float
     dequantize: float
     resident: float
-    int8: float | None = None  # activations in 8 bits too: linears, Q4_0 and Q8_0
+    fused_error: float
+    int8: float | None = None  # Q4_0 and Q8_0
+    int8_launch: Launch | None = None
+    int8_error: float | None = None
+    failed_launches: dict[str, str] = field(default_factory=dict)  # that this GPU refused, and why
 
     @property
     def tflops(self) -> float:
@@ -69,6 +91,9 @@ class Row:
     def product(self) -> Product:
         return Product(self.layer.op, self.qtype, self.layer.m, self.layer.n, self.layer.k, self.layer.taps)
 
+    def __str__(self) -> str:
+        return f"{self.qtype} {self.layer}"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,43 +105,67 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240, help="start nothing new after so long")
     parser.add_argument("--json", type=Path, help="results")
     parser.add_argument("--auto", type=Path, help="launches and times for mode auto")
+    parser.add_argument("--install", action="store_true", help="mode auto goes by what was measured, from now on")
     args = parser.parse_args()
-    device = torch.device(args.device)
-    if device.type == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"
+    device, deadline = prepare(args.device), Deadline(args.seconds)
     works = {name: step_layers(WORKLOADS[name]) for name in args.workload or WORKLOADS}
     jobs = in_order_of_work(works, args.qtype or QTYPES, args.only)
     torch.backends.cudnn.benchmark = True  # the rivals at their best
-    started = time.monotonic()
     rows: list[Row] = []
-    header = f"{'':6}{'':44}{'fused':>9}{'dequant':>9}{'16 bit':>9}{'int8':>9} us{'TFLOP/s':>9}{'GB/s':>7}  launch"
-    print(header)
-    with torch.inference_mode():
-        for layer, qtype in jobs:
-            if time.monotonic() - started > args.seconds:
-                break
-            row = measure(layer, qtype, device, getattr(torch, args.dtype))
-            rows.append(row)
-            print(line(row), flush=True)
-    totals = summarise(works, rows)
-    print(table(totals), f"\n{len(rows)} of {len(jobs)} products measured")
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton interpreter: times mean nothing"
+    failures: dict[str, str] = {}
+    print(f"{'':6}{'':44}{'fused':>9}{'dequant':>9}{'16 bit':>9}{'int8':>9} us{'TFLOP/s':>9}{'GB/s':>7}  launch")
+    for layer, qtype in jobs:
+        if deadline.passed:
+            break
+        try:
+            with torch.inference_mode():
+                rows.append(measure(layer, qtype, device, getattr(torch, args.dtype)))
+        except Exception as problem:
+            print(f"FAILED {qtype} {layer}\n{traceback.format_exc(limit=-4)}", flush=True)
+            failures[f"{qtype} {layer}"] = f"{type(problem).__name__}: {problem}".splitlines()[0]
+            synchronize(device)  # ends this where the GPU takes no more work
+            continue
+        print(line(rows[-1]), flush=True)
+        if len(rows) % 20 == 0:
+            write(args, rows, failures, works, jobs, device)
+    write(args, rows, failures, works, jobs, device)
+    print(table(step_totals(works, rows)), f"\n{len(rows)} of {len(jobs)} products measured")
+    print("\n".join(target_line(target) for target in targets(rows)))
+    sys.exit(bool(failures) or not rows or any(row.fused_error > FUSED_LIMIT for row in rows))
+
+
+def write(
+    args: argparse.Namespace,
+    rows: list[Row],
+    failures: dict[str, str],
+    works: dict[str, Counter[Layer]],
+    jobs: list[tuple[Layer, str]],
+    device: torch.device,
+) -> None:
+    """The results so far."""
+    gpu, totals = device_name(device), step_totals(works, rows)
     if args.json:
-        result = {
+        found = {
             "date": date.today().isoformat(),
             "gpu": gpu,
-            "versions": {"torch": torch.__version__, "triton": __import__("triton").__version__},
             "dtype": args.dtype,
             "complete": len(rows) == len(jobs),
+            "measured": f"{len(rows)} of {len(jobs)} products",
+            "failures": failures,
             "steps_ms": totals,
+            "targets": targets(rows),
+            "summary": [*table(totals).splitlines(), f"{len(rows)} of {len(jobs)} products measured"],
             "products": [
                 asdict(row) | {"tflops": round(row.tflops, 2), "gbytes": round(row.gbytes, 1)} for row in rows
             ],
         }
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    if args.auto:
-        products = {row.product: Measured(row.launch, row.fused, row.dequantize, row.resident) for row in rows}
-        save_measured(args.auto, gpu, products)
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    products = {row.product: Measured(row.launch, row.fused, row.dequantize, row.resident) for row in rows}
+    installed = cache_folder() / "tables" / table_name(gpu)
+    for path in (args.auto, installed if args.install else None):
+        if path and products:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_measured(path, gpu, products)
 
 
 def in_order_of_work(works: dict[str, Counter[Layer]], qtypes: tuple[str, ...], only: str) -> list[tuple[Layer, str]]:
@@ -149,13 +198,16 @@ def measure(layer: Layer, qtype: str, device: torch.device, dtype: torch.dtype) 
 def time_modes(layer: Layer, qtype: str, x: Tensor, bias: Tensor, weights: list[PackedWeight]) -> Row:
     from gguf_sd_kernels.conv import conv2d_fused
     from gguf_sd_kernels.dequantize import dequantize_packed
-    from gguf_sd_kernels.int8 import INT8_TYPES, linear_int8
+    from gguf_sd_kernels.int8 import conv2d_int8, linear_int8
     from gguf_sd_kernels.linear import linear_fused
 
-    def fused(weight: PackedWeight, launch: Launch) -> Tensor:
+    ways = {"fused": (linear_fused, conv2d_fused), "int8": (linear_int8, conv2d_int8)}
+
+    def ours(way: str, launch: Launch, weight: PackedWeight) -> Tensor:
+        linear, conv2d = ways[way]
         if layer.op == "conv":
-            return conv2d_fused(x, weight, bias, layer.stride, layer.padding, launch=launch)
-        return linear_fused(x, weight, bias, geglu=layer.op == "geglu", launch=launch)
+            return conv2d(x, weight, bias, layer.stride, layer.padding, launch=launch)
+        return linear(x, weight, bias, geglu=layer.op == "geglu", launch=launch)
 
     def library(weight: Tensor) -> Tensor:
         if layer.op == "conv":
@@ -171,21 +223,52 @@ def time_modes(layer: Layer, qtype: str, x: Tensor, bias: Tensor, weights: list[
 
     scratch = torch.empty(layer.n * layer.k, dtype=x.dtype, device=x.device)
     full = [dequantize_packed(weight, x.dtype) for weight in weights]
-    seconds: dict[str, float] = {
-        "dequantize": time_calls([partial(decoded, weight) for weight in weights]),
-        "resident": time_calls([partial(library, weight) for weight in full]),
-    }
+    want = library(full[0])
+    dequantize = time_calls([partial(decoded, weight) for weight in weights])
+    resident = time_calls([partial(library, weight) for weight in full])
     del full
-    tried: dict[Launch, float] = {}
     product = Product(layer.op, qtype, layer.m, layer.n, layer.k, layer.taps)
-    for launch in candidates(product, gpu_family(x.device) or "", multiprocessors(x.device)):
-        tried[launch] = time_calls([partial(fused, weight, launch) for weight in weights])
-    if layer.op != "conv" and qtype in INT8_TYPES:
-        int8 = partial(linear_int8, x, bias=bias, geglu=layer.op == "geglu")
-        seconds["int8"] = time_calls([partial(int8, weight) for weight in weights])
-    best = min(tried, key=lambda launch: tried[launch])
-    micro = {name: round(value * 1e6, 2) for name, value in (seconds | {"fused": tried[best]}).items()}
-    return Row(layer, qtype, best, **micro)
+    family, processors = gpu_family(x.device) or "", multiprocessors(x.device)
+    failed: dict[str, str] = {}
+    launch, fused = fastest("fused", candidates(product, family, processors), ours, weights, failed)
+    more: dict[str, Any] = {}
+    if int8_supported(weights[0], x.device):
+        tried = int8_candidates(product, family, processors) or [choose_int8(product, family, processors)]
+        best, seconds = fastest("int8", tried, ours, weights, failed)
+        of_int8 = error(ours("int8", best, weights[0]), want)
+        more = {"int8": round(seconds * 1e6, 2), "int8_launch": best, "int8_error": round(of_int8, 6)}
+    return Row(
+        layer,
+        qtype,
+        launch,
+        fused=round(fused * 1e6, 2),
+        dequantize=round(dequantize * 1e6, 2),
+        resident=round(resident * 1e6, 2),
+        fused_error=round(error(ours("fused", launch, weights[0]), want), 6),
+        failed_launches=failed,
+        **more,
+    )
+
+
+def fastest(
+    way: str,
+    launches: Iterable[Launch],
+    call: Callable[[str, Launch, PackedWeight], Tensor],
+    weights: list[PackedWeight],
+    failed: dict[str, str],
+) -> tuple[Launch, float]:
+    """(launch, seconds a call) of the best; notes those in ``failed`` that this GPU has no room for."""
+    from triton.runtime.errors import OutOfResources
+
+    tried: dict[Launch, float] = {}
+    for launch in launches:
+        try:
+            tried[launch] = time_calls([partial(call, way, launch, weight) for weight in weights])
+        except OutOfResources as problem:
+            failed[f"{way} {launch_name(launch)}"] = str(problem)
+    if not tried:
+        raise RuntimeError(f"no launch works: {failed}")
+    return min(tried.items(), key=lambda item: item[1])
 
 
 def time_calls(calls: list[Call]) -> float:
@@ -217,35 +300,65 @@ def time_calls(calls: list[Call]) -> float:
     return statistics.median(times) / len(calls)
 
 
-def summarise(works: dict[str, Counter[Layer]], rows: list[Row]) -> dict[str, Any]:
+def step_totals(works: dict[str, Counter[Layer]], rows: list[Row]) -> dict[str, dict[str, float]]:
     """Milliseconds of all products of a step in each mode, by workload and type, where all were measured."""
-    totals: dict[str, Any] = {}
+    totals: dict[str, dict[str, float]] = {}
     by_product = {(row.layer, row.qtype): row for row in rows}
     for name, layers in works.items():
         for qtype in dict.fromkeys(row.qtype for row in rows):
             found = [(by_product.get((layer, qtype)), count) for layer, count in layers.items()]
-            if any(row is None for row, _ in found):
+            measured = [(row, count) for row, count in found if row]
+            if len(measured) < len(found):
                 continue
             sums = {
-                mode: round(sum(getattr(row, mode) * count for row, count in found) / 1e3, 3)
+                mode: round(sum(getattr(row, mode) * count for row, count in measured) / 1e3, 3)
                 for mode in ("fused", "dequantize", "resident")
             }
-            best = sum(min(row.fused, row.dequantize) * count for row, count in found if row) / 1e3
+            best = sum(min(row.fused, row.dequantize) * count for row, count in measured) / 1e3
             totals[f"{name} {qtype}"] = sums | {"auto": round(best, 3)}
+            if all(row.int8 for row, _ in measured):
+                totals[f"{name} {qtype}"]["int8"] = round(sum(row.int8 * count for row, count in measured) / 1e3, 3)  # type: ignore[operator]
     return totals
 
 
+def targets(rows: list[Row]) -> list[dict[str, Any]]:
+    """What the project set itself: how fast the fused kernels are to be, and which products are furthest from it."""
+    linears = [row for row in rows if row.layer.op != "conv" and row.layer.m >= LARGE_M]
+    convs = [row for row in rows if row.layer.taps == 9]
+    return [
+        target("fused at least as fast as dequantize + library, every product", 1.0, rows, "dequantize"),
+        target(f"fused at 0.75 of float16 cuBLAS, linears with M >= {LARGE_M}", 0.75, linears, "resident"),
+        target("fused at 0.7 of float16 cuDNN, 3x3 convolutions", 0.7, convs, "resident"),
+    ]
+
+
+def target(name: str, goal: float, rows: list[Row], rival: str) -> dict[str, Any]:
+    ratios = sorted((getattr(row, rival) / row.fused, str(row)) for row in rows)
+    missed = [f"{ratio:.2f} {row}" for ratio, row in ratios if ratio < goal]
+    median = f"median {statistics.median(ratio for ratio, _ in ratios):.2f}, " if ratios else ""
+    detail = f"{median}{len(missed)} of {len(rows)} missed" + (": " + "; ".join(missed[:5]) if missed else "")
+    return {"name": name, "met": not missed if rows else None, "detail": detail}
+
+
+def target_line(found: dict[str, Any]) -> str:
+    met = {True: "yes", False: "NO", None: "not measured"}[found["met"]]
+    return f"{met:4} {found['name']} ({found['detail']})"
+
+
 def line(row: Row) -> str:
-    launch = row.launch
     times = "".join(f"{t:9.1f}" for t in (row.fused, row.dequantize, row.resident, row.int8 or float("nan")))
-    tile = f"{launch.block_m}x{launch.block_n}x{launch.block_k} {launch.warps}w {launch.stages}s x{launch.splits}"
-    return f"{row.qtype:6}{row.layer!s:44}{times}   {row.tflops:9.1f}{row.gbytes:7.0f}  {tile}"
+    errors = f"  fused error {row.fused_error:.0e}"
+    if row.int8_error is not None and row.int8_launch:
+        errors += f", int8 {row.int8_error:.0e} with {launch_name(row.int8_launch)}"
+    rates = f"   {row.tflops:9.1f}{row.gbytes:7.0f}"
+    return f"{row.qtype:6}{row.layer!s:44}{times}{rates}  {launch_name(row.launch)}{errors}"
 
 
-def table(totals: dict[str, Any]) -> str:
-    lines = [f"\nproducts of a step, ms{'':8}{'fused':>9}{'dequant':>9}{'16 bit':>9}{'auto':>9}"]
+def table(totals: dict[str, dict[str, float]]) -> str:
+    names = ("fused", "dequantize", "resident", "auto", "int8")
+    lines = ["products of a step, ms" + " " * 8 + "".join(f"{name:>12}" for name in names)]
     for name, sums in totals.items():
-        lines.append(f"{name:30}" + "".join(f"{sums[m]:9.3f}" for m in ("fused", "dequantize", "resident", "auto")))
+        lines.append(f"{name:30}" + "".join(f"{sums[m]:12.3f}" if m in sums else " " * 12 for m in names))
     return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ from math import prod
 from pathlib import Path
 
 import torch
+from random_weights import weight_std
 from torch import Tensor
 
 from gguf_sd.config import SD15, SD15_INPAINT, SDXL, ModelConfig
@@ -23,10 +24,6 @@ from gguf_sd_convert.workers import in_order, workers
 
 MODELS: dict[str, ModelConfig] = {"sd15": SD15, "sd15-inpaint": SD15_INPAINT, "sdxl": SDXL}
 DTYPES = {"fp16": ("F16", torch.float16), "fp32": ("F32", torch.float32)}
-# Last layers of residual branches, in the UNet, the autoencoder and both kinds of text encoder.
-DAMPED = (".out_layers.3.", ".proj_out.", ".ff.net.2.", ".to_out.0.", ".conv2.", ".out_proj.", ".fc2.", ".c_proj.")
-DAMPING = 0.2
-EMBEDDINGS = ("embedding.weight", "positional_embedding")
 
 
 def random_tensor(name: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
@@ -34,10 +31,8 @@ def random_tensor(name: str, shape: tuple[int, ...], seed: int, dtype: torch.dty
     if len(shape) == 1:
         norm = name.endswith(".weight")  # of the 1-D tensors only norms are called so
         return torch.full(shape, float(norm), dtype=dtype)
-    std = 0.02 if name.endswith(EMBEDDINGS) else prod(shape[1:]) ** -0.5
-    if any(part in name for part in DAMPED):
-        std *= DAMPING
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul_(std).to(dtype)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return values.mul_(weight_std(name, shape)).to(dtype)
 
 
 def write_checkpoint(path: Path, config: ModelConfig, dtype: str = "fp16", seed: int = 0) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -64,6 +65,16 @@ WORKLOADS = {
 
 def step_layers(work: Workload) -> Counter[Layer]:
     """How often each product with a quantised weight occurs in a step; what the converter keeps in F16 is left out."""
+    return _recorded(work).layers
+
+
+def step_gmac(work: Workload) -> float:
+    """All multiply-accumulates of a step, 10^9: linears, convolutions and attention, quantised or not."""
+    return _recorded(work).macs / 1e9
+
+
+@cache
+def _recorded(work: Workload) -> _Recorder:
     config = work.config.unet
     with torch.device("meta"):
         unet = UNet(config)
@@ -87,22 +98,27 @@ def step_layers(work: Workload) -> Counter[Layer]:
         unet(*inputs)
     if len(recorder.seen) < len(quantised):
         raise RuntimeError(f"a step used {len(recorder.seen)} of {len(quantised)} quantised weights")
-    return recorder.layers
+    return recorder
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes every F.linear and F.conv2d whose weight is in ``quantised``, by its name."""
+    """Counts the arithmetic, and notes every F.linear and F.conv2d whose weight is in ``quantised``, by its name."""
 
     def __init__(self, names: dict[int, str], quantised: set[str]):
         super().__init__()
         self.names, self.quantised = names, quantised
         self.layers: Counter[Layer] = Counter()
         self.seen: set[str] = set()
+        self.macs = 0
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in (torch.nn.functional.linear, torch.conv2d, torch.nn.functional.conv2d):
+            self.macs += result.numel() * args[1][0].numel()
             self._note(args, result)
+        elif func is torch.nn.functional.scaled_dot_product_attention:
+            query, key = args[:2]
+            self.macs += 2 * query.numel() * key.shape[-2]
         return result
 
     def _note(self, args: tuple[Any, ...], result: Tensor) -> None:
@@ -126,7 +142,7 @@ def main() -> None:
     for name, work in WORKLOADS.items():
         layers = step_layers(work)
         total = sum(layer.gmac * count for layer, count in layers.items())
-        print(f"{name}: {sum(layers.values())} layers, {len(layers)} shapes, {total:.0f} GMAC")
+        print(f"{name}: {sum(layers.values())} layers, {len(layers)} shapes, {total:.0f} of {step_gmac(work):.0f} GMAC")
         for layer, count in sorted(layers.items(), key=lambda item: -item[0].gmac * item[1]):
             print(f"  {count:4} x {layer!s:40} {layer.gmac * count:8.2f} GMAC")
 

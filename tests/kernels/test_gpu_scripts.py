@@ -23,18 +23,20 @@ def run(*command: str) -> str:
 
 
 def test_shapes_are_the_models() -> None:
-    """Multiply-accumulates of a step: 84 % of SD 1.5's 803 at batch 2, 97 % of SDXL's 794 at 512 pixels."""
+    """Multiply-accumulates of a step, 10^9: of products with quantised weights, and all."""
     heads = [
         line for line in run(str(ROOT / "benchmarks/shapes.py")).splitlines() if "GMAC" in line and "shapes" in line
     ]
-    assert [head.split(", ")[-1] for head in heads] == ["677 GMAC", "767 GMAC", "2988 GMAC"]
+    assert [head.split(", ")[-1] for head in heads] == ["677 of 803 GMAC", "767 of 794 GMAC", "2988 of 3381 GMAC"]
 
 
 def test_check_gpu(tmp_path: Path) -> None:
-    run(str(ROOT / "benchmarks/check_gpu.py"), "--device", "cpu", "--seconds", "4", "--json", str(tmp_path / "c.json"))
+    few = ["--device", "cpu", "--processes", "0", "--seconds", "4", "--json", str(tmp_path / "c.json")]
+    run(str(ROOT / "benchmarks/check_gpu.py"), *few)
     found = json.loads((tmp_path / "c.json").read_text())
-    assert found["wrong"] == 0
-    assert len(found["results"]) > 5
+    assert found["wrong"] == []
+    assert found["failures"] == {}
+    assert found["comparisons"] > 5
 
 
 def test_bench_kernels(tmp_path: Path) -> None:
