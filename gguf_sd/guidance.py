@@ -52,7 +52,9 @@ class Predictor:
     def _joined(self, prompts: Sequence[Prompt]) -> Prompt:
         """The prompts of a pass, their keys and values in place of the context: [prompts, N, …]."""
         vectors = [prompt.vector for prompt in prompts if prompt.vector is not None]
-        projected = self.unet.project(torch.cat([prompt.context for prompt in prompts]))
+        context = torch.cat([prompt.context for prompt in prompts])
+        with torch.cuda.device_of(context):  # Triton launches on the current device; does nothing on a CPU
+            projected = self.unet.project(context)
         return Prompt(projected, torch.cat(vectors) if vectors else None)
 
     @torch.inference_mode()
@@ -72,7 +74,8 @@ class Predictor:
     def _run(self, latents: Tensor, timestep: Tensor, prompts: Prompt) -> Tensor:
         """The predictions for each prompt of a pass in turn, [prompts * B, 4, h, w]."""
         repeated = latents.repeat(len(prompts.context) // len(latents), 1, 1, 1)
-        return self.unet.step(repeated, timestep.expand(len(repeated)), prompts.context, prompts.vector)
+        with torch.cuda.device_of(latents):
+            return self.unet.step(repeated, timestep.expand(len(repeated)), prompts.context, prompts.vector)
 
 
 def _repeated(prompts: Prompt, before: int, batch: int) -> Prompt:

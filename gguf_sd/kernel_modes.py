@@ -90,4 +90,5 @@ def make_resident(model: nn.Module, dtype: torch.dtype, kernels: str = "torch") 
     unless ``kernels`` is torch."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Quantized):
-            model.set_submodule(name, resident(module, dtype, triton=kernels != "torch"))
+            with torch.cuda.device_of(module.blocks):  # Triton launches on the current device
+                model.set_submodule(name, resident(module, dtype, triton=kernels != "torch"))
