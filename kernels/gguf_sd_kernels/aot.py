@@ -39,16 +39,17 @@ SHARED_KIB = {
     "gfx942": 64,
     "gfx1100": 64,
 }
-# The instruction each target multiplies matrices with; sm_90 runs tiles of fewer than 64 rows through HMMA.
-MATRIX_INSTRUCTION = {
-    "80": "HMMA",
-    "86": "HMMA",
-    "89": "HMMA",
-    "90": "HGMMA",
-    "100": "UTCHMMA",
-    "120": "HMMA",
-    "gfx942": "v_mfma_f32",
-    "gfx1100": "v_wmma_f32",
+# The instructions each target multiplies matrices with: of float16 and bfloat16, of int8. sm_90 runs tiles of fewer
+# than 64 rows through those of sm_80. sm_100 has UTCIMMA for int8, but Triton makes mma.sync of it.
+MATRIX_INSTRUCTIONS = {
+    "80": {"float": "HMMA", "int8": "IMMA"},
+    "86": {"float": "HMMA", "int8": "IMMA"},
+    "89": {"float": "HMMA", "int8": "IMMA"},
+    "90": {"float": "HGMMA", "int8": "IGMMA"},
+    "100": {"float": "UTCHMMA", "int8": "IMMA"},
+    "120": {"float": "HMMA", "int8": "IMMA"},
+    "gfx942": {"float": "v_mfma_f32", "int8": "v_mfma_i32"},
+    "gfx1100": {"float": "v_wmma_f32", "int8": "v_wmma_i32"},
 }
 
 
@@ -88,9 +89,10 @@ def build(case: Case, target: str) -> Built:
         compiled = triton.compile(source, target=gpu, options={"num_warps": case.warps, "num_stages": case.stages})
     shared = compiled.metadata.shared
     built = _inspect_amd(compiled.asm["amdgcn"]) if amd else _inspect_cuda(compiled.asm["cubin"])
-    wanted = MATRIX_INSTRUCTION[target] if case.matrix == "float" else case.matrix
-    if target == "90" and wanted and case.matrix_rows < 64:
-        wanted = "HMMA"
+    wanted = ""
+    if case.matrix:
+        narrow = target == "90" and case.matrix_rows < 64
+        wanted = MATRIX_INSTRUCTIONS["80" if narrow else target][case.matrix]
     loop, matrix = _main_loop(built.code, wanted)
     faults = []
     if built.stack:
@@ -189,14 +191,17 @@ def build_all(jobs: list[tuple[Case, str]], processes: int) -> Iterator[Built]:
 
 
 def sample(jobs: list[tuple[Case, str]], count: int) -> list[tuple[Case, str]]:
-    """``count`` of the jobs, drawn in equal numbers from every target; the same ones each time."""
-    by_target: dict[str, list[tuple[Case, str]]] = {}
-    for job in jobs:
-        by_target.setdefault(job[1], []).append(job)
+    """``count`` of the jobs, in equal numbers of every target and there of every kernel; the same ones each time."""
     draw = random.Random(0)
-    shuffled = [draw.sample(of_one, len(of_one)) for of_one in by_target.values()]
-    in_turn = [job for row in zip_longest(*shuffled) for job in row if job]
-    return in_turn[:count]
+    by_target: dict[str, dict[str, list[tuple[Case, str]]]] = {}
+    for case, target in draw.sample(jobs, len(jobs)):
+        by_target.setdefault(target, {}).setdefault(case.function, []).append((case, target))
+    return _in_turn([_in_turn(list(by_kernel.values())) for by_kernel in by_target.values()])[:count]
+
+
+def _in_turn(lists: list[list[tuple[Case, str]]]) -> list[tuple[Case, str]]:
+    """The first of every list, then the second of every list, …"""
+    return [job for row in zip_longest(*lists) for job in row if job]
 
 
 def main() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import product
 from typing import Any
 
-from .launch import FAMILIES, UNTUNED, Launch
+from .launch import FAMILIES, GROUP_M, UNTUNED, Launch
+from .launch_int8 import INT8_TYPES, UNTUNED_INT8
 from .repack import PACKED_TYPES
 
 
@@ -23,7 +24,7 @@ class Case:
     warps: int
     stages: int
     multiples_of_16: frozenset[str] = frozenset()
-    matrix: str = ""  # "float" or "IMMA" (int8): the matrix instruction it must use
+    matrix: str = ""  # "float" or "int8": the kind of matrix instruction it must use
     matrix_rows: int = 0  # rows of its first operand
 
     def kernel(self) -> Any:
@@ -43,10 +44,9 @@ def cases(target: str) -> Iterator[Case]:
     """Every case for ``target``, as in aot.SHARED_KIB."""
     yield from linear_cases(target)
     yield from conv_cases(target)
+    yield from int8_cases(target)
     yield from dequantize_cases()
     yield from norm_cases()
-    if family(target) == "mma":  # elsewhere scaling every block costs more than int8 saves
-        yield from int8_cases()
 
 
 def linear_cases(target: str) -> Iterator[Case]:
@@ -135,30 +135,34 @@ def norm_cases() -> Iterator[Case]:
         yield Case(name, "triton_norm:layer_norm_kernel", types, constants, width // 256, 1)
 
 
-def int8_cases() -> Iterator[Case]:
-    from .int8 import INT8_TYPES, LARGE_M, QUANTIZE_BLOCKS, QUANTIZE_WARPS, SMALL_M
+def int8_cases(target: str) -> Iterator[Case]:
+    from .int8 import QUANTIZE_BLOCKS, QUANTIZE_WARPS
 
-    activations = {"codes": "*i8", "x_scales": "*fp32", "sums": "*i32"}
-    for launch, qtype, (geglu, split) in product(
-        (SMALL_M, LARGE_M), INT8_TYPES, ((False, False), (False, True), (True, False))
-    ):
-        constants, name = _product_constants(launch, qtype, "fp16", split)
-        for unused in ("SWAP", "PTX", "WIDEN", "BLOCK_K", "mins"):
-            constants.pop(unused, None)
-        types = activations | _WEIGHT_TYPES | dict.fromkeys(("bias", "residual", "out"), "*fp16")
-        yield Case(
-            name=f"int8 {name}{' geglu' if geglu else ''}",
-            function="int8:linear_int8_kernel",
-            types=types | dict.fromkeys(("M", "N", "K", "steps"), "i32"),
-            constants=constants | {"GEGLU": geglu} | ({"residual": None} if geglu else {}),
-            warps=launch.warps,
-            stages=launch.stages,
-            multiples_of_16=frozenset({"N", "K"}),
-            matrix="IMMA",
-        )
-    types = {"x": "*fp16", "codes": "*i8", "scales": "*fp32", "sums": "*i32", "n_blocks": "i32"}
-    quantize, blocks = "int8:quantize_kernel", {"BLOCKS": QUANTIZE_BLOCKS}
-    yield Case("int8 quantize", quantize, types, blocks, QUANTIZE_WARPS, 1)
+    launches = [launch for _, launch in UNTUNED_INT8[family(target)]]
+    for launch, qtype, dtype in product(launches, INT8_TYPES, ("fp16", "bf16")):
+        for geglu, split in ((False, False), (False, True), (True, False)):
+            yield int8_case(linear_case(launch, qtype, dtype, geglu=geglu, split=split))
+        for split in (False, True):
+            yield int8_case(conv_case(launch, qtype, dtype, split=split))
+    for dtype in ("fp16", "bf16"):
+        types = {"x": f"*{dtype}", "codes": "*i8", "scales": "*fp32", "sums": "*i32", "n_blocks": "i32"}
+        blocks = {"BLOCKS": QUANTIZE_BLOCKS}
+        yield Case(f"int8 quantize {dtype}", "int8:quantize_kernel", types, blocks, QUANTIZE_WARPS, 1)
+
+
+def int8_case(case: Case) -> Case:
+    """The case of the product in 8 bits that a fused one corresponds to."""
+    unused = ("SWAP", "PTX", "WIDEN", "BLOCK_K", "mins")
+    return replace(
+        case,
+        name=f"int8 {case.name}",
+        function={"linear:linear_kernel": "int8:linear_int8_kernel", "conv:conv_kernel": "int8:conv_int8_kernel"}[
+            case.function
+        ],
+        types=dict(case.types) | {"codes": "*i8", "x_scales": "*fp32", "sums": "*i32"},
+        constants={name: value for name, value in case.constants.items() if name not in unused},
+        matrix="int8",
+    )
 
 
 _WEIGHT_TYPES = {"quants": "*u8", "scales": "*fp16", "mins": "*fp16", "partials": "*fp32", "counters": "*i32"}
@@ -175,7 +179,7 @@ def _product_constants(launch: Launch, qtype: str, dtype: str, split: bool) -> t
         "BLOCK_M": launch.block_m,
         "BLOCK_N": launch.block_n,
         "BLOCK_K": launch.block_k,
-        "GROUP_M": 8,
+        "GROUP_M": GROUP_M,
     }
     if qtype != "Q4_1":
         constants["mins"] = None

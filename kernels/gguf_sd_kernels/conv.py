@@ -14,11 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, Product, choose, gpu_family, multiprocessors
-from .linear import DTYPES, MAX_ELEMENTS
+from .launch import Launch, choose, gpu_family, multiprocessors
+from .operands import channels_last, conv_sizes
 from .repack import PackedWeight
-from .triton_tiles import add_splits, decode_tile, multiply, store_tile, tile_position, weight_rows
-from .workspace import split_workspace
+from .triton_tiles import (
+    decode_tile,
+    finish_tile,
+    multiply,
+    split_range,
+    tap_at,
+    tile_position,
+    weight_rows,
+    windows,
+)
+from .workspace import divide
 
 
 # One compilation serves every size of picture.
@@ -62,35 +71,22 @@ def conv_kernel(
     """
     tile_m, tile_n = tile_position(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     rows_n = weight_rows(tile_n, N, BLOCK_N, False)
-    pixel = tl.minimum(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), M - 1)
-    picture, within = pixel // (OH * OW), pixel % (OH * OW)
-    top = within // OW * stride - padding
-    left = within % OW * stride - padding
-    corner = ((picture * H + top) * W + left) * IC  # of each pixel's window; may lie outside the picture
+    top, left, pixel = windows(tile_m, M, H, W, OH, OW, stride, padding, BLOCK_M)
+    corner = pixel * IC  # of each pixel's window
     channels = tl.arange(0, BLOCK_K)
     DTYPE: tl.constexpr = x.dtype.element_ty
-    start, stop = 0, K
-    if SPLIT:
-        start = tl.program_id(1) * steps * BLOCK_K
-        stop = tl.minimum(start + steps * BLOCK_K, K)
+    start, stop = split_range(steps, K, BLOCK_K, SPLIT)
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for k in range(start, stop, BLOCK_K):
-        tap = k // IC
-        down, right = tap // TAPS_W, tap % TAPS_W
-        # Unsigned: one comparison a side, as what lies above or left of the picture becomes huge.
-        inside = ((top + down).to(tl.uint32) < H.to(tl.uint32)) & ((left + right).to(tl.uint32) < W.to(tl.uint32))
-        offset = (down * W + right) * IC + k - tap * IC
-        values = tl.load(x + (corner + offset)[:, None] + channels[None, :], mask=inside[:, None], other=0.0)
+        shift, inside = tap_at(k, top, left, H, W, IC, TAPS_W)
+        values = tl.load(x + (corner + (shift * IC + k))[:, None] + channels[None, :], mask=inside[:, None], other=0.0)
         weights = decode_tile(quants, scales, mins, rows_n, k, K, QTYPE, DTYPE, PTX, BLOCK_K)
         acc = multiply(values, weights, acc, SWAP, WIDEN)
     if SWAP:
         acc = acc.T
-    if SPLIT:
-        acc, last = add_splits(acc, partials, counters, BLOCK_M, BLOCK_N)
-        if last:
-            store_tile(acc, out, bias, residual, emb, tile_m, tile_n, M, N, OH * OW, BLOCK_M, BLOCK_N, False)
-    else:
-        store_tile(acc, out, bias, residual, emb, tile_m, tile_n, M, N, OH * OW, BLOCK_M, BLOCK_N, False)
+    finish_tile(
+        acc, out, bias, residual, emb, partials, counters, tile_m, tile_n, M, N, OH * OW, BLOCK_M, BLOCK_N, False, SPLIT
+    )
 
 
 def conv2d_fused(
@@ -111,74 +107,42 @@ def conv2d_fused(
     are copied. Raises ValueError for a weight in (IC, KH, KW) order, which is to be dequantized, for channels
     that are no multiple of 32, other dtypes, and shapes that do not fit.
     """
-    if x.dtype not in DTYPES:
-        raise ValueError(f"fused products take float16 and bfloat16, got {x.dtype}")
-    if len(weight.shape) != 4:
-        raise ValueError(f"a convolution's weight is (OC, IC, KH, KW), got {list(weight.shape)}")
-    n, ic, kh, kw = weight.shape
-    if ic % 32 or not (weight.tap_major or kh == kw == 1):
-        raise ValueError(f"weight {list(weight.shape)} is not tap-major with channels in 32s; dequantize it")
-    if x.ndim != 4 or x.shape[1] != ic:
-        raise ValueError(f"x {list(x.shape)} is not [B, {ic}, H, W], which a weight {list(weight.shape)} takes")
-    batch, _, height, width = x.shape
-    oh, ow = ((size + 2 * padding - taps) // stride + 1 for size, taps in ((height, kh), (width, kw)))
-    if min(oh, ow) < 1:
-        raise ValueError(f"a picture of {height} x {width} padded by {padding} is smaller than {kh} x {kw}")
-    _check_epilogue(bias, emb, residual, (batch, n, oh, ow))
-    m, k = batch * oh * ow, kh * kw * ic
-    if max(x.numel() + (padding * width + padding) * ic, m * n) > MAX_ELEMENTS:
-        raise ValueError(f"x {list(x.shape)} is too large for 32-bit offsets; split the batch or tile the picture")
-    x = x.contiguous(memory_format=torch.channels_last)
-    out = torch.empty(batch, n, oh, ow, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    if launch is None:
-        product = Product("conv", weight.qtype, m, n, k, taps=kh * kw)
-        launch = choose(product, gpu_family(x.device), multiprocessors(x.device))
-    if ic % launch.block_k:
-        raise ValueError(f"a step of {launch.block_k} channels does not divide {ic}")
-    tiles = triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n)
-    steps = triton.cdiv(k // launch.block_k, launch.splits)
-    splits = triton.cdiv(k // launch.block_k, steps)  # none without work
-    partials, counters = split_workspace(splits, tiles, launch.block_m * launch.block_n, x.device)
-    conv_kernel[(tiles, splits)](
-        x,
+    sizes = conv_sizes(x, weight, bias, stride, padding, residual=residual, emb=emb)
+    out = torch.empty(sizes.result, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if not sizes.batch:
+        return out
+    product = sizes.product
+    launch = launch or choose(product, gpu_family(x.device), multiprocessors(x.device))
+    if sizes.ic % launch.block_k:
+        raise ValueError(f"a step of {launch.block_k} channels does not divide {sizes.ic}")
+    programs = divide(product, launch, x.device)
+    conv_kernel[programs.grid](
+        channels_last(x),
         weight.quants,
         weight.scales,
         weight.mins,
         bias,
-        None if residual is None else residual.contiguous(memory_format=torch.channels_last),
+        channels_last(residual),
         None if emb is None else emb.contiguous(),
         out,
-        partials,
-        counters,
-        m,
-        n,
-        k,
-        height,
-        width,
-        ic,
-        oh,
-        ow,
+        programs.partials,
+        programs.counters,
+        product.m,
+        product.n,
+        product.k,
+        sizes.height,
+        sizes.width,
+        sizes.ic,
+        sizes.oh,
+        sizes.ow,
         stride,
         padding,
-        steps,
+        programs.steps,
         QTYPE=weight.qtype,
-        TAPS_W=kw,
-        SPLIT=splits > 1,
+        TAPS_W=sizes.kw,
+        SPLIT=programs.splits > 1,
         **launch.constants(x),
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
     return out
-
-
-def _check_epilogue(
-    bias: Tensor | None, emb: Tensor | None, residual: Tensor | None, result: tuple[int, int, int, int]
-) -> None:
-    batch, channels = result[:2]
-    for name, tensor, shape in (
-        ("bias", bias, (channels,)),
-        ("emb", emb, (batch, channels)),
-        ("residual", residual, result),
-    ):
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"the {name} of a result {list(result)} is {list(shape)}, got {list(tensor.shape)}")

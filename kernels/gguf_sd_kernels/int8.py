@@ -1,4 +1,4 @@
-"""Linear layers with both operands in 8 bits: activations are quantised per 32 too, products are int8 x int8.
+"""Linears and convolutions with both operands in 8 bits: activations are quantised per 32 too, products are exact.
 
 GeForce cards multiply int8 at several times their rate for float16 with float32 sums. It costs accuracy: with
 activations in 8 bits a result is off by about 0.6 % of its norm, so it is a choice, not the default, and no good
@@ -19,15 +19,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, Product, best_splits, multiprocessors
-from .linear import DTYPES, MAX_ELEMENTS
+from .launch import GROUP_M, Launch, Product, gpu_family, multiprocessors
+from .launch_int8 import INT8_TYPES, choose_int8, int8_supported
+from .operands import DTYPES, MAX_ELEMENTS, channels_last, conv_sizes, linear_shape
 from .repack import PackedWeight
-from .triton_tiles import add_splits, store_tile, tile_position, weight_rows
-from .workspace import split_workspace
+from .triton_tiles import finish_tile, split_range, tap_at, tile_position, weight_rows, windows
+from .workspace import divide
 
-INT8_TYPES = ("Q4_0", "Q8_0")
-# UNTUNED. A step is one block of 32, as every block has scales of its own. Tiles of 32 x 64 spill on sm_86.
-SMALL_M, LARGE_M = Launch(64, 64, 32, warps=4, stages=4), Launch(128, 64, 32, warps=8, stages=4)
+__all__ = [
+    "INT8_TYPES",
+    "Int8Activations",
+    "conv2d_int8",
+    "int8_supported",
+    "linear_int8",
+    "quantize_activations",
+]
 QUANTIZE_BLOCKS, QUANTIZE_WARPS = 128, 4
 
 
@@ -72,6 +78,22 @@ def _weight_codes(quants, rows, k, K, QTYPE: tl.constexpr):
     return codes
 
 
+@triton.jit
+def _add_block(acc, codes, x_scales, sums, quants, scales, rows_n, k, K, QTYPE: tl.constexpr):
+    """acc [M, N] + the products of a block: x's codes [M, 32], scales [M] and sums [M] with w's values from k on.
+
+    The int32 sum of a block starts at 0x4B400000, the bits of 1.5 * 2^23: read as float32 it is that number plus
+    the sum, which is at most 32 * 127 * 128 and so stays within the mantissa. This saves a conversion a value.
+    """
+    first = tl.full(acc.shape, 0x4B400000, tl.int32)
+    if QTYPE == "Q4_0":
+        first -= (8 * sums)[:, None]  # the zero point of nibbles
+    weights = _weight_codes(quants, rows_n, k, K, QTYPE)
+    products = tl.dot(codes, weights.T, first, out_dtype=tl.int32)
+    w_scales = tl.load(scales + rows_n * (K // 32) + k // 32).to(tl.float32)
+    return acc + (products.to(tl.float32, bitcast=True) - 12582912.0) * (x_scales[:, None] * w_scales[None, :])
+
+
 @triton.jit(do_not_specialize=["M", "steps"])
 def linear_int8_kernel(
     codes,
@@ -95,36 +117,70 @@ def linear_int8_kernel(
     BLOCK_N: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """out [M, N] = x . w^T with the epilogue of store_tile. Grid: (tiles, splits).
-
-    The int32 sum of a block starts at 0x4B400000, the bits of 1.5 * 2^23: read as float32 it is that number plus
-    the sum, which is at most 32 * 127 * 128 and so stays within the mantissa. This saves a conversion a value.
-    """
+    """out [M, N] = x [M, K] . w [N, K]^T with the epilogue of store_tile. Grid: (tiles, splits)."""
     tile_m, tile_n = tile_position(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     rows_m = tl.minimum(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), M - 1)
     rows_n = weight_rows(tile_n, N, BLOCK_N, GEGLU)
     x_tile = codes + rows_m[:, None] * K + tl.arange(0, 32)[None, :]
-    start, stop = 0, K
-    if SPLIT:
-        start = tl.program_id(1) * steps * 32
-        stop = tl.minimum(start + steps * 32, K)
+    start, stop = split_range(steps, K, 32, SPLIT)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(start, stop, 32):
-        of_x = rows_m * (K // 32) + k // 32
-        first = tl.full((BLOCK_M, BLOCK_N), 0x4B400000, tl.int32)
-        if QTYPE == "Q4_0":
-            first -= (8 * tl.load(sums + of_x))[:, None]  # the zero point of nibbles
-        weights = _weight_codes(quants, rows_n, k, K, QTYPE)
-        products = tl.dot(tl.load(x_tile + k), weights.T, first, out_dtype=tl.int32)
-        scale = tl.load(scales + rows_n * (K // 32) + k // 32).to(tl.float32)
-        factor = tl.load(x_scales + of_x)[:, None] * scale[None, :]
-        acc += (products.to(tl.float32, bitcast=True) - 12582912.0) * factor
-    if SPLIT:
-        acc, last = add_splits(acc, partials, counters, BLOCK_M, BLOCK_N)
-        if last:
-            store_tile(acc, out, bias, residual, None, tile_m, tile_n, M, N, 1, BLOCK_M, BLOCK_N, GEGLU)
-    else:
-        store_tile(acc, out, bias, residual, None, tile_m, tile_n, M, N, 1, BLOCK_M, BLOCK_N, GEGLU)
+        block = rows_m * (K // 32) + k // 32
+        x_scale, x_sum = tl.load(x_scales + block), tl.load(sums + block)
+        acc = _add_block(acc, tl.load(x_tile + k), x_scale, x_sum, quants, scales, rows_n, k, K, QTYPE)
+    finish_tile(
+        acc, out, bias, residual, None, partials, counters, tile_m, tile_n, M, N, 1, BLOCK_M, BLOCK_N, GEGLU, SPLIT
+    )
+
+
+@triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW", "stride", "padding", "steps"])
+def conv_int8_kernel(
+    codes,
+    x_scales,
+    sums,
+    quants,
+    scales,
+    bias,
+    residual,
+    emb,
+    out,
+    partials,
+    counters,
+    M,
+    N,
+    K,
+    H,
+    W,
+    IC,
+    OH,
+    OW,
+    stride,
+    padding,
+    steps,  # of 32, a program
+    QTYPE: tl.constexpr,
+    TAPS_W: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """As conv.conv_kernel, x [B, H, W, IC] in blocks of 32 channels. What lies outside the picture is a block of 0."""
+    tile_m, tile_n = tile_position(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    rows_n = weight_rows(tile_n, N, BLOCK_N, False)
+    top, left, pixel = windows(tile_m, M, H, W, OH, OW, stride, padding, BLOCK_M)
+    within = tl.arange(0, 32)[None, :]
+    start, stop = split_range(steps, K, 32, SPLIT)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(start, stop, 32):
+        shift, inside = tap_at(k, top, left, H, W, IC, TAPS_W)
+        block = (pixel + shift) * (IC // 32) + k // 32
+        x_codes = tl.load(codes + block[:, None] * 32 + within, mask=inside[:, None], other=0)
+        x_scale = tl.load(x_scales + block, mask=inside, other=0.0)
+        x_sum = tl.load(sums + block, mask=inside, other=0)
+        acc = _add_block(acc, x_codes, x_scale, x_sum, quants, scales, rows_n, k, K, QTYPE)
+    finish_tile(
+        acc, out, bias, residual, emb, partials, counters, tile_m, tile_n, M, N, OH * OW, BLOCK_M, BLOCK_N, False, SPLIT
+    )
 
 
 def quantize_activations(x: Tensor) -> Int8Activations:
@@ -153,32 +209,19 @@ def linear_int8(
 ) -> Tensor:
     """As :func:`gguf_sd_kernels.linear.linear_fused`, x quantised to 8 bits: Q4_0 and Q8_0 weights only.
 
-    Raises ValueError for other types, dtypes other than float16 and bfloat16, or shapes that do not fit.
+    Raises ValueError for other types, dtypes other than float16 and bfloat16, GPUs without 8-bit launches, or shapes
+    that do not fit.
     """
-    n, k = weight.rows, weight.cols
-    if weight.qtype not in INT8_TYPES:
-        raise ValueError(f"products in 8 bits take {' and '.join(INT8_TYPES)} weights, got {weight.qtype}")
-    if x.ndim < 1 or x.shape[-1] != k:
-        raise ValueError(f"x {list(x.shape)} does not end in the weight's {k} inputs")
-    if geglu and (n % 2 or residual is not None):
-        raise ValueError(f"GEGLU halves the outputs, of which there are {n}, and takes no residual")
-    if bias is not None and tuple(bias.shape) != (n,):
-        raise ValueError(f"the bias of {n} outputs is [{n}], got {list(bias.shape)}")
-    out = x.new_empty(*x.shape[:-1], n // 2 if geglu else n)
-    if residual is not None and residual.shape != out.shape:
-        raise ValueError(f"the residual of a result {list(out.shape)} has its shape, got {list(residual.shape)}")
-    quantised = quantize_activations(x.reshape(-1, k))
-    m = len(quantised.codes)
-    if m * n > MAX_ELEMENTS:
-        raise ValueError(f"{m} rows of {n} outputs are too many for 32-bit offsets; split the batch")
-    if not m:
+    result = linear_shape(x, weight, bias, residual, geglu)
+    rows = x.reshape(-1, weight.cols)
+    product = Product("geglu" if geglu else "linear", weight.qtype, len(rows), weight.rows, weight.cols)
+    launch = _checked(launch, product, x.device)
+    out = x.new_empty(result)
+    if not len(rows):
         return out
-    launch = launch or _launch(Product("linear", weight.qtype, m, n, k), multiprocessors(x.device))
-    tiles = triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n)
-    steps = triton.cdiv(k // 32, launch.splits)
-    splits = triton.cdiv(k // 32, steps)  # none without work
-    partials, counters = split_workspace(splits, tiles, launch.block_m * launch.block_n, x.device)
-    linear_int8_kernel[(tiles, splits)](
+    quantised = quantize_activations(rows)
+    programs = divide(product, launch, x.device)
+    linear_int8_kernel[programs.grid](
         quantised.codes,
         quantised.scales,
         quantised.sums,
@@ -187,25 +230,89 @@ def linear_int8(
         bias,
         None if residual is None else residual.contiguous(),
         out,
-        partials,
-        counters,
-        m,
-        n,
-        k,
-        steps,
+        programs.partials,
+        programs.counters,
+        product.m,
+        product.n,
+        product.k,
+        programs.steps,
         QTYPE=weight.qtype,
         GEGLU=geglu,
-        SPLIT=splits > 1,
+        SPLIT=programs.splits > 1,
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
-        GROUP_M=8,
+        GROUP_M=GROUP_M,
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
     return out
 
 
-def _launch(product: Product, processors: int) -> Launch:
-    launch = SMALL_M if product.m <= 64 else LARGE_M
-    splits = best_splits(product, launch, processors)
-    return Launch(launch.block_m, launch.block_n, 32, launch.warps, launch.stages, splits=splits)
+def conv2d_int8(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    *,
+    residual: Tensor | None = None,
+    emb: Tensor | None = None,
+    launch: Launch | None = None,
+) -> Tensor:
+    """As :func:`gguf_sd_kernels.conv.conv2d_fused`, x quantised to 8 bits, per 32 channels of a pixel: Q4_0 and
+    Q8_0 weights only.
+
+    Raises ValueError for other types, weights in (IC, KH, KW) order, channels that are no multiple of 32, dtypes
+    other than float16 and bfloat16, GPUs without 8-bit launches, or shapes that do not fit.
+    """
+    sizes = conv_sizes(x, weight, bias, stride, padding, residual=residual, emb=emb)
+    product = sizes.product
+    launch = _checked(launch, product, x.device)
+    out = torch.empty(sizes.result, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if not sizes.batch:
+        return out
+    quantised = quantize_activations(x.permute(0, 2, 3, 1).reshape(-1, sizes.ic))
+    programs = divide(product, launch, x.device)
+    conv_int8_kernel[programs.grid](
+        quantised.codes,
+        quantised.scales,
+        quantised.sums,
+        weight.quants,
+        weight.scales,
+        bias,
+        channels_last(residual),
+        None if emb is None else emb.contiguous(),
+        out,
+        programs.partials,
+        programs.counters,
+        product.m,
+        product.n,
+        product.k,
+        sizes.height,
+        sizes.width,
+        sizes.ic,
+        sizes.oh,
+        sizes.ow,
+        stride,
+        padding,
+        programs.steps,
+        QTYPE=weight.qtype,
+        TAPS_W=sizes.kw,
+        SPLIT=programs.splits > 1,
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        GROUP_M=GROUP_M,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+    return out
+
+
+def _checked(launch: Launch | None, product: Product, device: torch.device) -> Launch:
+    """``launch``, or the chosen one; ValueError where 8-bit products cannot be made so."""
+    if product.qtype not in INT8_TYPES:
+        raise ValueError(f"products in 8 bits take {' and '.join(INT8_TYPES)} weights, got {product.qtype}")
+    launch = launch or choose_int8(product, gpu_family(device), multiprocessors(device))
+    if launch.block_k != 32:
+        raise ValueError(f"a step of products in 8 bits is a block of 32, got {launch.block_k}")
+    return launch

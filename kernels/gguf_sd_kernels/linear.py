@@ -5,18 +5,15 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, Product, choose, gpu_family, multiprocessors
+from .operands import linear_shape
 from .repack import PackedWeight
-from .triton_tiles import add_splits, decode_tile, multiply, store_tile, tile_position, weight_rows
-from .workspace import split_workspace
-
-DTYPES = (torch.float16, torch.bfloat16)
-MAX_ELEMENTS = 2**31 - 1  # the kernels count in 32 bits
+from .triton_tiles import decode_tile, finish_tile, multiply, split_range, tile_position, weight_rows
+from .workspace import divide
 
 
 @triton.jit(do_not_specialize=["M", "steps"])  # one compilation serves every size
@@ -51,10 +48,7 @@ def linear_kernel(
     rows_n = weight_rows(tile_n, N, BLOCK_N, GEGLU)
     x_tile = x + rows_m[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
     DTYPE: tl.constexpr = x.dtype.element_ty
-    start, stop = 0, K
-    if SPLIT:
-        start = tl.program_id(1) * steps * BLOCK_K
-        stop = tl.minimum(start + steps * BLOCK_K, K)
+    start, stop = split_range(steps, K, BLOCK_K, SPLIT)
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for k in range(start, stop, BLOCK_K):
         values = tl.load(x_tile + k)
@@ -62,12 +56,9 @@ def linear_kernel(
         acc = multiply(values, weights, acc, SWAP, WIDEN)
     if SWAP:
         acc = acc.T
-    if SPLIT:
-        acc, last = add_splits(acc, partials, counters, BLOCK_M, BLOCK_N)
-        if last:
-            store_tile(acc, out, bias, residual, None, tile_m, tile_n, M, N, 1, BLOCK_M, BLOCK_N, GEGLU)
-    else:
-        store_tile(acc, out, bias, residual, None, tile_m, tile_n, M, N, 1, BLOCK_M, BLOCK_N, GEGLU)
+    finish_tile(
+        acc, out, bias, residual, None, partials, counters, tile_m, tile_n, M, N, 1, BLOCK_M, BLOCK_N, GEGLU, SPLIT
+    )
 
 
 def linear_fused(
@@ -85,32 +76,15 @@ def linear_fused(
     ``[..., N/2]``; there is no residual then. float16 and bfloat16; sums are float32.
     Raises ValueError for other dtypes, or shapes that do not fit.
     """
-    n, k = weight.rows, weight.cols
-    if x.dtype not in DTYPES:
-        raise ValueError(f"fused products take float16 and bfloat16, got {x.dtype}")
-    if x.ndim < 1 or x.shape[-1] != k:
-        raise ValueError(f"x {list(x.shape)} does not end in the weight's {k} inputs")
-    if geglu and (n % 2 or residual is not None):
-        raise ValueError(f"GEGLU halves the outputs, of which there are {n}, and takes no residual")
-    if bias is not None and tuple(bias.shape) != (n,):
-        raise ValueError(f"the bias of {n} outputs is [{n}], got {list(bias.shape)}")
-    rows = x.reshape(-1, k).contiguous()
-    out = x.new_empty(*x.shape[:-1], n // 2 if geglu else n)
-    if residual is not None and residual.shape != out.shape:
-        raise ValueError(f"the residual of a result {list(out.shape)} has its shape, got {list(residual.shape)}")
-    m = len(rows)
-    if max(rows.numel(), m * n) > MAX_ELEMENTS:
-        raise ValueError(f"{m} rows of {k} inputs and {n} outputs are too many for 32-bit offsets; split the batch")
-    if not m:
+    result = linear_shape(x, weight, bias, residual, geglu)
+    rows = x.reshape(-1, weight.cols).contiguous()
+    out = x.new_empty(result)
+    if not len(rows):
         return out
-    if launch is None:
-        product = Product("geglu" if geglu else "linear", weight.qtype, m, n, k)
-        launch = choose(product, gpu_family(x.device), multiprocessors(x.device))
-    tiles = triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n)
-    steps = triton.cdiv(k // launch.block_k, launch.splits)
-    splits = triton.cdiv(k // launch.block_k, steps)  # none without work
-    partials, counters = split_workspace(splits, tiles, launch.block_m * launch.block_n, x.device)
-    linear_kernel[(tiles, splits)](
+    product = Product("geglu" if geglu else "linear", weight.qtype, len(rows), weight.rows, weight.cols)
+    launch = launch or choose(product, gpu_family(x.device), multiprocessors(x.device))
+    programs = divide(product, launch, x.device)
+    linear_kernel[programs.grid](
         rows,
         weight.quants,
         weight.scales,
@@ -118,15 +92,15 @@ def linear_fused(
         bias,
         None if residual is None else residual.contiguous(),
         out,
-        partials,
-        counters,
-        m,
-        n,
-        k,
-        steps,
+        programs.partials,
+        programs.counters,
+        product.m,
+        product.n,
+        product.k,
+        programs.steps,
         QTYPE=weight.qtype,
         GEGLU=geglu,
-        SPLIT=splits > 1,
+        SPLIT=programs.splits > 1,
         **launch.constants(x),
         num_warps=launch.warps,
         num_stages=launch.stages,

@@ -1,4 +1,4 @@
-"""What the product kernels share: decoding a tile of weights, the order of tiles, split-K and the epilogue."""
+"""What the product kernels share: decoding a tile of weights, the order of tiles, windows, split-K, the epilogue."""
 
 # ruff: noqa: N803, SIM108, SIM300
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -141,6 +141,43 @@ def weight_rows(tile_n, N, BLOCK_N: tl.constexpr, GEGLU: tl.constexpr):
 
 
 @triton.jit
+def split_range(steps, K, STEP: tl.constexpr, SPLIT: tl.constexpr):
+    """(start, stop) of this program's part of K: ``steps`` of STEP, or all of K where it is not split."""
+    start, stop = 0, K
+    if SPLIT:
+        start = tl.program_id(1) * steps * STEP
+        stop = tl.minimum(start + steps * STEP, K)
+    return start, stop
+
+
+@triton.jit
+def windows(tile_m, M, H, W, OH, OW, stride, padding, BLOCK_M: tl.constexpr):
+    """(top, left, pixel) of the windows that a tile's output pixels see of x [B, H, W, IC], each [BLOCK_M].
+
+    ``pixel`` numbers the upper left one through all pictures; it may lie outside its picture.
+    """
+    index = tl.minimum(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), M - 1)  # clamped: the epilogue masks
+    picture, within = index // (OH * OW), index % (OH * OW)
+    top = within // OW * stride - padding
+    left = within % OW * stride - padding
+    return top, left, (picture * H + top) * W + left
+
+
+@triton.jit
+def tap_at(k, top, left, H, W, IC, TAPS_W: tl.constexpr):
+    """(shift, inside) of the tap that value k of a weight's row belongs to.
+
+    What the value is multiplied with lies at ``(pixel + shift) * IC + k`` of x. ``inside``, [BLOCK_M], tells whether
+    that is in the picture.
+    """
+    tap = k // IC
+    down, right = tap // TAPS_W, tap % TAPS_W
+    # Unsigned: one comparison a side, as what lies above or left of the picture becomes huge.
+    inside = ((top + down).to(tl.uint32) < H.to(tl.uint32)) & ((left + right).to(tl.uint32) < W.to(tl.uint32))
+    return down * W + right - tap, inside
+
+
+@triton.jit
 def multiply(values, weights, acc, SWAP: tl.constexpr, WIDEN: tl.constexpr):
     """acc + values [M, K] . weights [N, K]^T: acc is [M, N], or with SWAP [N, M].
 
@@ -224,3 +261,31 @@ def store_tile(
     else:
         n = tile_n * WIDTH + tl.arange(0, WIDTH)
         _add_and_store(acc, out, residual, emb, m, n, M, columns, rows_per_emb)
+
+
+@triton.jit
+def finish_tile(
+    acc,
+    out,
+    bias,
+    residual,
+    emb,
+    partials,
+    counters,
+    tile_m,
+    tile_n,
+    M,
+    N,
+    rows_per_emb,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GEGLU: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """store_tile, where K is split of the sum over all programs of the tile."""
+    if SPLIT:
+        acc, last = add_splits(acc, partials, counters, BLOCK_M, BLOCK_N)
+        if last:
+            store_tile(acc, out, bias, residual, emb, tile_m, tile_n, M, N, rows_per_emb, BLOCK_M, BLOCK_N, GEGLU)
+    else:
+        store_tile(acc, out, bias, residual, emb, tile_m, tile_n, M, N, rows_per_emb, BLOCK_M, BLOCK_N, GEGLU)

@@ -14,6 +14,7 @@ from gguf_sd_kernels import launch as launches
 from gguf_sd_kernels.launch import Launch, Measured, Product, best_splits, candidates, choose
 from gguf_sd_kernels.linear import linear_fused
 from gguf_sd_kernels.repack import PACKED_TYPES, repack
+from gguf_sd_kernels.workspace import divide
 
 # float16 by specification 2e-3; bfloat16 rounds weights and result to 8 bits: 2^-9 each, a quarter of it spare.
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -70,6 +71,22 @@ def test_split_k_leaves_counters_at_zero_and_repeats_itself(material: Any) -> No
     chosen = replace(SMALL, splits=4)
     first = linear_fused(x, packed, launch=chosen)
     assert all(torch.equal(linear_fused(x, packed, launch=chosen), first) for _ in range(3))
+
+
+def test_division_among_programs(device: torch.device) -> None:
+    """Three programs share 5 steps of K as 2, 2 and 1; there are no more programs than steps."""
+    product = Product("linear", "Q8_0", 70, 100, 320)
+    shared = divide(product, replace(SMALL, splits=3), device)
+    assert (shared.tiles, shared.splits, shared.steps) == (3 * 2, 3, 2)
+    assert shared.partials is not None
+    assert shared.partials.shape == (3 * 6 * SMALL.block_m * SMALL.block_n,)
+    assert shared.counters is not None
+    assert not shared.counters.any()
+    assert divide(product, replace(SMALL, splits=9), device).splits == 5
+    whole = divide(product, SMALL, device)
+    assert (whole.splits, whole.steps, whole.partials) == (1, 5, None)
+    with pytest.raises(ValueError, match="at most 4096 tiles, got 6250"):
+        divide(replace(product, m=100_000), replace(SMALL, splits=2), device)
 
 
 def test_k_that_64_does_not_divide(material: Any) -> None:
