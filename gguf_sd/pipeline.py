@@ -245,6 +245,8 @@ class Pipeline:
                 make_resident(part, self.dtype, self.kernels)
             if self.kernels != "torch":
                 use_kernels(part, self.kernels)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # the blocks as they came from the file
         return part
 
 
