@@ -1,7 +1,8 @@
 """Products with packed weights on a GPU: which of the ways to make them is taken.
 
 "fused" decodes inside the product, "dequantize" decodes into scratch memory and calls cuBLAS or cuDNN, "auto" takes
-the faster by what was measured on this GPU (:func:`gguf_sd_kernels.launch.load_measured`).
+the faster by what was measured on this GPU (:func:`gguf_sd_kernels.launch.load_measured`). "int8" quantises the
+activations too: never "auto"'s choice, as it changes the result.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .launch import Product, gpu_family, measured
 from .repack import PackedWeight
 from .scratch import borrow
 
-MODES = ("auto", "fused", "dequantize")
+MODES = ("auto", "fused", "dequantize", "int8")
 # What "auto" does with a product that nobody measured. Not itself measured: arithmetic says that decoding first
 # costs a quarter of an SD 1.5 step and three quarters of an SDXL step at 512 pixels on the fastest cards.
 UNMEASURED = "fused"
@@ -32,12 +33,18 @@ def linear_packed(
 ) -> Tensor:
     """``x @ W.T + bias + residual``, or with ``geglu`` ``value * gelu(gate)`` of its halves, ``x [..., K]``.
 
-    ``mode`` is one of MODES; "fused" becomes "dequantize" for what it cannot do: float32, and GPUs without tensor
-    cores that Triton uses. Raises ValueError for another mode, or shapes that do not fit.
+    ``mode`` is one of MODES; "int8" becomes "fused" for what it cannot do: Q4_1, and GPUs without it; "fused" becomes
+    "dequantize" for float32, and GPUs without tensor cores that Triton uses.
+    Raises ValueError for another mode, or shapes that do not fit.
     """
     n, k = weight.rows, weight.cols
     op = "geglu" if geglu else "linear"
-    if _fuses(x, weight, Product(op, weight.qtype, x.numel() // k, n, k), mode):
+    way = _way(x, weight, Product(op, weight.qtype, x.numel() // k, n, k), mode)
+    if way == "int8":
+        from .int8 import linear_int8
+
+        return linear_int8(x, weight, bias, residual, geglu=geglu)
+    if way == "fused":
         from .linear import linear_fused
 
         return linear_fused(x, weight, bias, residual, geglu=geglu)
@@ -66,14 +73,18 @@ def conv2d_packed(
 ) -> Tensor:
     """Convolves ``x [B, IC, H, W]`` -> ``[B, OC, OH, OW]``; adds ``bias [OC]``, ``emb [B, OC]`` and ``residual``.
 
-    ``mode`` is one of MODES; "fused" becomes "dequantize" for what it cannot do: float32, blocks in (IC, KH, KW)
-    order, channels that are no multiple of 32. Raises ValueError for another mode, or shapes that do not fit.
+    ``mode`` is one of MODES, as for :func:`linear_packed`; blocks in (IC, KH, KW) order, and channels that are no
+    multiple of 32, are dequantized in any. Raises ValueError for another mode, or shapes that do not fit.
     """
-    n, ic, kh, kw = weight.shape
+    n, _, kh, kw = weight.shape
     oh, ow = ((size + 2 * padding - taps) // stride + 1 for size, taps in ((x.shape[2], kh), (x.shape[3], kw)))
     product = Product("conv", weight.qtype, x.shape[0] * oh * ow, n, weight.cols, kh * kw)
-    in_order = ic % 32 == 0 and (weight.tap_major or kh == kw == 1)
-    if _fuses(x, weight, product, mode) and in_order:
+    way = _way(x, weight, product, mode)
+    if way == "int8":
+        from .int8 import conv2d_int8
+
+        return conv2d_int8(x, weight, bias, stride, padding, residual=residual, emb=emb)
+    if way == "fused":
         from .conv import conv2d_fused
 
         return conv2d_fused(x, weight, bias, stride, padding, residual=residual, emb=emb)
@@ -88,13 +99,20 @@ def conv2d_packed(
     return y if residual is None else y.add_(residual)
 
 
-def _fuses(x: Tensor, weight: PackedWeight, product: Product, mode: str) -> bool:
-    """Whether ``product`` is to be made, and can be, by the fused kernels."""
+def _way(x: Tensor, weight: PackedWeight, product: Product, mode: str) -> str:
+    """How ``product`` is made: "fused", "int8" or "dequantize"."""
     if mode not in MODES:
         raise ValueError(f"no mode {mode!r} for packed weights; choose from {', '.join(MODES)}")
-    if mode == "dequantize" or x.dtype not in (torch.float16, torch.bfloat16) or gpu_family(x.device) is None:
-        return False
+    in_order = weight.tap_major or product.taps == 1
+    if product.op == "conv" and not (in_order and weight.shape[1] % 32 == 0):
+        return "dequantize"
+    if x.dtype not in (torch.float16, torch.bfloat16) or gpu_family(x.device) is None:
+        return "dequantize"
+    if mode == "int8":
+        from .int8 import int8_supported
+
+        return "int8" if int8_supported(weight, x.device) else "fused"
     if mode == "auto":
         known = measured(product)
-        return (known.fastest if known else UNMEASURED) == "fused"
-    return True
+        return known.fastest if known else UNMEASURED
+    return mode
