@@ -27,8 +27,8 @@ from typing import Any
 
 import diffusers
 import torch
+from rivals import diffusers_settings
 
-from gguf_sd.config import UNetConfig
 from gguf_sd.kernel_modes import make_resident
 from gguf_sd.memory import choose_dtype
 from gguf_sd.model_file import ModelFile
@@ -93,24 +93,6 @@ def step_contestants(path: Path, size: int, dtype: torch.dtype) -> dict[str, Cal
         "quantized": lambda: quantized(latents, timesteps, context, vector),
         "resident": lambda: resident(latents, timesteps, context, vector),
     }
-
-
-def diffusers_settings(config: UNetConfig) -> dict[str, Any]:
-    down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config.transformer_layers]
-    settings: dict[str, Any] = {
-        "in_channels": config.in_channels,
-        "block_out_channels": config.block_out_channels,
-        "down_block_types": down,
-        "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down)],
-        "transformer_layers_per_block": [max(depth, 1) for depth in config.transformer_layers],
-        "attention_head_dim": config.num_heads,
-        "cross_attention_dim": config.context_dim,
-        "use_linear_projection": config.linear_projection,
-    }
-    if config.vector_dim:
-        settings |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
-        settings |= {"projection_class_embeddings_input_dim": config.vector_dim}
-    return settings
 
 
 def decode_contestants(path: Path, size: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:

@@ -96,3 +96,11 @@ def used_memory(device: torch.device) -> int:
         return 0
     free, total = torch.cuda.mem_get_info(device)
     return total - free
+
+
+def settled_memory(device: torch.device) -> int:
+    """As :func:`used_memory`, once torch has given back what it only keeps for later."""
+    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return used_memory(device)
