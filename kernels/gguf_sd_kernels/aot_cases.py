@@ -51,7 +51,7 @@ def cases(target: str) -> Iterator[Case]:
 
 def linear_cases(target: str) -> Iterator[Case]:
     for (_, launch), qtype, dtype in product(UNTUNED[family(target)], PACKED_TYPES, ("fp16", "bf16")):
-        for geglu, split in ((False, False), (False, True), (True, False)):
+        for geglu, split in product((False, True), repeat=2):
             yield linear_case(launch, qtype, dtype, geglu=geglu, split=split)
 
 
@@ -140,7 +140,7 @@ def int8_cases(target: str) -> Iterator[Case]:
 
     launches = [launch for _, launch in UNTUNED_INT8[family(target)]]
     for launch, qtype, dtype in product(launches, INT8_TYPES, ("fp16", "bf16")):
-        for geglu, split in ((False, False), (False, True), (True, False)):
+        for geglu, split in product((False, True), repeat=2):
             yield int8_case(linear_case(launch, qtype, dtype, geglu=geglu, split=split))
         for split in (False, True):
             yield int8_case(conv_case(launch, qtype, dtype, split=split))

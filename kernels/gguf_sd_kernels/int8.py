@@ -82,16 +82,17 @@ def _weight_codes(quants, rows, k, K, QTYPE: tl.constexpr):
 def _add_block(acc, codes, x_scales, sums, quants, scales, rows_n, k, K, QTYPE: tl.constexpr):
     """acc [M, N] + the products of a block: x's codes [M, 32], scales [M] and sums [M] with w's values from k on.
 
-    The int32 sum of a block starts at 0x4B400000, the bits of 1.5 * 2^23: read as float32 it is that number plus
+    The int32 sums of a block start at 0x4B400000, the bits of 1.5 * 2^23: read as float32 they are that number plus
     the sum, which is at most 32 * 127 * 128 and so stays within the mantissa. This saves a conversion a value.
     """
-    first = tl.full(acc.shape, 0x4B400000, tl.int32)
-    if QTYPE == "Q4_0":
-        first -= (8 * sums)[:, None]  # the zero point of nibbles
     weights = _weight_codes(quants, rows_n, k, K, QTYPE)
-    products = tl.dot(codes, weights.T, first, out_dtype=tl.int32)
+    products = tl.dot(codes, weights.T, tl.full(acc.shape, 0x4B400000, tl.int32), out_dtype=tl.int32)
+    zeros = tl.full(x_scales.shape, 0x4B400000, tl.int32)  # what a sum of 0 is read as
+    if QTYPE == "Q4_0":
+        zeros += 8 * sums  # the zero point of nibbles
     w_scales = tl.load(scales + rows_n * (K // 32) + k // 32).to(tl.float32)
-    return acc + (products.to(tl.float32, bitcast=True) - 12582912.0) * (x_scales[:, None] * w_scales[None, :])
+    exact = products.to(tl.float32, bitcast=True) - zeros.to(tl.float32, bitcast=True)[:, None]
+    return acc + exact * (x_scales[:, None] * w_scales[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "steps"])

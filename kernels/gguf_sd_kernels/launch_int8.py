@@ -18,22 +18,22 @@ INT8_TYPES = ("Q4_0", "Q8_0")
 UNTUNED_INT8: Table = {
     "mma": (
         (64, Launch(64, 64, 32, warps=4, stages=4)),
-        (512, Launch(128, 64, 32, warps=8, stages=4)),
+        (512, Launch(128, 64, 32, warps=4, stages=3)),
         (1 << 31, Launch(128, 128, 32, warps=8, stages=3)),
     ),
     "mma120": (
         (64, Launch(64, 64, 32, warps=4, stages=4)),
-        (512, Launch(128, 64, 32, warps=8, stages=4)),
+        (512, Launch(128, 64, 32, warps=4, stages=3)),
         (1 << 31, Launch(128, 128, 32, warps=8, stages=3)),
     ),
     "wgmma": (
         (64, Launch(64, 64, 32, warps=4, stages=4)),
-        (512, Launch(128, 64, 32, warps=8, stages=4)),
+        (512, Launch(128, 64, 32, warps=4, stages=3)),
         (1 << 31, Launch(256, 64, 32, warps=8, stages=3)),
     ),
     "tcgen05": (
         (64, Launch(64, 32, 32, warps=4, stages=4)),
-        (512, Launch(128, 64, 32, warps=8, stages=4)),
+        (512, Launch(128, 64, 32, warps=4, stages=3)),
         (1 << 31, Launch(128, 128, 32, warps=8, stages=3)),
     ),
     "mfma": (

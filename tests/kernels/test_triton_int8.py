@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -192,6 +196,12 @@ def test_supported_weights(material: Any, device: torch.device, monkeypatch: pyt
     assert not int8_supported(repack(blocks["Q8_0"], "Q8_0", (8, 72, 2, 2), tap_major=True), device)
     monkeypatch.setattr("gguf_sd_kernels.launch_int8.gpu_family", lambda device: None)
     assert not int8_supported(taps, device)
+
+
+def test_the_question_loads_no_triton() -> None:
+    code = "import sys, gguf_sd_kernels.launch_int8; sys.exit('triton' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "kernels")}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 
 
 def test_no_rows_no_result(material: Any) -> None:
