@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 from checks import error, launch_name
-from device import Deadline, device_name, prepare, synchronize
+from deadline import Deadline
+from device import device_name, prepare, synchronize
 from random_weights import random_blocks
 from shapes import WORKLOADS, Layer, step_layers
 from torch import Tensor

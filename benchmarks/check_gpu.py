@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 from checks import EPILOGUES, Job, Result, run_job
-from device import Deadline, device_name, prepare
+from deadline import Deadline
+from device import device_name, prepare
 from modes import MODES
 from shapes import WORKLOADS, Layer, step_layers
 from worker_pool import Failure, run_jobs
@@ -128,8 +129,8 @@ def main() -> None:
             "targets": [
                 {
                     "name": "every kernel and mode is right",
-                    "met": not wrong and not failures if results else None,
-                    "detail": f"{len(results)} comparisons" + (", not complete" if left_out else ""),
+                    "met": False if wrong or failures else None if left_out else True,
+                    "detail": f"{len(results)} comparisons" + (", but not all that there are" if left_out else ""),
                 }
             ],
         }

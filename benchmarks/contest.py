@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from device import Deadline, call_seconds, settled_memory, synchronize, used_memory
+from deadline import Deadline
+from device import call_seconds, settled_memory, synchronize, used_memory
 from torch import Tensor
 
 MIN_ROUNDS, MAX_ROUNDS, SECONDS = 5, 30, 2.5

@@ -1,32 +1,16 @@
-"""What the scripts that run on a GPU share: time limits, the device's own clock, memory, and the rates it reaches."""
+"""What the scripts that run on a GPU share: the device's own clock, its memory, and the rates it reaches."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 MATMUL_SIZE, COPY_BYTES, REPEATS = 8192, 2 << 30, 10
-
-
-@dataclass(frozen=True)
-class Deadline:
-    """A part's share of the time: nothing new is started after ``seconds``."""
-
-    seconds: float
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def left(self) -> float:
-        return self.seconds - (time.monotonic() - self.started)
-
-    @property
-    def passed(self) -> bool:
-        return self.left <= 0
 
 
 def prepare(name: str) -> torch.device:

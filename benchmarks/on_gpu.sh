@@ -3,43 +3,68 @@
 #
 #   bash benchmarks/on_gpu.sh RESULTS_DIR
 #
-# Writes JSON, the printed tables and auto.json, the table that mode "auto" chooses by. PYTHON names the interpreter,
-# which needs torch, triton and numpy. Ends with the number of parts that failed.
+# Leaves results.json, summary.txt (printed at the end), log.txt, auto.json (what mode "auto" goes by) and pictures.png
+# there, and nothing elsewhere but Triton's cache. Ends with the number of parts that failed.
+#
+# PYTHON names the interpreter; it needs torch, triton, numpy, transformers, safetensors, Pillow and tqdm. gguf is
+# needed for the pictures, gguf and diffusers for the rivals; what is missing is said. MINUTES is the time for all
+# (7.5), CHECK_SECONDS, KERNELS_SECONDS, PICTURE_SECONDS and STEP_SECONDS that for a part: after it the part starts
+# nothing new, and says what it left out. DEVICE=cpu runs all of it on tiny sizes without a GPU, to test this script.
 set -uo pipefail
 results=${1:?usage: bash benchmarks/on_gpu.sh RESULTS_DIR}
 mkdir -p "$results"
 results=$(cd "$results" && pwd)
 cd "$(dirname "$0")/.."
-export PYTHONPATH=".:kernels:convert:benchmarks${PYTHONPATH:+:$PYTHONPATH}"
-export PYTHONUNBUFFERED=1
+export PYTHONPATH=".:kernels:convert:benchmarks${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 python=${PYTHON:-python3}
+device=${DEVICE:-cuda}
+total=$("$python" -c "print(int(60 * ${MINUTES:-7.5}))")
+parts=$(mktemp -d)
+trap 'rm -rf "$parts"' EXIT
 failed=0
 
-part() { # name, command …
-    local name=$1 started=$SECONDS
-    shift
-    echo "== $name"
-    if ! "$@" 2>&1 | tee "$results/$name.txt"; then
-        echo "== $name FAILED"
-        failed=$((failed + 1))
-    fi
-    echo "== $name: $((SECONDS - started)) s"
+seconds() { # share of the total in per cent, that share or what is left of the total
+    local share=$((total * $1 / 100)) left=$((total - SECONDS - 10))
+    echo $((share < left ? share : left > 5 ? left : 5))
 }
 
-"$python" - <<'PYTHON' 2>&1 | tee "$results/machine.txt"
-import torch, triton, numpy
-print(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), "driver", torch.version.cuda or torch.version.hip)
-print("torch", torch.__version__, "triton", triton.__version__, "numpy", numpy.__version__)
-PYTHON
-if [ $? -ne 0 ]; then
-    echo "no GPU that torch and triton can use; see $results/machine.txt" >&2
-    exit 2
-fi
+part() { # name, seconds, command …; ended where it hangs
+    local name=$1 limit=$2 started=$SECONDS status
+    shift 2
+    echo "== $name, $limit s"
+    timeout --kill-after=5 $((limit + 60)) "$python" "$@" --device "$device" --json "$parts/$name.json" \
+        --seconds "$limit"
+    status=$?
+    [ $status -eq 0 ] || { echo "== $name FAILED, exit status $status"; failed=$((failed + 1)); }
+    echo "$name $status $((SECONDS - started))" >>"$parts/status"
+    "$python" benchmarks/report.py "$parts" "$results" # so that what was found survives what comes
+}
 
-# Seconds after which a part starts nothing new; what it left out is said in its output.
-part check "$python" benchmarks/check_gpu.py --seconds "${CHECK_SECONDS:-160}" --json "$results/check.json"
-part kernels "$python" benchmarks/bench_kernels.py --seconds "${KERNELS_SECONDS:-240}" \
-    --json "$results/kernels.json" --auto "$results/auto.json"
+everything() {
+    local started=$SECONDS
+    if ! "$python" benchmarks/machine.py --device "$device" --json "$parts/machine.json"; then
+        echo "no GPU that torch and triton can use" >&2
+        return 2
+    fi
+    echo "machine 0 $((SECONDS - started))" >"$parts/status"
+    local check=() kernels=() picture=() step=()
+    if [ "$device" = cpu ]; then
+        check=(--processes 0 --qtype Q4_0)
+        kernels=(--workload sdxl-512 --only "linear 1x320x1280" --qtype Q8_0)
+        picture=(--processes 0 --prompts 1 --steps 2)
+        step=(--mode fused --mode torch --qtype Q4_0)
+    fi
+    export GGUF_SD_CACHE="$parts/cache" # the table measured here is installed there, for the parts after it
+    part check "${CHECK_SECONDS:-$(seconds 28)}" benchmarks/check_gpu.py "${check[@]}"
+    part kernels "${KERNELS_SECONDS:-$(seconds 26)}" benchmarks/bench_kernels.py "${kernels[@]}" \
+        --auto "$results/auto.json" --install
+    part picture "${PICTURE_SECONDS:-$(seconds 13)}" benchmarks/bench_picture.py "${picture[@]}" \
+        --sheet "$results/pictures.png"
+    part step "${STEP_SECONDS:-$(seconds 100)}" benchmarks/bench_step.py "${step[@]}"
+    cat "$results/summary.txt"
+    echo "== done in $SECONDS s: $failed parts failed, results in $results"
+    return "$failed"
+}
 
-echo "== done: $failed parts failed, results in $results"
-exit "$failed"
+everything 2>&1 | tee "$results/log.txt"
+exit "${PIPESTATUS[0]}"

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from queue import Queue
 from typing import Any
 
-from device import Deadline
+from deadline import Deadline
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Failure:
 
 
 def run_jobs(
-    jobs: Sequence[Any], work: Callable[[Any], Any], processes: int, deadline: Deadline, job_seconds: float = 120
+    jobs: Sequence[Any], work: Callable[[Any], Any], processes: int, deadline: Deadline, job_seconds: float = 60
 ) -> Iterator[tuple[Any, Any]]:
     """Yields (job, ``work(job)`` or a Failure) as jobs end, in any order; they begin in theirs.
 
