@@ -74,19 +74,20 @@ def linear_case(launch: Launch, qtype: str, dtype: str, *, geglu: bool = False, 
 
 def conv_cases(target: str) -> Iterator[Case]:
     for (_, launch), qtype, dtype in product(UNTUNED[family(target)], PACKED_TYPES, ("fp16", "bf16")):
-        for split in (False, True):
-            yield conv_case(launch, qtype, dtype, split=split)
+        for side, split in product((1, 3), (False, True)):
+            yield conv_case(launch, qtype, dtype, side=side, split=split)
 
 
-def conv_case(launch: Launch, qtype: str, dtype: str, *, split: bool = False) -> Case:
+def conv_case(launch: Launch, qtype: str, dtype: str, *, side: int = 3, split: bool = False) -> Case:
+    """A convolution of side x side taps."""
     constants, name = _product_constants(launch, qtype, dtype, split)
     types = dict.fromkeys(("x", "bias", "residual", "emb", "out"), f"*{dtype}") | _WEIGHT_TYPES
     sizes = ("M", "N", "K", "H", "W", "IC", "OH", "OW", "stride", "padding", "steps")
     return Case(
-        name=f"conv {name}",
+        name=f"conv {side}x{side} {name}",
         function="conv:conv_kernel",
         types=types | dict.fromkeys(sizes, "i32"),
-        constants=constants | {"TAPS_W": 3},
+        constants=constants | {"TAPS_W": side},
         warps=launch.warps,
         stages=launch.stages,
         multiples_of_16=frozenset({"N", "K", "IC"}),
@@ -142,8 +143,8 @@ def int8_cases(target: str) -> Iterator[Case]:
     for launch, qtype, dtype in product(launches, INT8_TYPES, ("fp16", "bf16")):
         for geglu, split in product((False, True), repeat=2):
             yield int8_case(linear_case(launch, qtype, dtype, geglu=geglu, split=split))
-        for split in (False, True):
-            yield int8_case(conv_case(launch, qtype, dtype, split=split))
+        for side, split in product((1, 3), (False, True)):
+            yield int8_case(conv_case(launch, qtype, dtype, side=side, split=split))
     for dtype in ("fp16", "bf16"):
         types = {"x": f"*{dtype}", "codes": "*i8", "scales": "*fp32", "sums": "*i32", "n_blocks": "i32"}
         blocks = {"BLOCKS": QUANTIZE_BLOCKS}

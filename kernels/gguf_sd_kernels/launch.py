@@ -73,18 +73,12 @@ class Product:
 # family -> (largest M, Launch), in rising order; the last serves every larger M.
 Table = dict[str, tuple[tuple[int, Launch], ...]]
 
-# mma (sm_80 86 89): mma.sync; 128x128 and 128x64 spill with 4 warps and do not with 8, 64x128 spills with both;
-# 3 stages fit 99 KiB. mma120 (sm_120): the same, but 128x64 spills in GEGLU's epilogue at a BLOCK_K of 64.
+# mma (sm_80 86 89 120): mma.sync; 128x128 and 128x64 spill with 4 warps and 64x128 with any. At a BLOCK_K of 64,
+# 128x64 spills with 8 warps too, in 1x1 convolutions, and with GEGLU on sm_120. 3 stages fit 99 KiB.
 # wgmma (sm_90): 256 rows of x share one decoding of 128 rows of w. tcgen05: sm_100. mfma: AMD CDNA. wmma: AMD
 # RDNA, where 128x128 spills at a BLOCK_K of 64.
 UNTUNED: Table = {
     "mma": (
-        (16, Launch(16, 64, 64, warps=4, stages=4, swap=True, ptx=True)),
-        (64, Launch(64, 64, 64, warps=4, stages=4, swap=True, ptx=True)),
-        (512, Launch(128, 64, 64, warps=8, stages=3, swap=True, ptx=True)),
-        (1 << 31, Launch(128, 128, 64, warps=8, stages=3, swap=True, ptx=True)),
-    ),
-    "mma120": (
         (16, Launch(16, 64, 64, warps=4, stages=4, swap=True, ptx=True)),
         (64, Launch(64, 64, 64, warps=4, stages=4, swap=True, ptx=True)),
         (512, Launch(128, 64, 32, warps=8, stages=4, swap=True, ptx=True)),
@@ -111,8 +105,7 @@ UNTUNED: Table = {
         (1 << 31, Launch(128, 128, 32, warps=8, stages=2)),
     ),
 }
-FAMILIES = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 103: "tcgen05"}
-FAMILIES |= {120: "mma120", 121: "mma120"}
+FAMILIES = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 103: "tcgen05", 120: "mma", 121: "mma"}
 # Cost of a split in steps of BLOCK_K: [model] starting a program and filling its pipeline, writing and re-reading
 # its part of the tile. Neither has been measured.
 START_STEPS, SPLIT_STEPS, MAX_SPLITS = 4, 2, 16

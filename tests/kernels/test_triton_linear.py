@@ -106,8 +106,8 @@ def test_choice_of_launch() -> None:
     deep, wide = Product("linear", "Q4_0", 256, 1280, 5120), Product("linear", "Q4_0", 8192, 2560, 320)
     assert choose(deep, "wgmma", 132).splits > 1
     assert choose(wide, "wgmma", 132).splits == 1
-    assert choose(Product("linear", "Q4_0", 256, 320, 96), "mma", 80).block_k == 32
-    assert choose(Product("conv", "Q4_0", 256, 320, 288, taps=9), "mma", 80).block_k == 32
+    assert choose(Product("linear", "Q4_0", 1000, 320, 96), "mma", 80).block_k == 32
+    assert choose(Product("conv", "Q4_0", 1000, 320, 288, taps=9), "mma", 80).block_k == 32
     assert best_splits(Product("linear", "Q4_0", 1, 64, 64), SMALL, 100) == 1  # one step cannot be split
 
 
