@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checks import error, launch_name
+from checks import INT8_LIMIT, error, launch_name
 from deadline import Deadline
 from device import device_name, prepare, synchronize
 from random_weights import random_blocks
@@ -72,7 +72,7 @@ class Row:
     int8: float | None = None  # Q4_0 and Q8_0
     int8_launch: Launch | None = None
     int8_error: float | None = None
-    failed_launches: dict[str, str] = field(default_factory=dict)  # that this GPU refused, and why
+    failed_launches: dict[str, str] = field(default_factory=dict)  # and why, such as OutOfResources
 
     @property
     def tflops(self) -> float:
@@ -87,6 +87,12 @@ class Row:
         columns = self.layer.n / (2 if self.layer.op == "geglu" else 1)
         moved = self.layer.n * self.layer.k * bits / 8 + 2 * (activations + self.layer.m * columns)
         return moved / self.fused / 1e3
+
+    @property
+    def wrong(self) -> bool:
+        """Whether a result is, or a launch failed otherwise than for want of registers or shared memory."""
+        refused = all(reason.startswith("OutOfResources") for reason in self.failed_launches.values())
+        return not (self.fused_error <= FUSED_LIMIT and (self.int8_error or 0.0) <= INT8_LIMIT and refused)
 
     @property
     def product(self) -> Product:
@@ -130,9 +136,9 @@ def main() -> None:
         if len(rows) % 20 == 0:
             write(args, rows, failures, works, jobs, device)
     write(args, rows, failures, works, jobs, device)
-    print(table(step_totals(works, rows)), f"\n{len(rows)} of {len(jobs)} products measured")
+    print("\n".join(summary(rows, failures, step_totals(works, rows), len(jobs))))
     print("\n".join(target_line(target) for target in targets(rows)))
-    sys.exit(bool(failures) or not rows or any(row.fused_error > FUSED_LIMIT for row in rows))
+    sys.exit(bool(failures) or not rows or any(row.wrong for row in rows))
 
 
 def write(
@@ -151,11 +157,10 @@ def write(
             "gpu": gpu,
             "dtype": args.dtype,
             "complete": len(rows) == len(jobs),
-            "measured": f"{len(rows)} of {len(jobs)} products",
             "failures": failures,
             "steps_ms": totals,
             "targets": targets(rows),
-            "summary": [*table(totals).splitlines(), f"{len(rows)} of {len(jobs)} products measured"],
+            "summary": summary(rows, failures, totals, len(jobs)),
             "products": [
                 asdict(row) | {"tflops": round(row.tflops, 2), "gbytes": round(row.gbytes, 1)} for row in rows
             ],
@@ -258,15 +263,14 @@ def fastest(
     weights: list[PackedWeight],
     failed: dict[str, str],
 ) -> tuple[Launch, float]:
-    """(launch, seconds a call) of the best; notes those in ``failed`` that this GPU has no room for."""
-    from triton.runtime.errors import OutOfResources
-
+    """(launch, seconds a call) of the best; notes in ``failed`` those that cannot be had, and why."""
     tried: dict[Launch, float] = {}
     for launch in launches:
         try:
             tried[launch] = time_calls([partial(call, way, launch, weight) for weight in weights])
-        except OutOfResources as problem:
-            failed[f"{way} {launch_name(launch)}"] = str(problem)
+        except Exception as problem:
+            failed[f"{way} {launch_name(launch)}"] = f"{type(problem).__name__}: {problem}".splitlines()[0]
+            synchronize(weights[0].device)  # raises where the GPU takes no more work
     if not tried:
         raise RuntimeError(f"no launch works: {failed}")
     return min(tried.items(), key=lambda item: item[1])
@@ -339,6 +343,16 @@ def target(name: str, goal: float, rows: list[Row], rival: str) -> dict[str, Any
     median = f"median {statistics.median(ratio for ratio, _ in ratios):.2f}, " if ratios else ""
     detail = f"{median}{len(missed)} of {len(rows)} missed" + (": " + "; ".join(missed[:5]) if missed else "")
     return {"name": name, "met": not missed if rows else None, "detail": detail}
+
+
+def summary(rows: list[Row], failures: dict[str, str], totals: dict[str, dict[str, float]], jobs: int) -> list[str]:
+    lines = [*table(totals).splitlines(), f"{len(rows)} of {jobs} products measured"]
+    lines += [f"FAILED {name}: {reason}" for name, reason in failures.items()]
+    for row in rows:
+        if row.wrong:
+            lines.append(f"WRONG {row}: fused {row.fused_error}, int8 {row.int8_error}, launches {row.failed_launches}")
+    refused = Counter(launch for row in rows for launch in row.failed_launches)
+    return lines + [f"failed for {count} products: {launch}" for launch, count in refused.items()]
 
 
 def target_line(found: dict[str, Any]) -> str:

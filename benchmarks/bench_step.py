@@ -37,7 +37,7 @@ import torch
 from contest import MAX_ROUNDS, Contest, Contestant, compete
 from deadline import Deadline
 from device import call_seconds, device_name, measured_rates, prepare, settled_memory, synchronize
-from modes import MODES, PACKED_MODES, set_mode, switch_mode
+from modes import MODES, PACKED_MODES, capture_on, set_mode, switch_mode
 from profile_step import breakdown, kernel_times
 from random_weights import random_unet, unet_inputs, weights_bytes
 from rivals import diffusers_unet, missing, step_of, with_gguf_linears
@@ -45,7 +45,7 @@ from shapes import WORKLOADS, Workload, step_gmac
 from torch import Tensor, nn
 
 from gguf_sd.config import ModelConfig, UNetConfig
-from gguf_sd.cuda_graph import CudaCapture, GraphedUNet
+from gguf_sd.cuda_graph import GraphedUNet
 from gguf_sd.kernel_modes import load_tables
 from gguf_sd.models.unet import UNet
 
@@ -64,16 +64,6 @@ TINY = UNetConfig(
 TINY_WORKLOADS = {"tiny": Workload(ModelConfig(unet=TINY), 1, 16)}  # for the interpreter
 
 Maker = Callable[[], Contestant]
-
-
-class EagerCapture:
-    """Stands for CudaCapture where there is no GPU: a replay runs the step."""
-
-    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        return run
-
-    def reserved(self) -> int:
-        return 0
 
 
 class Bench:
@@ -184,7 +174,7 @@ class Bench:
     def _diffusers_graph(self, work: Workload, inputs: list[Tensor]) -> Contestant:
         unet, driver = self.rival(work.config.unet)
         before = settled_memory(self.device)
-        replay = self._capture()(step_of(unet, inputs))
+        replay = capture_on(self.device)(step_of(unet, inputs))
         held = settled_memory(self.device) - before
         return Contestant(replay, weights_bytes(unet), driver, graph=held, graph_driver=held)
 
@@ -223,16 +213,13 @@ class Bench:
             switch(unet)
             projected = unet.project(context)
             before = settled_memory(self.device)
-            graphed = GraphedUNet(unet, self._capture(), strict=True)
+            graphed = GraphedUNet(unet, capture_on(self.device), strict=True)
             run = partial(graphed.step, latents, timesteps, projected, *vector)
             run()
             held = settled_memory(self.device) - before
             return Contestant(run, weights_bytes(unet), driver, graph=graphed.nbytes, graph_driver=held)
 
         return {mode: eager, f"{mode} prompt": prompt, f"{mode} graph": graph}
-
-    def _capture(self) -> Any:
-        return CudaCapture(self.device) if self.device.type == "cuda" else EagerCapture()
 
     def _entry(self, key: str, work: Workload) -> step_report.Entry:
         empty: dict[str, Any] = {kind: {} for kind in ("ms", "prompt_ms", "memory", "errors", "finite")}
@@ -292,8 +279,7 @@ def compile_rival(work: Workload, device: torch.device) -> dict[str, Any]:
     runs["compiled"]()
     synchronize(device)
     found: dict[str, Any] = {"compile_seconds": round(time.monotonic() - started, 1)}
-    if device.type == "cuda":
-        runs["compiled graph"] = CudaCapture(device)(runs["compiled"])
+    runs["compiled graph"] = capture_on(device)(runs["compiled"])
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(-2, MAX_ROUNDS):
         for name, run in runs.items():

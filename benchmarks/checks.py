@@ -282,19 +282,19 @@ def product(device: torch.device, qtype: str, layer: Layer) -> Iterator[Result]:
 
 def unet(device: torch.device, qtype: str, config: UNetConfig, height: int, width: int, mode: str) -> Iterator[Result]:
     """A whole step in ``mode`` against plain torch in float32, and its replay from a CUDA graph: equal to the bit."""
-    from modes import set_mode
+    from modes import capture_on, set_mode
 
-    from gguf_sd.cuda_graph import CudaCapture, GraphedUNet
+    from gguf_sd.cuda_graph import GraphedUNet
 
     plain = random_unet(config, qtype, torch.float32, device)
-    step = set_mode(random_unet(config, qtype, torch.float16, device), mode)
-    latents, *others = unet_inputs(config, 2, 2, torch.float16, device)
+    ours = set_mode(random_unet(config, qtype, torch.float16, device), mode)
+    latents, timesteps, context, *vector = unet_inputs(config, 2, 2, torch.float16, device)
     latents = torch.randn(2, latents.shape[1], height, width, device=device, dtype=torch.float16)
-    want = plain(latents.float(), *(x.float() if x.is_floating_point() else x for x in others))
+    want = plain(latents.float(), timesteps, context.float(), *(x.float() for x in vector))
     name = f"UNet step {qtype} {mode}"
-    got = step(latents, *others)
+    projected = ours.project(context)
+    got = ours.step(latents, timesteps, projected, *vector)
     yield Result(name, error(got, want), INT8_UNET_LIMIT if mode == "int8" else UNET_LIMIT)
-    if device.type == "cuda":
-        graphed = GraphedUNet(step, CudaCapture(device), strict=True)
-        graphed(torch.randn_like(latents), *others)  # captured on other latents
-        yield equal(f"{name} from a CUDA graph", graphed(latents, *others), got)
+    graphed = GraphedUNet(ours, capture_on(device), strict=True)
+    graphed.step(torch.randn_like(latents), timesteps, projected, *vector)  # captured on other latents
+    yield equal(f"{name} from a CUDA graph", graphed.step(latents, timesteps, projected, *vector), got)

@@ -1,7 +1,14 @@
-"""A UNet handed from mode to mode, which the engine does once and a benchmark several times."""
+"""A UNet handed from mode to mode, which the engine does once and a benchmark several times, and to CUDA graphs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gguf_sd.cuda_graph import CudaCapture
 from gguf_sd.kernel_modes import SIXTEEN_BITS, make_resident, use_kernels
 from gguf_sd.layers import Quantized
 from gguf_sd.models.unet import UNet
@@ -24,3 +31,18 @@ def switch_mode(unet: UNet, mode: str) -> None:
     for name, module in unet.named_modules():
         if isinstance(module, Quantized) and module.packed is not None:
             module.mode = "fused" if mode == "int8" and SIXTEEN_BITS.search(name) else mode
+
+
+class EagerCapture:
+    """Stands for CudaCapture where there is no GPU: a replay runs the step."""
+
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return run
+
+    def reserved(self) -> int:
+        return 0
+
+
+def capture_on(device: torch.device) -> Any:
+    """What captures steps on this device."""
+    return CudaCapture(device) if device.type == "cuda" else EagerCapture()
