@@ -12,7 +12,8 @@ from .repack import PackedWeight
 INT8_TYPES = ("Q4_0", "Q8_0")
 
 # As launch.UNTUNED: by what compiles cleanly, with no GPU at hand. A step is one block of 32, as every block has
-# scales of its own. 128x128 spills with 4 warps, on sm_90 with 8 too; on sm_100, 64x64 spills, and 128x64 with 3 stages.
+# scales of its own. 128x128 spills with 4 warps, on sm_90 with 8 too; on sm_100 64x64 spills, and so does 128x64
+# with 3 stages.
 # What multiplies: IMMA (mma), IGMMA (wgmma), v_mfma_i32, v_wmma_i32. On sm_100 Triton has no tcgen05 product of
 # int8 and makes mma.sync of it, IMMA too: whether that pays there has to be measured.
 UNTUNED_INT8: Table = {
