@@ -137,7 +137,7 @@ def norm_cases() -> Iterator[Case]:
 
 
 def int8_cases(target: str) -> Iterator[Case]:
-    from .int8 import QUANTIZE_BLOCKS, QUANTIZE_WARPS
+    from .quantize import QUANTIZE_BLOCKS, QUANTIZE_WARPS
 
     launches = [launch for _, launch in UNTUNED_INT8[family(target)]]
     for launch, qtype, dtype in product(launches, INT8_TYPES, ("fp16", "bf16")):
@@ -148,7 +148,7 @@ def int8_cases(target: str) -> Iterator[Case]:
     for dtype in ("fp16", "bf16"):
         types = {"x": f"*{dtype}", "codes": "*i8", "scales": "*fp32", "sums": "*i32", "n_blocks": "i32"}
         blocks = {"BLOCKS": QUANTIZE_BLOCKS}
-        yield Case(f"int8 quantize {dtype}", "int8:quantize_kernel", types, blocks, QUANTIZE_WARPS, 1)
+        yield Case(f"int8 quantize {dtype}", "quantize:quantize_kernel", types, blocks, QUANTIZE_WARPS, 1)
 
 
 def int8_case(case: Case) -> Case:

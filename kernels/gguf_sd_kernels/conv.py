@@ -17,16 +17,7 @@ from torch import Tensor
 from .launch import Launch, choose, gpu_family, multiprocessors
 from .operands import channels_last, conv_sizes
 from .repack import PackedWeight
-from .triton_tiles import (
-    decode_tile,
-    finish_tile,
-    multiply,
-    split_range,
-    tap_at,
-    tile_position,
-    weight_rows,
-    windows,
-)
+from .triton_tiles import decode_tile, finish_tile, multiply, split_range, tap_at, tile_position, weight_rows, windows
 from .workspace import divide
 
 

@@ -12,8 +12,6 @@ Activations are quantised by a launch of their own, once, and not by each tile o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -21,48 +19,13 @@ from torch import Tensor
 
 from .launch import GROUP_M, Launch, Product, gpu_family, multiprocessors
 from .launch_int8 import INT8_TYPES, choose_int8, int8_supported
-from .operands import DTYPES, MAX_ELEMENTS, channels_last, conv_sizes, linear_shape
+from .operands import channels_last, conv_sizes, linear_shape
+from .quantize import quantize_activations
 from .repack import PackedWeight
 from .triton_tiles import finish_tile, split_range, tap_at, tile_position, weight_rows, windows
 from .workspace import divide
 
-__all__ = [
-    "INT8_TYPES",
-    "Int8Activations",
-    "conv2d_int8",
-    "int8_supported",
-    "linear_int8",
-    "quantize_activations",
-]
-QUANTIZE_BLOCKS, QUANTIZE_WARPS = 128, 4
-
-
-@dataclass(frozen=True)
-class Int8Activations:
-    """Activations of K values a row in blocks of 32: value = scale * code.
-
-    ``codes`` int8 ``[M, K]``, ``scales`` float32 ``[M, K/32]``, ``sums`` int32 ``[M, K/32]`` of each block's codes.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    sums: Tensor
-
-
-@triton.jit
-def quantize_kernel(x, codes, scales, sums, n_blocks, BLOCKS: tl.constexpr):
-    """Blocks of x [n_blocks, 32] to int8 by their largest magnitude, rounded to nearest, ties to even."""
-    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
-    mask = (block < n_blocks)[:, None]
-    at = block[:, None] * 32 + tl.arange(0, 32)[None, :]
-    values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(values), 1)
-    steps = values * (127.0 / tl.maximum(largest, 1e-30))[:, None]
-    # 1.5 * 2^23 rounds what is added to it to an integer, in its low mantissa bits.
-    code = (steps + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-    tl.store(codes + at, code.to(tl.int8), mask=mask)
-    tl.store(scales + block, largest * (1.0 / 127.0), mask=block < n_blocks)
-    tl.store(sums + block, tl.sum(code, 1), mask=block < n_blocks)
+__all__ = ["conv2d_int8", "int8_supported", "linear_int8", "quantize_activations"]
 
 
 @triton.jit
@@ -182,21 +145,6 @@ def conv_int8_kernel(
     finish_tile(
         acc, out, bias, residual, emb, partials, counters, tile_m, tile_n, M, N, OH * OW, BLOCK_M, BLOCK_N, False, SPLIT
     )
-
-
-def quantize_activations(x: Tensor) -> Int8Activations:
-    """Quantises ``x [M, K]``, float16 or bfloat16, per 32 values of a row. Raises ValueError for other x."""
-    if x.dtype not in DTYPES or x.ndim != 2 or x.shape[1] % 32 or x.numel() > MAX_ELEMENTS:
-        raise ValueError(f"activations to quantise are 16-bit [M, a multiple of 32], got {x.dtype} {list(x.shape)}")
-    x = x.contiguous()
-    shape = (x.shape[0], x.shape[1] // 32)
-    codes = torch.empty_like(x, dtype=torch.int8)
-    scales = torch.empty(shape, dtype=torch.float32, device=x.device)
-    sums = torch.empty(shape, dtype=torch.int32, device=x.device)
-    if blocks := scales.numel():
-        grid = (triton.cdiv(blocks, QUANTIZE_BLOCKS),)
-        quantize_kernel[grid](x, codes, scales, sums, blocks, BLOCKS=QUANTIZE_BLOCKS, num_warps=QUANTIZE_WARPS)
-    return Int8Activations(codes, scales, sums)
 
 
 def linear_int8(

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gguf_sd_kernels import int8
-from gguf_sd_kernels.int8 import Int8Activations, conv2d_int8, linear_int8, quantize_activations
+from gguf_sd_kernels.int8 import conv2d_int8, linear_int8
 from gguf_sd_kernels.launch import FAMILIES, Launch, Product
 from gguf_sd_kernels.launch_int8 import INT8_TYPES, UNTUNED_INT8, choose_int8, int8_candidates, int8_supported
+from gguf_sd_kernels.quantize import Int8Activations, quantize_activations
 from gguf_sd_kernels.repack import PackedWeight, repack
 
 Shape = tuple[int, int, int, int]
