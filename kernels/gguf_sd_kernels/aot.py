@@ -30,6 +30,7 @@ from .aot_cases import Case, cases
 # Shared memory a thread block may have, KiB. CUDA C programming guide, technical specifications per compute
 # capability; AMD: 64 KiB of local data share a work group.
 SHARED_KIB = {
+    "75": 64,
     "80": 163,
     "86": 99,
     "89": 99,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import product
 from typing import Any
 
-from .launch import FAMILIES, GROUP_M, UNTUNED, Launch
+from .launch import GROUP_M, UNTUNED, Launch, architecture_family
 from .launch_int8 import INT8_TYPES, UNTUNED_INT8
 from .repack import PACKED_TYPES
 
@@ -33,24 +33,21 @@ class Case:
         return getattr(import_module(f"gguf_sd_kernels.{module}"), name)
 
 
-def family(target: str) -> str:
-    """The key into launch.UNTUNED for a compilation target."""
-    if target.startswith("gfx"):
-        return "mfma" if target.startswith("gfx9") else "wmma"
-    return FAMILIES[int(target)]
-
-
 def cases(target: str) -> Iterator[Case]:
-    """Every case for ``target``, as in aot.SHARED_KIB."""
-    yield from linear_cases(target)
-    yield from conv_cases(target)
-    yield from int8_cases(target)
-    yield from dequantize_cases()
-    yield from norm_cases()
+    """Every case for ``target``, as in aot.SHARED_KIB. Where Triton has no matrix instructions, products are the
+    library's."""
+    family = architecture_family(target)
+    if family:
+        yield from linear_cases(family)
+        yield from conv_cases(family)
+        yield from int8_cases(family)
+    dtypes = ("fp16", "bf16", "fp32") if family else ("fp16", "fp32")  # older GPUs emulate bfloat16
+    yield from dequantize_cases(dtypes)
+    yield from norm_cases(dtypes)
 
 
-def linear_cases(target: str) -> Iterator[Case]:
-    for (_, launch), qtype, dtype in product(UNTUNED[family(target)], PACKED_TYPES, ("fp16", "bf16")):
+def linear_cases(family: str) -> Iterator[Case]:
+    for (_, launch), qtype, dtype in product(UNTUNED[family], PACKED_TYPES, ("fp16", "bf16")):
         for geglu, split in product((False, True), repeat=2):
             yield linear_case(launch, qtype, dtype, geglu=geglu, split=split)
 
@@ -72,8 +69,8 @@ def linear_case(launch: Launch, qtype: str, dtype: str, *, geglu: bool = False, 
     )
 
 
-def conv_cases(target: str) -> Iterator[Case]:
-    for (_, launch), qtype, dtype in product(UNTUNED[family(target)], PACKED_TYPES, ("fp16", "bf16")):
+def conv_cases(family: str) -> Iterator[Case]:
+    for (_, launch), qtype, dtype in product(UNTUNED[family], PACKED_TYPES, ("fp16", "bf16")):
         for side, split in product((1, 3), (False, True)):
             yield conv_case(launch, qtype, dtype, side=side, split=split)
 
@@ -96,8 +93,8 @@ def conv_case(launch: Launch, qtype: str, dtype: str, *, side: int = 3, split: b
     )
 
 
-def dequantize_cases() -> Iterator[Case]:
-    for qtype, dtype in product(PACKED_TYPES, ("fp16", "bf16", "fp32")):
+def dequantize_cases(dtypes: Sequence[str]) -> Iterator[Case]:
+    for qtype, dtype in product(PACKED_TYPES, dtypes):
         constants: dict[str, Any] = {"QTYPE": qtype} | ({} if qtype == "Q4_1" else {"mins": None})
         types = _WEIGHT_TYPES | {"out": f"*{dtype}", "n_blocks": "i32", "n_values": "i32", "channels": "i32"}
         name = f"{qtype} {dtype}"
@@ -116,30 +113,30 @@ def dequantize_cases() -> Iterator[Case]:
             )
 
 
-def norm_cases() -> Iterator[Case]:
+def norm_cases(dtypes: Sequence[str]) -> Iterator[Case]:
     """Group norm of the narrowest and the widest groups that SD 1.5 and SDXL have, and layer norm."""
     from .triton_norm import MAX_TILES, TILE_VALUES, WARPS
 
     counts = dict.fromkeys(("rows", "rows_a_tile", "G", "C"), "i32") | {"eps": "fp32"}
     pointers = {"means": "*fp32", "deviations": "*fp32"}
-    for dtype, width in product(("fp16", "bf16"), (16, 128)):
+    for dtype, width in product(dtypes, (16, 128)):
         types = counts | pointers | dict.fromkeys(("x", "weight", "bias", "out"), f"*{dtype}")
         tile: dict[str, Any] = {"ROWS": max(1, TILE_VALUES // (32 * width)), "GROUPS": 32, "WIDTH": width}
         name = f"{dtype} width {width}"
         yield Case(f"group stats {name}", "triton_norm:group_stats_kernel", types, tile, WARPS, 1)
         apply = tile | {"SILU": True, "TILES": MAX_TILES}
         yield Case(f"group apply {name}", "triton_norm:group_apply_kernel", types, apply, WARPS, 1)
-    for dtype, width in product(("fp16", "bf16"), (512, 2048)):
+    for dtype, width in product(dtypes, (512, 2048)):
         types = {"C": "i32", "eps": "fp32"} | dict.fromkeys(("x", "weight", "bias", "out"), f"*{dtype}")
         constants = {"WIDTH": width}
         name = f"layer norm {dtype} width {width}"
         yield Case(name, "triton_norm:layer_norm_kernel", types, constants, width // 256, 1)
 
 
-def int8_cases(target: str) -> Iterator[Case]:
+def int8_cases(family: str) -> Iterator[Case]:
     from .quantize import QUANTIZE_BLOCKS, QUANTIZE_WARPS
 
-    launches = [launch for _, launch in UNTUNED_INT8[family(target)]]
+    launches = [launch for _, launch in UNTUNED_INT8[family]]
     for launch, qtype, dtype in product(launches, INT8_TYPES, ("fp16", "bf16")):
         for geglu, split in product((False, True), repeat=2):
             yield int8_case(linear_case(launch, qtype, dtype, geglu=geglu, split=split))

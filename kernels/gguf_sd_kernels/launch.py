@@ -184,19 +184,25 @@ def candidates(product: Product, family: str, processors: int, table: Table = UN
     return list(found)
 
 
+def architecture_family(architecture: str) -> str | None:
+    """The key into UNTUNED for "86" (compute capability * 10) or "gfx1100"; None for GPUs whose matrix instructions, if
+    they have any, Triton does not use: NVIDIA before sm_80, AMD before MI100 and the RX 7000 series."""
+    if not architecture.startswith("gfx"):
+        return FAMILIES.get(int(architecture))
+    if architecture.startswith(("gfx908", "gfx90a", "gfx94", "gfx95")):
+        return "mfma"
+    return "wmma" if architecture.startswith(("gfx11", "gfx12")) else None
+
+
 @cache
 def gpu_family(device: torch.device) -> str | None:
-    """The key into UNTUNED for ``device``, None for a GPU without tensor cores that Triton uses (before sm_80).
-
-    A CPU, where kernels run in Triton's interpreter, counts as "mma".
-    """
+    """:func:`architecture_family` of ``device``. A CPU, where kernels run in Triton's interpreter, counts as "mma"."""
     if device.type == "cpu":
         return "mma"
     if torch.version.hip:
-        name = torch.cuda.get_device_properties(device).gcnArchName
-        return "mfma" if name.startswith("gfx9") else "wmma"
+        return architecture_family(torch.cuda.get_device_properties(device).gcnArchName)
     major, minor = torch.cuda.get_device_capability(device)
-    return FAMILIES.get(10 * major + minor)
+    return architecture_family(f"{major}{minor}")
 
 
 @cache

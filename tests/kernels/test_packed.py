@@ -95,6 +95,24 @@ def test_tables_are_kept_and_the_nearest_m_is_taken(tmp_path: Path, monkeypatch:
     assert launches.table_name("NVIDIA GeForce RTX 3060 (12GB)") == "nvidia-geforce-rtx-3060-12gb.json"
 
 
+@pytest.mark.parametrize(
+    ("architecture", "family"),
+    [
+        ("75", None),
+        ("86", "mma"),
+        ("90", "wgmma"),
+        ("120", "mma"),
+        ("gfx906:sramecc+:xnack-", None),
+        ("gfx90a:sramecc+:xnack-", "mfma"),
+        ("gfx942", "mfma"),
+        ("gfx1030", None),
+        ("gfx1100", "wmma"),
+    ],
+)
+def test_families(architecture: str, family: str | None) -> None:
+    assert launches.architecture_family(architecture) == family
+
+
 def test_errors_give_the_values(material: Any) -> None:
     weight, x = repack(material.weight("Q4_0", 32, 64, seed=12)[0], "Q4_0"), material.normal(5, 64, seed=13)
     with pytest.raises(ValueError, match=r"'quick'.*auto, fused, dequantize"):
