@@ -49,14 +49,18 @@ def summary(parts: dict[str, dict[str, Any]], statuses: dict[str, dict[str, int]
     for name, part in statuses.items():
         lines.append(f"part {name}: {'done' if part['status'] == 0 else 'FAILED'} in {part['seconds']} s")
     for name in PARTS[1:]:
-        for target in parts[name].get("targets", []):
-            met = {True: "yes", False: "NO", None: "not measured"}[target["met"]]
-            lines.append(f"{met}: {target['name']}" + (f" ({target['detail']})" if target["detail"] else ""))
+        lines += [target_line(target) for target in parts[name].get("targets", [])]
     if (results / "auto.json").is_file() and machine:
         table = Path(machine["table"])
         command = f"mkdir -p {shlex.quote(str(table.parent))} && cp {shlex.quote(str(results / 'auto.json'))} "
         lines.append(f"for mode auto to go by this: {command}{shlex.quote(str(table))}")
     return lines
+
+
+def target_line(target: dict[str, Any]) -> str:
+    """A target of the project, and whether it is met."""
+    met = {True: "yes", False: "NO", None: "not measured"}[target["met"]]
+    return f"{met}: {target['name']}" + (f" ({target['detail']})" if target["detail"] else "")
 
 
 if __name__ == "__main__":
