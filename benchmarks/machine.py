@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 from datetime import datetime
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = prepare(args.device)
+    import_module("triton")
     torch.ones(1, device=device).add_(1)
     synchronize(device)
     gpu = device_name(device)
