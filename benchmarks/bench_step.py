@@ -260,7 +260,7 @@ def errors(contest: Contest) -> dict[str, float]:
     return found
 
 
-def stop_group(process: subprocess.Popen[str]) -> None:
+def stop_group(process: subprocess.Popen[Any]) -> None:
     """Ends a process with those it started: compilers work in processes of their own."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

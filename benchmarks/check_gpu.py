@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from shapes import WORKLOADS, Layer, step_layers
 from worker_pool import Failure, run_jobs
 
 from gguf_sd.config import UNetConfig
-from gguf_sd_kernels.launch import UNTUNED, Launch, Product, candidates, gpu_family, multiprocessors
+from gguf_sd_kernels.launch import UNTUNED, Launch, Product, Table, candidates, gpu_family, multiprocessors
 from gguf_sd_kernels.launch_int8 import INT8_TYPES, UNTUNED_INT8, int8_candidates
 
 QTYPES = ("Q4_0", "Q8_0", "Q4_1")
@@ -215,7 +215,9 @@ def all_jobs(device: torch.device, qtypes: tuple[str, ...]) -> list[Job]:
 def launches(device: torch.device, qtypes: tuple[str, ...], sizes: Sizes) -> Iterator[tuple[Any, ...]]:
     """Arguments of checks.launch: each of them needs a kernel compiled, and no two the same."""
     family, processors = gpu_family(device) or "", multiprocessors(device)
-    tables = {"fused": (UNTUNED, candidates, qtypes)}
+    tables: dict[str, tuple[Table, Callable[..., list[Launch]], tuple[str, ...]]] = {
+        "fused": (UNTUNED, candidates, qtypes)
+    }
     if family in UNTUNED_INT8:
         tables["int8"] = (UNTUNED_INT8, int8_candidates, tuple(q for q in qtypes if q in INT8_TYPES))
     for sample in sizes.samples:

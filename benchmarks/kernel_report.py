@@ -76,8 +76,9 @@ def step_totals(works: dict[str, Counter[Layer]], rows: list[Row]) -> dict[str, 
             }
             best = sum(min(row.fused, row.dequantize) * count for row, count in measured) / 1e3
             totals[f"{name} {qtype}"] = sums | {"auto": round(best, 3)}
-            if all(row.int8 for row, _ in measured):
-                totals[f"{name} {qtype}"]["int8"] = round(sum(row.int8 * count for row, count in measured) / 1e3, 3)  # type: ignore[operator]
+            in_int8 = [row.int8 * count for row, count in measured if row.int8]
+            if len(in_int8) == len(measured):
+                totals[f"{name} {qtype}"]["int8"] = round(sum(in_int8) / 1e3, 3)
     return totals
 
 

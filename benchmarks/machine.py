@@ -16,6 +16,7 @@ from datetime import datetime
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from device import device_name, prepare, synchronize
@@ -36,7 +37,7 @@ def main() -> None:
     torch.ones(1, device=device).add_(1)
     synchronize(device)
     gpu = device_name(device)
-    found = {
+    found: dict[str, Any] = {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "gpu": gpu,
         "family": gpu_family(device),

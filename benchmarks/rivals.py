@@ -87,7 +87,7 @@ def with_gguf_linears(unet: nn.Module, qtype: str) -> nn.Module:
     return unet
 
 
-def step_of(unet: nn.Module, inputs: list[Tensor]) -> Callable[[], Tensor]:
+def step_of(unet: Callable[..., Any], inputs: list[Tensor]) -> Callable[[], Tensor]:
     """A step on the inputs that random_weights.unet_inputs makes."""
     latents, timesteps, context, *vectors = inputs
     latents = latents.contiguous(memory_format=torch.channels_last)
