@@ -28,7 +28,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import date
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,10 @@ class Bench:
         self.steps: dict[str, step_report.Entry] = {}
         self.failures: dict[str, str] = {}
         self.notes: list[str] = []
-        self.rival = cache(self._rival)
+        # Workloads of one model follow each other: what two of them use is made once.
+        self.rival = lru_cache(maxsize=2)(self._rival)
+        self.gguf_rival = lru_cache(maxsize=1)(self._gguf_rival)
+        self.unet = lru_cache(maxsize=2)(self._unet)
         for title, modules in (("diffusers", ("diffusers",)), ("diffusers GGUF", ("diffusers", "gguf"))):
             if reason := missing(*modules):
                 self.notes.append(f"without {title}: {reason}")
@@ -86,12 +89,9 @@ class Bench:
         makers: dict[str, Maker] = {}
         if not missing("diffusers"):
             makers["diffusers"] = partial(self._diffusers, work, inputs)
-        packed = cache(partial(self._unet, work, qtype, "fused"))  # made by the first of the modes that read it
         for mode in self.modes:
-            if mode in PACKED_MODES:
-                makers |= self._ours(packed, mode, inputs)
-            elif mode == "resident":
-                makers |= self._ours(cache(partial(self._unet, work, qtype, mode)), mode, inputs)
+            if mode != "torch":
+                makers |= self._ours(work.config.unet, qtype, mode, inputs)
         self._hold(f"{name} {qtype}", work, makers)
 
     def other_group(self, name: str, work: Workload, qtype: str) -> None:
@@ -99,7 +99,7 @@ class Bench:
         inputs = self._inputs(work)
         makers: dict[str, Maker] = {}
         if "torch" in self.modes:
-            makers |= self._ours(cache(partial(self._unet, work, qtype, "torch")), "torch", inputs)
+            makers |= self._ours(work.config.unet, qtype, "torch", inputs)
         if qtype in DIFFUSERS_QTYPES and not missing("diffusers", "gguf"):
             makers["diffusers GGUF"] = partial(self._diffusers_gguf, work, qtype, inputs)
         if qtype == QTYPES[0] and not missing("diffusers"):
@@ -109,7 +109,8 @@ class Bench:
     def profile(self, name: str, work: Workload, qtype: str) -> None:
         """Kernels of one fused step."""
         latents, timesteps, context, *vector = self._inputs(work)
-        unet, _ = self._unet(work, qtype, "fused")
+        unet, _ = self.unet(work.config.unet, qtype, "fused")
+        switch_mode(unet, "fused")
         projected = unet.project(context)
         unet.step(latents, timesteps, projected, *vector)
         times = kernel_times(lambda: unet.step(latents, timesteps, projected, *vector))
@@ -178,20 +179,27 @@ class Bench:
         held = settled_memory(self.device) - before
         return Contestant(replay, weights_bytes(unet), driver, graph=held, graph_driver=held)
 
-    def _diffusers_gguf(self, work: Workload, qtype: str, inputs: list[Tensor]) -> Contestant:
+    def _gguf_rival(self, config: UNetConfig, qtype: str) -> tuple[nn.Module, int]:
         before = settled_memory(self.device)
-        unet = with_gguf_linears(diffusers_unet(work.config.unet, DTYPE, self.device), qtype)
-        return Contestant(step_of(unet, inputs), weights_bytes(unet), settled_memory(self.device) - before)
-
-    def _unet(self, work: Workload, qtype: str, mode: str) -> tuple[UNet, int]:
-        """Our UNet handed to ``mode``, and the bytes that the driver gave out for it."""
-        before = settled_memory(self.device)
-        unet = set_mode(random_unet(work.config.unet, qtype, DTYPE, self.device), mode)
+        unet = with_gguf_linears(diffusers_unet(config, DTYPE, self.device), qtype)
         return unet, settled_memory(self.device) - before
 
-    def _ours(self, made: Callable[[], tuple[UNet, int]], mode: str, inputs: list[Tensor]) -> dict[str, Maker]:
+    def _diffusers_gguf(self, work: Workload, qtype: str, inputs: list[Tensor]) -> Contestant:
+        unet, driver = self.gguf_rival(work.config.unet, qtype)
+        return Contestant(step_of(unet, inputs), weights_bytes(unet), driver)
+
+    def _unet(self, config: UNetConfig, qtype: str, mode: str) -> tuple[UNet, int]:
+        """Our UNet handed to ``mode``, and the bytes that the driver gave out for it."""
+        before = settled_memory(self.device)
+        unet = set_mode(random_unet(config, qtype, DTYPE, self.device), mode)
+        return unet, settled_memory(self.device) - before
+
+    def _ours(self, config: UNetConfig, qtype: str, mode: str, inputs: list[Tensor]) -> dict[str, Maker]:
         """``mode`` eager, its work once a prompt, and from a graph."""
         latents, timesteps, context, *vector = inputs
+
+        def made() -> tuple[UNet, int]:
+            return self.unet(config, qtype, "fused" if mode in PACKED_MODES else mode)
 
         def switch(unet: UNet) -> None:
             if mode in PACKED_MODES:
