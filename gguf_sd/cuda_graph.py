@@ -66,7 +66,8 @@ class CudaCapture:
         return replay
 
     def reserved(self) -> int:
-        """Bytes that torch holds on the device."""
+        """Bytes that torch holds on the device and needs: what it keeps for reuse is given back first."""
+        torch.cuda.empty_cache()
         return torch.cuda.memory_reserved(self.device)
 
 
