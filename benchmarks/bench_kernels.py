@@ -49,7 +49,7 @@ from gguf_sd_kernels.launch import (
     save_measured,
     table_name,
 )
-from gguf_sd_kernels.launch_int8 import choose_int8, int8_candidates, int8_supported
+from gguf_sd_kernels.launch_int8 import int8_candidates, int8_supported
 from gguf_sd_kernels.repack import PackedWeight, repack
 
 QTYPES = ("Q4_0", "Q8_0", "Q4_1")
@@ -197,7 +197,7 @@ def time_modes(layer: Layer, qtype: str, x: Tensor, bias: Tensor, weights: list[
     launch, fused = fastest("fused", candidates(product, family, processors), ours, weights, failed)
     more: dict[str, Any] = {}
     if int8_supported(weights[0], x.device):
-        tried = int8_candidates(product, family, processors) or [choose_int8(product, family, processors)]
+        tried = int8_candidates(product, family, processors)
         best, seconds = fastest("int8", tried, ours, weights, failed)
         of_int8 = error(ours("int8", best, weights[0]), want)
         more = {"int8": round(seconds * 1e6, 2), "int8_launch": best, "int8_error": round(of_int8, 6)}

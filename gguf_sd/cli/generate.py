@@ -145,7 +145,6 @@ def paint(pipeline: Pipeline, job: Job, args: argparse.Namespace) -> dict[str, A
     dtype = str(pipeline.dtype).removeprefix("torch.")
     files, started = [], time.perf_counter()
     with tqdm(total=job.steps_run * len(list(job.batches())), unit="step", disable=args.quiet) as bar:
-
         if pipeline.kernels != "torch":
             bar.set_description("compiling kernels")  # on first use, a minute or so; Triton keeps them on disk
 

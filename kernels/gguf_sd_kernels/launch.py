@@ -70,7 +70,8 @@ class Product:
         return self.k // self.taps
 
 
-# family -> (largest M, Launch), in rising order; the last serves every larger M.
+# family -> (largest M, Launch), in rising order: the first whose M is large enough serves. What comes after one that
+# serves every M is only measured beside the others.
 Table = dict[str, tuple[tuple[int, Launch], ...]]
 
 # mma (sm_80 86 89 120): mma.sync; 128x128 and 128x64 spill with 4 warps and 64x128 with any. At a BLOCK_K of 64,
@@ -89,6 +90,8 @@ UNTUNED: Table = {
         (64, Launch(64, 64, 64, warps=4, stages=4, ptx=True)),
         (512, Launch(128, 128, 64, warps=8, stages=4, ptx=True)),
         (1 << 31, Launch(256, 128, 64, warps=8, stages=3, ptx=True)),
+        (1 << 31, Launch(256, 128, 64, warps=8, stages=4, ptx=True)),
+        (1 << 31, Launch(128, 64, 64, warps=4, stages=4, ptx=True)),
     ),
     "tcgen05": (
         (64, Launch(64, 64, 64, warps=4, stages=3, ptx=True)),
@@ -171,9 +174,9 @@ def best_splits(product: Product, launch: Launch, processors: int) -> int:
 def candidates(product: Product, family: str, processors: int, table: Table = UNTUNED) -> list[Launch]:
     """Launches worth measuring for ``product``: every tile of the family, K split as the model says and around it."""
     found: dict[Launch, None] = {}
-    for _, launch in table[family]:
-        if launch.block_m > 16 and launch.block_m >= 4 * product.m:
-            continue  # mostly padding
+    for i, (_, launch) in enumerate(table[family]):
+        if i and launch.block_m >= 4 * product.m:
+            continue  # mostly padding; the smallest tile is always tried
         if product.step_multiple % launch.block_k:
             launch = replace(launch, block_k=32)
         splits = best_splits(product, launch, processors)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .activation import geglu as apply_geglu
 from .launch import Product, gpu_family, measured
+from .launch_int8 import int8_supported
 from .repack import PackedWeight
 from .scratch import borrow
 
@@ -109,8 +110,6 @@ def _way(x: Tensor, weight: PackedWeight, product: Product, mode: str) -> str:
     if x.dtype not in (torch.float16, torch.bfloat16) or gpu_family(x.device) is None:
         return "dequantize"
     if mode == "int8":
-        from .int8 import int8_supported
-
         return "int8" if int8_supported(weight, x.device) else "fused"
     if mode == "auto":
         known = measured(product)

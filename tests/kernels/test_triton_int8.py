@@ -175,12 +175,13 @@ def test_choice_and_candidates() -> None:
     """Every family has launches, of steps of a block; candidates hold the choice, K split for small grids alone."""
     assert set(FAMILIES.values()) | {"mfma", "wmma"} == set(UNTUNED_INT8)
     deep, wide = Product("linear", "Q4_0", 100, 320, 5120), Product("conv", "Q8_0", 8192, 2560, 2880, taps=9)
+    one = replace(deep, m=1)
     for family in UNTUNED_INT8:
-        for product in (deep, wide):
+        for product in (one, deep, wide):
             found, chosen = int8_candidates(product, family, 80), choose_int8(product, family, 80)
             assert chosen in found
             assert all(launch.block_k == 32 for launch in found)
-            assert (chosen.splits > 1) == (product is deep)
+            assert (chosen.splits > 1) == (product is not wide)
     assert int8_candidates(deep, "no family", 80) == []
     with pytest.raises(ValueError, match="no products in 8 bits for this GPU"):
         choose_int8(deep, None, 80)
