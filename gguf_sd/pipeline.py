@@ -59,6 +59,7 @@ class Pipeline:
         self.kernels, self.weights = choose_kernels(kernels, weights, device)
         use_graphs(cuda_graph, device, self.kernels, passes=0)  # raises for what cannot be
         self.cuda_graph = cuda_graph
+        self.graph_bytes = 0  # device memory that CUDA graphs held during the last denoising
         self._parts: dict[str, Any] = {}
         self.plan = self._plan(model.config.defaults.width * model.config.defaults.height)
         self.vae_file = None if vae is None else VAEFile.open(vae, model.config.vae)
@@ -173,6 +174,7 @@ class Pipeline:
         unet = self._part("graphed unet" if graphed else "unet")
         predict = Predictor(unet, conditioning, job.guidance, self.plan.batch_guidance, start.extra)
         yield from sample(predict, start.latents, job.schedule, noise, start.start_step, start.blend)
+        self.graph_bytes = unet.nbytes if graphed else 0
         self._release("graphed unet")
         self._release("unet")
 

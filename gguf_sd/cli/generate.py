@@ -168,6 +168,7 @@ def paint(pipeline: Pipeline, job: Job, args: argparse.Namespace) -> dict[str, A
         "dtype": dtype,
         "weights": pipeline.plan.weights,
         "kernels": pipeline.kernels,
+        "graph_bytes": pipeline.graph_bytes,
         "settings": settings,
         "files": files,
         "seconds": round(time.perf_counter() - started, 3),

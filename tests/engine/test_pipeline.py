@@ -243,6 +243,35 @@ def test_what_is_loaded_already_does_not_change_the_plan(
     assert psnr(first, second) == float("inf")
 
 
+@pytest.mark.parametrize("weights", ["quantized", "resident"])
+def test_steps_through_a_graph(
+    weights: str, tiny_pipeline: Callable[..., Path], converted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wiring, with a stand-in for CUDA: a step is captured once, and again where the UNet was not kept."""
+    captures: list[object] = []
+
+    class Capture:
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def __call__(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+            captures.append(run)
+            return run
+
+        def reserved(self) -> int:
+            return 1000 * len(captures)
+
+    pipeline = Pipeline.load(converted(tiny_pipeline(), type="q8_0"), "cpu", "float32", weights)
+    settings = SETTINGS | {"seed": 5, "steps": 3, "negative_prompt": NEGATIVE}
+    plain = pipeline(PROMPT, **settings)[0]
+    monkeypatch.setattr("gguf_sd.pipeline.use_graphs", lambda *asked: True)
+    monkeypatch.setattr("gguf_sd.pipeline.CudaCapture", Capture)
+    graphed = [pipeline(PROMPT, **settings)[0] for _ in range(2)]
+    assert len(captures) == (1 if weights == "resident" else 2)
+    assert pipeline.graph_bytes == 1000
+    assert [psnr(picture, plain) for picture in graphed] == [float("inf")] * 2
+
+
 def test_batches_do_not_change_pictures(tiny_pipeline: Callable[..., Path], converted: Callable[..., Path]) -> None:
     pipeline = Pipeline.load(converted(tiny_pipeline(), type="q8_0"), device="cpu", dtype="float32")
     settings = SETTINGS | {"sampler": "euler_a", "steps": 3}
