@@ -5,8 +5,8 @@ value = scale * code + offset. Products of the fields are exact in float32 (floa
 codes at most 6, table values 7), so the only rounding is that of the addition, as in gguf-py: results are
 bit for bit those of ``gguf.quants.dequantize``.
 
-Nothing here waits for the device. The one table that is copied to it is kept from its first use on, which has to
-come before a CUDA graph is captured, like the first use of any kernel.
+Nothing here waits for the device. Tables that are copied to it are kept from their first use on, which has to come
+before a CUDA graph is captured, like the first use of any kernel.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _affine(fmt: BlockFormat, d: Tensor, m: Tensor, high: Tensor, quants: Tensor
     else:
         codes = _runs(quants, 4, 16)
         if fmt.high_bytes:
-            codes |= _neighbours(high, 1) << 4
+            codes |= _fifth_bits(high)
         if fmt.zero_point:
             codes = codes.view(torch.int8).sub_(fmt.zero_point)
     return Decoded(codes, _float(d), _float(m) if fmt.min_bytes else None)
@@ -168,6 +168,20 @@ def _alternate(parts: list[Tensor], run: int) -> Tensor:
     for i, part in enumerate(parts):
         places[:, :, i] = part.view(carrier).view(rows, size // run, -1)
     return result
+
+
+def _fifth_bits(high: Tensor) -> Tensor:
+    """The bits of ``high`` from the lowest up, each as 16 or 0: uint8 ``[n, bytes]`` -> uint8 ``[n, 8 * bytes]``. Eight
+    are looked up at once, which takes an eighth of the time of shifting them apart (Zen 5)."""
+    spread = _spread_bits(high.device).index_select(0, high.flatten().int())
+    return spread.view(torch.uint8).view(len(high), -1)
+
+
+@cache
+def _spread_bits(device: torch.device) -> Tensor:
+    """For every byte its bits as 16 or 0 in the bytes of an int64, ``[256]``."""
+    spread = [sum((byte >> i & 1) << (8 * i + 4) for i in range(8)) for byte in range(256)]
+    return torch.tensor(spread, dtype=torch.int64, device=device)
 
 
 @cache
