@@ -8,6 +8,7 @@ import logging
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,8 +141,8 @@ def paint(pipeline: Pipeline, job: Job, args: argparse.Namespace) -> dict[str, A
     from gguf_sd.files import save_png
     from gguf_sd.parameters import PARAMETERS, parameters
 
-    if pipeline.model.config.safety is None and args.safety != "off" and not args.quiet:
-        print("this model carries no safety checker", file=sys.stderr)
+    for note in [] if args.quiet else _notes(pipeline, args):
+        print(note, file=sys.stderr)
     dtype = str(pipeline.dtype).removeprefix("torch.")
     files, started = [], time.perf_counter()
     with tqdm(total=job.steps_run * len(list(job.batches())), unit="step", disable=args.quiet) as bar:
@@ -173,6 +174,15 @@ def paint(pipeline: Pipeline, job: Job, args: argparse.Namespace) -> dict[str, A
         "files": files,
         "seconds": round(time.perf_counter() - started, 3),
     }
+
+
+def _notes(pipeline: Pipeline, args: argparse.Namespace) -> Iterator[str]:
+    """What the user may not expect."""
+    if pipeline.model.config.safety is None and args.safety != "off":
+        yield "this model carries no safety checker"
+    unmeasured = args.kernels == "auto" and pipeline.kernels == "torch" and pipeline.device.type == "cuda"
+    if unmeasured and pipeline.plan.weights == "quantized":
+        yield "no speeds of the Triton kernels are known for this GPU, plain torch is used; try --kernels fused"
 
 
 def _numbered(path: Path, index: int, count: int) -> Path:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
+from gguf_sd.cli.generate import _notes
 from gguf_sd.cli.main import main
 from gguf_sd.parameters import parse_parameters
 
@@ -222,3 +227,24 @@ def test_missing_tensors_are_named(model: Path, tmp_path: Path, capsys: pytest.C
     (tmp_path / "less.gguf").write_bytes(data.replace(name, name.replace(b"out.2", b"not.2")))
     assert main(["generate", str(tmp_path / "less.gguf"), "-o", str(tmp_path / "out.png"), *FAST]) == 2
     assert "lacks 1 of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "kernels", "weights", "noted"),
+    [
+        ("cuda", "auto", "torch", "quantized", True),
+        ("cuda", "auto", "auto", "quantized", False),
+        ("cuda", "torch", "torch", "quantized", False),
+        ("cuda", "auto", "torch", "resident", False),
+        ("cpu", "auto", "torch", "quantized", False),
+    ],
+)
+def test_a_gpu_that_was_not_measured_is_noted(device: str, asked: str, kernels: str, weights: str, noted: bool) -> None:
+    pipeline: Any = SimpleNamespace(
+        model=SimpleNamespace(config=SimpleNamespace(safety=None)),
+        device=torch.device(device),
+        kernels=kernels,
+        plan=SimpleNamespace(weights=weights),
+    )
+    notes = list(_notes(pipeline, argparse.Namespace(safety="off", kernels=asked)))
+    assert any("try --kernels fused" in note for note in notes) == noted

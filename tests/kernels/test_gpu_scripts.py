@@ -41,7 +41,12 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert done.stdout == (folder / "log.txt").read_text()
     summary = (folder / "summary.txt").read_text()
     assert summary in done.stdout
-    for line in ("part step: done", "fused at least as fast as dequantize", "not measured: Q4_0 step", "for mode auto to go by"):
+    for line in (
+        "part step: done",
+        "fused at least as fast as dequantize",
+        "not measured: Q4_0 step",
+        "for mode auto to go by",
+    ):
         assert line in summary
     found = json.loads((folder / "results.json").read_text())
     assert list(found["parts"]) == ["machine", "check", "kernels", "picture", "step"]
