@@ -34,7 +34,7 @@ from device import device_name, prepare, synchronize
 from kernel_report import Row, line, step_totals, summary, table_head, targets
 from random_weights import random_blocks
 from report import target_line
-from shapes import WORKLOADS, Layer, step_layers
+from shapes import WORKLOADS, Layer, step_layers, workloads
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cpu runs Triton's interpreter, to test this script")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
-    parser.add_argument("--workload", action="append", choices=list(WORKLOADS), help="default: all")
+    parser.add_argument("--workload", action="append", help=f"of {', '.join(WORKLOADS)}; default: all")
     parser.add_argument("--qtype", action="append", choices=QTYPES, help="default: all")
     parser.add_argument("--only", default="", help="a part of the layer's name, as benchmarks/shapes.py prints it")
     parser.add_argument("--seconds", type=float, default=240, help="start nothing new after so long")
@@ -71,7 +71,11 @@ def main() -> None:
     parser.add_argument("--install", action="store_true", help="mode auto goes by what was measured, from now on")
     args = parser.parse_args()
     device, deadline = prepare(args.device), Deadline(args.seconds)
-    works = {name: step_layers(WORKLOADS[name]) for name in args.workload or WORKLOADS}
+    works = {
+        name: step_layers(work)
+        for name, work in workloads(device).items()
+        if not args.workload or name in args.workload
+    }
     jobs = in_order_of_work(works, args.qtype or QTYPES, args.only)
     torch.backends.cudnn.benchmark = True  # the rivals at their best
     rows: list[Row] = []

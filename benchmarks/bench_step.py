@@ -41,10 +41,10 @@ from modes import MODES, PACKED_MODES, capture_on, set_mode, switch_mode
 from profile_step import breakdown, kernel_times
 from random_weights import random_unet, unet_inputs, weights_bytes
 from rivals import diffusers_unet, missing, step_of, with_gguf_linears
-from shapes import WORKLOADS, Workload, step_gmac
+from shapes import WORKLOADS, Workload, step_gmac, workloads
 from torch import Tensor, nn
 
-from gguf_sd.config import ModelConfig, UNetConfig
+from gguf_sd.config import UNetConfig
 from gguf_sd.cuda_graph import GraphedUNet
 from gguf_sd.kernel_modes import load_tables
 from gguf_sd.models.unet import UNet
@@ -53,16 +53,6 @@ QTYPES = ("Q4_0", "Q8_0", "Q4_1")
 DIFFUSERS_QTYPES = ("Q4_0", "Q8_0")
 DTYPE = torch.float16
 COMPILE_SECONDS = 20  # with less time left no compilation is begun
-TINY = UNetConfig(
-    block_out_channels=(32,),
-    layers_per_block=1,
-    transformer_layers=(0,),
-    num_heads=(4,),
-    context_dim=32,
-    norm_groups=8,
-)
-TINY_WORKLOADS = {"tiny": Workload(ModelConfig(unet=TINY), 1, 16)}  # for the interpreter
-
 Maker = Callable[[], Contestant]
 
 
@@ -311,7 +301,7 @@ def main() -> None:
     args = parser.parse_args()
     device, deadline = prepare(args.device), Deadline(args.seconds)
     torch.backends.cudnn.benchmark = True  # the rivals at their best
-    works = WORKLOADS if device.type == "cuda" else TINY_WORKLOADS
+    works = workloads(device)
     if args.compiled:
         print(json.dumps(compile_rival(works[args.compiled], device)))
         return

@@ -51,7 +51,7 @@ everything() {
     local check=() kernels=() picture=() step=()
     if [ "$device" = cpu ]; then
         check=(--processes 0 --qtype Q4_0)
-        kernels=(--workload sdxl-512 --only "linear 1x320x1280" --qtype Q8_0)
+        kernels=(--only "linear 1x160x128" --qtype Q8_0)
         picture=(--processes 0 --prompts 1 --steps 2)
         step=(--mode fused --mode torch --qtype Q4_0)
     fi

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from gguf_sd.config import SD15, SDXL, ModelConfig
-from gguf_sd.models.unet import Attention, UNet
+from gguf_sd.config import SD15, SDXL, ModelConfig, UNetConfig
+from gguf_sd.models.unet import UNet
 from gguf_sd.tensor_names import UNET
 from gguf_sd_convert.policy import plan
 
@@ -63,6 +63,22 @@ WORKLOADS = {
 }
 
 
+TINY = UNetConfig(
+    block_out_channels=(32,),
+    layers_per_block=1,
+    transformer_layers=(0,),
+    num_heads=(4,),
+    context_dim=32,
+    norm_groups=8,
+)
+TINY_WORKLOADS = {"tiny": Workload(ModelConfig(unet=TINY), 1, 16)}  # for Triton's interpreter
+
+
+def workloads(device: torch.device) -> dict[str, Workload]:
+    """What is measured on ``device``."""
+    return WORKLOADS if device.type == "cuda" else TINY_WORKLOADS
+
+
 def step_layers(work: Workload) -> Counter[Layer]:
     """How often each product with a quantised weight occurs in a step; what the converter keeps in F16 is left out."""
     return _recorded(work).layers
@@ -88,11 +104,9 @@ def _recorded(work: Workload) -> _Recorder:
             inputs.append(torch.empty(work.batch, config.vector_dim))
     shapes = {UNET + name: tuple(p.shape) for name, p in unet.named_parameters()}
     quantised = {stored.name for stored in plan(shapes, "q4_0", "native") if stored.type == "Q4_0"}
-    for module in unet.modules():  # as the GPU kernels run it
-        if isinstance(module, Attention):
-            module.stack()
-    # A stacked weight stands for its three parts, of which the names are gone.
+    unet.stack()  # as the GPU kernels run it; a stacked weight stands for its parts, of which the names are gone
     quantised = {re.sub(r"attn1\.to_[qkv]\.", "attn1.to_qkv.", name) for name in quantised}
+    quantised = {re.sub(r"(?<=diffusion_model\.).*\.emb_layers\.1\.", "emb_layers.", name) for name in quantised}
     names = {id(p): UNET + name for name, p in unet.named_parameters()}
     with torch.inference_mode(), _Recorder(names, quantised) as recorder:
         unet(*inputs)

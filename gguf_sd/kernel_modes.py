@@ -14,7 +14,7 @@ import gguf_sd_kernels
 from gguf_sd.errors import GgufSdError
 from gguf_sd.files import cache_folder
 from gguf_sd.layers import GroupNorm, LayerNorm, Quantized, resident
-from gguf_sd.models.unet import Attention
+from gguf_sd.models.unet import UNet
 from gguf_sd_kernels.launch import load_measured, table_name
 
 log = logging.getLogger(__name__)
@@ -69,15 +69,13 @@ def load_tables(device: torch.device) -> int:
     return count
 
 
-def use_kernels(model: nn.Module, mode: str) -> None:
+def use_kernels(model: UNet, mode: str) -> None:
     """Hands quantised layers and norms to the Triton kernels, in place; the model is on its GPU already.
 
     ``mode`` is one of KERNEL_MODES but torch; with ``resident`` no quantised layers are left, see
     :func:`make_resident`.
     """
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.stack()
+    model.stack()
     for name, module in model.named_modules():
         if isinstance(module, Quantized):
             module.pack("fused" if mode == "int8" and SIXTEEN_BITS.search(name) else mode)

@@ -171,19 +171,23 @@ def quantized(module: nn.Linear | nn.Conv2d, weight: QuantTensor) -> nn.Module:
 
 def stacked(linears: Sequence[nn.Module]) -> nn.Module | None:
     """One linear that makes the outputs of several side by side, from weights below one another; None where they are
-    not all plain or all in blocks of one type. For linears of one input width, without biases, not packed yet."""
+    not all plain, or all in blocks of one type. For linears of one input width, with or without biases, not packed."""
+    biases = [linear.bias for linear in linears if isinstance(linear.bias, Tensor)]
+    if len(biases) not in (0, len(linears)):
+        return None
+    bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
     if all(type(linear) is Linear for linear in linears):
         weight = torch.cat([linear.weight for linear in linears if isinstance(linear, Linear)])
         out, features = weight.shape
         with torch.device("meta"):
             joined = Linear(features, out, bias=False)
-        joined.weight = nn.Parameter(weight, requires_grad=False)
+        joined.weight, joined.bias = nn.Parameter(weight, requires_grad=False), bias  # type: ignore[assignment]
         return joined
     weights = [linear.weight for linear in linears if isinstance(linear, QuantLinear)]
     if len(weights) < len(linears) or len({weight.qtype for weight in weights}) > 1:
         return None
     shape = (sum(weight.shape[0] for weight in weights), weights[0].shape[1])
-    return QuantLinear(QuantTensor(torch.cat([weight.blocks for weight in weights]), weights[0].qtype, shape), None)
+    return QuantLinear(QuantTensor(torch.cat([weight.blocks for weight in weights]), weights[0].qtype, shape), bias)
 
 
 def resident(module: Quantized, dtype: torch.dtype, triton: bool = False) -> nn.Module:

@@ -20,7 +20,7 @@ from gguf_sd.kernel_modes import choose_kernels, make_resident, use_kernels
 from gguf_sd.model_file import ModelFile
 from gguf_sd.models.safety import blurred
 from gguf_sd.models.text import Encoded, TextEncoder
-from gguf_sd.models.unet import timestep_embedding
+from gguf_sd.models.unet import UNet, timestep_embedding
 from gguf_sd.models.vae import Autoencoder
 from gguf_sd.preview import family, previews
 from gguf_sd.request import Job, Request, prepare
@@ -232,24 +232,26 @@ class Pipeline:
             self.model.file.forget_pages()
 
     def _load(self, name: str) -> nn.Module:
+        if name == "unet":
+            return self._load_unet()
         part: nn.Module
         if name == "vae":
             part = self.vae_file.load(self.vae_dtype) if self.vae_file else self.model.load_vae(self.vae_dtype)
         elif name == "safety":
             part = self.model.load_safety(self.dtype)
-        elif name == "unet":
-            part = self.model.load_unet(self.dtype)
         else:
             part = self.model.load_text(int(name.removeprefix("text ")), self.dtype)
-        part = part.to(self.device)
-        if name == "unet":
-            if self.plan.weights == "resident":
-                make_resident(part, self.dtype, self.kernels)
-            if self.kernels != "torch":
-                use_kernels(part, self.kernels)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()  # the blocks as they came from the file
-        return part
+        return part.to(self.device)
+
+    def _load_unet(self) -> UNet:
+        unet = self.model.load_unet(self.dtype).to(self.device)
+        if self.plan.weights == "resident":
+            make_resident(unet, self.dtype, self.kernels)
+        if self.kernels != "torch":
+            use_kernels(unet, self.kernels)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the blocks as they came from the file
+        return unet
 
 
 def _finished(painted: Image.Image, job: Job) -> Image.Image:

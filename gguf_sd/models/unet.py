@@ -47,11 +47,14 @@ class ResBlock(nn.Module):
         )
         same = in_channels == out_channels
         self.skip_connection = nn.Identity() if same else Pointwise(in_channels, out_channels)
+        self.out_channels = out_channels
+        self.place: slice | None = None  # of its projected embedding among those of all blocks, see UNet.stack
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x [B, C, H, W], emb [B, time_dim] after its SiLU -> [B, out_channels, H, W]."""
+        """x [B, C, H, W], emb [B, time_dim] after its SiLU or, once stacked, all blocks' projections of it
+        -> [B, out_channels, H, W]."""
         norm, _, conv = self.in_layers
-        h = conv(norm(x), emb=self.emb_layers(emb))
+        h = conv(norm(x), emb=self.emb_layers(emb) if self.place is None else emb[:, self.place])
         norm, _, _, conv = self.out_layers
         return conv(norm(h), residual=self.skip_connection(x))
 
@@ -263,6 +266,24 @@ class UNet(nn.Module):
             stop = start + 2 * attention.to_k.out_features
             attention.place, start = slice(start, stop), stop
 
+        self.emb_layers: nn.Module | None = None  # of all residual blocks, after :meth:`stack`
+
+    def stack(self) -> None:
+        """Makes one product of several that have the same input, where their weights are of one type: of
+        self-attention's projections, and of the residual blocks' projections of the timestep's embedding. For GPUs,
+        where fewer and larger launches pay."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.stack()
+        blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
+        self.emb_layers = stacked([block.emb_layers[1] for block in blocks])
+        if self.emb_layers is not None:
+            start = 0
+            for block in blocks:
+                stop = start + block.out_channels
+                block.place, start = slice(start, stop), stop
+                del block.emb_layers
+
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor, vector: Tensor | None = None) -> Tensor:
         """latents [B, in_channels, H, W], timesteps [B], context [B, M, context_dim], vector [B, vector_dim]
         -> prediction [B, out_channels, H, W] in the dtype of latents."""
@@ -282,6 +303,8 @@ class UNet(nn.Module):
                 raise ValueError("this UNet needs a vector of pooled text and sizes")
             emb = emb + self.label_emb(vector)
         emb = nn.functional.silu(emb)
+        if self.emb_layers is not None:
+            emb = self.emb_layers(emb)
 
         h = latents.contiguous(memory_format=torch.channels_last)
         skips: list[Tensor] = []

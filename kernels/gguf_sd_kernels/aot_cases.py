@@ -79,7 +79,7 @@ def conv_case(launch: Launch, qtype: str, dtype: str, *, side: int = 3, split: b
     """A convolution of side x side taps."""
     constants, name = _product_constants(launch, qtype, dtype, split)
     types = dict.fromkeys(("x", "bias", "residual", "emb", "out"), f"*{dtype}") | _WEIGHT_TYPES
-    sizes = ("M", "N", "K", "H", "W", "IC", "OH", "OW", "stride", "padding", "steps")
+    sizes = ("M", "N", "K", "H", "W", "IC", "OH", "OW", "stride", "padding", "steps", "emb_stride")
     return Case(
         name=f"conv {side}x{side} {name}",
         function="conv:conv_kernel",
@@ -87,7 +87,7 @@ def conv_case(launch: Launch, qtype: str, dtype: str, *, side: int = 3, split: b
         constants=constants | {"TAPS_W": side},
         warps=launch.warps,
         stages=launch.stages,
-        multiples_of_16=frozenset({"N", "K", "IC"}),
+        multiples_of_16=frozenset({"N", "K", "IC", "emb_stride"}),
         matrix="float",
         matrix_rows=launch.block_n if launch.swap else launch.block_m,
     )

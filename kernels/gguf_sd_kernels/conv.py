@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, choose, gpu_family, multiprocessors
-from .operands import channels_last, conv_sizes
+from .operands import channels_last, conv_sizes, with_rows
 from .repack import PackedWeight
 from .triton_tiles import decode_tile, finish_tile, multiply, split_range, tap_at, tile_position, weight_rows, windows
 from .workspace import divide
@@ -31,6 +31,7 @@ def conv_kernel(
     bias,
     residual,
     emb,
+    emb_stride,
     out,
     partials,
     counters,
@@ -76,7 +77,23 @@ def conv_kernel(
     if SWAP:
         acc = acc.T
     finish_tile(
-        acc, out, bias, residual, emb, partials, counters, tile_m, tile_n, M, N, OH * OW, BLOCK_M, BLOCK_N, False, SPLIT
+        acc,
+        out,
+        bias,
+        residual,
+        emb,
+        emb_stride,
+        partials,
+        counters,
+        tile_m,
+        tile_n,
+        M,
+        N,
+        OH * OW,
+        BLOCK_M,
+        BLOCK_N,
+        False,
+        SPLIT,
     )
 
 
@@ -99,6 +116,7 @@ def conv2d_fused(
     that are no multiple of 32, other dtypes, and shapes that do not fit.
     """
     sizes = conv_sizes(x, weight, bias, stride, padding, residual=residual, emb=emb)
+    emb = with_rows(emb)
     out = torch.empty(sizes.result, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if not sizes.batch:
         return out
@@ -114,7 +132,8 @@ def conv2d_fused(
         weight.mins,
         bias,
         channels_last(residual),
-        None if emb is None else emb.contiguous(),
+        emb,
+        0 if emb is None else emb.stride(0),
         out,
         programs.partials,
         programs.counters,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .launch import GROUP_M, Launch, Product, gpu_family, multiprocessors
 from .launch_int8 import INT8_TYPES, choose_int8, int8_supported
-from .operands import channels_last, conv_sizes, linear_shape
+from .operands import channels_last, conv_sizes, linear_shape, with_rows
 from .quantize import quantize_activations
 from .repack import PackedWeight
 from .triton_tiles import finish_tile, split_range, tap_at, tile_position, weight_rows, windows
@@ -93,7 +93,7 @@ def linear_int8_kernel(
         x_scale, x_sum = tl.load(x_scales + block), tl.load(sums + block)
         acc = _add_block(acc, tl.load(x_tile + k), x_scale, x_sum, quants, scales, rows_n, k, K, QTYPE)
     finish_tile(
-        acc, out, bias, residual, None, partials, counters, tile_m, tile_n, M, N, 1, BLOCK_M, BLOCK_N, GEGLU, SPLIT
+        acc, out, bias, residual, None, 0, partials, counters, tile_m, tile_n, M, N, 1, BLOCK_M, BLOCK_N, GEGLU, SPLIT
     )
 
 
@@ -107,6 +107,7 @@ def conv_int8_kernel(
     bias,
     residual,
     emb,
+    emb_stride,
     out,
     partials,
     counters,
@@ -143,7 +144,23 @@ def conv_int8_kernel(
         x_sum = tl.load(sums + block, mask=inside, other=0)
         acc = _add_block(acc, x_codes, x_scale, x_sum, quants, scales, rows_n, k, K, QTYPE)
     finish_tile(
-        acc, out, bias, residual, emb, partials, counters, tile_m, tile_n, M, N, OH * OW, BLOCK_M, BLOCK_N, False, SPLIT
+        acc,
+        out,
+        bias,
+        residual,
+        emb,
+        emb_stride,
+        partials,
+        counters,
+        tile_m,
+        tile_n,
+        M,
+        N,
+        OH * OW,
+        BLOCK_M,
+        BLOCK_N,
+        False,
+        SPLIT,
     )
 
 
@@ -215,6 +232,7 @@ def conv2d_int8(
     other than float16 and bfloat16, GPUs without 8-bit launches, or shapes that do not fit.
     """
     sizes = conv_sizes(x, weight, bias, stride, padding, residual=residual, emb=emb)
+    emb = with_rows(emb)
     product = sizes.product
     launch = _checked(launch, product, x.device)
     out = torch.empty(sizes.result, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -230,7 +248,8 @@ def conv2d_int8(
         weight.scales,
         bias,
         channels_last(residual),
-        None if emb is None else emb.contiguous(),
+        emb,
+        0 if emb is None else emb.stride(0),
         out,
         programs.partials,
         programs.counters,

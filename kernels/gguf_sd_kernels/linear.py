@@ -57,7 +57,7 @@ def linear_kernel(
     if SWAP:
         acc = acc.T
     finish_tile(
-        acc, out, bias, residual, None, partials, counters, tile_m, tile_n, M, N, 1, BLOCK_M, BLOCK_N, GEGLU, SPLIT
+        acc, out, bias, residual, None, 0, partials, counters, tile_m, tile_n, M, N, 1, BLOCK_M, BLOCK_N, GEGLU, SPLIT
     )
 
 

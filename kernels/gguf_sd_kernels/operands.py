@@ -103,3 +103,8 @@ def channels_last(tensor: Tensor | None) -> Tensor | None:
 def _check_dtype(x: Tensor) -> None:
     if x.dtype not in DTYPES:
         raise ValueError(f"fused products take float16 and bfloat16, got {x.dtype}")
+
+
+def with_rows(tensor: Tensor | None) -> Tensor | None:
+    """``[B, N]`` whose rows are contiguous, whatever lies between them; copied where they are not."""
+    return tensor if tensor is None or tensor.stride(1) == 1 else tensor.contiguous()

@@ -216,11 +216,12 @@ def add_splits(acc, partials, counters, BLOCK_M: tl.constexpr, BLOCK_N: tl.const
 
 
 @triton.jit
-def _add_and_store(acc, out, residual, emb, m, n, M, columns, rows_per_emb):
+def _add_and_store(acc, out, residual, emb, emb_stride, m, n, M, columns, rows_per_emb):
     mask = (m < M)[:, None] & (n < columns)[None, :]
     at = m[:, None] * columns + n[None, :]
     if emb is not None:
-        acc += tl.load(emb + (m // rows_per_emb)[:, None] * columns + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        of_row = emb + (m // rows_per_emb)[:, None] * emb_stride + n[None, :]
+        acc += tl.load(of_row, mask=mask, other=0.0).to(tl.float32)
     if residual is not None:
         acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
@@ -233,6 +234,7 @@ def store_tile(
     bias,
     residual,
     emb,
+    emb_stride,
     tile_m,
     tile_n,
     M,
@@ -242,8 +244,9 @@ def store_tile(
     BLOCK_N: tl.constexpr,
     GEGLU: tl.constexpr,
 ):
-    """The epilogue, in float32: + bias [N], GEGLU, + emb [M / rows_per_emb, columns], + residual [M, columns]; then
-    rounds into ``out`` [M, columns]. There are N columns, N/2 with GEGLU. Absent operands are None."""
+    """The epilogue, in float32: + bias [N], GEGLU, + emb [M / rows_per_emb, columns] with rows ``emb_stride``
+    apart, + residual [M, columns]; then rounds into ``out`` [M, columns]. There are N columns, N/2 with GEGLU. Absent
+    operands are None."""
     WIDTH: tl.constexpr = BLOCK_N // 2 if GEGLU else BLOCK_N
     columns = N // 2 if GEGLU else N
     if bias is not None:
@@ -256,11 +259,11 @@ def store_tile(
         HALF: tl.constexpr = WIDTH // 2
         left, right = tl.split(tl.permute(acc.reshape(BLOCK_M, 2, HALF), (0, 2, 1)))
         n = tile_n * WIDTH + tl.arange(0, HALF)
-        _add_and_store(left, out, residual, emb, m, n, M, columns, rows_per_emb)
-        _add_and_store(right, out, residual, emb, m, n + HALF, M, columns, rows_per_emb)
+        _add_and_store(left, out, residual, emb, emb_stride, m, n, M, columns, rows_per_emb)
+        _add_and_store(right, out, residual, emb, emb_stride, m, n + HALF, M, columns, rows_per_emb)
     else:
         n = tile_n * WIDTH + tl.arange(0, WIDTH)
-        _add_and_store(acc, out, residual, emb, m, n, M, columns, rows_per_emb)
+        _add_and_store(acc, out, residual, emb, emb_stride, m, n, M, columns, rows_per_emb)
 
 
 @triton.jit
@@ -270,6 +273,7 @@ def finish_tile(
     bias,
     residual,
     emb,
+    emb_stride,
     partials,
     counters,
     tile_m,
@@ -286,6 +290,10 @@ def finish_tile(
     if SPLIT:
         acc, last = add_splits(acc, partials, counters, BLOCK_M, BLOCK_N)
         if last:
-            store_tile(acc, out, bias, residual, emb, tile_m, tile_n, M, N, rows_per_emb, BLOCK_M, BLOCK_N, GEGLU)
+            store_tile(
+                acc, out, bias, residual, emb, emb_stride, tile_m, tile_n, M, N, rows_per_emb, BLOCK_M, BLOCK_N, GEGLU
+            )
     else:
-        store_tile(acc, out, bias, residual, emb, tile_m, tile_n, M, N, rows_per_emb, BLOCK_M, BLOCK_N, GEGLU)
+        store_tile(
+            acc, out, bias, residual, emb, emb_stride, tile_m, tile_n, M, N, rows_per_emb, BLOCK_M, BLOCK_N, GEGLU
+        )

@@ -55,7 +55,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert check["comparisons"] > 5
     assert "left out: " in "\n".join(check["summary"]), "it was given 2 seconds"
     (entry,) = json.loads((folder / "auto.json").read_text())["products"]
-    assert entry["product"] == {"op": "linear", "qtype": "Q8_0", "m": 1, "n": 320, "k": 1280, "taps": 1}
+    assert entry["product"] == {"op": "linear", "qtype": "Q8_0", "m": 1, "n": 160, "k": 128, "taps": 1}
     assert kernels["complete"]
     assert 0 < kernels["products"][0]["int8_error"] < 2e-2
     assert found["picture"]["psnr"]["torch"][0] > 35

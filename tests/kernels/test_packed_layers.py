@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gguf_sd.config import UNetConfig
 from gguf_sd.kernel_modes import make_resident, use_kernels
-from gguf_sd.layers import GroupNorm, LayerNorm, Quantized, QuantLinear, quantized
-from gguf_sd.models.unet import Attention, UNet
+from gguf_sd.layers import GroupNorm, LayerNorm, Quantized, QuantLinear, quantized, resident
+from gguf_sd.models.unet import Attention, ResBlock, UNet
 from gguf_sd.quant_tensor import QuantTensor
 from gguf_sd_convert.quantizers import quantize
 
@@ -76,6 +76,7 @@ def test_unet_on_the_kernels(qtype: str, tap_major: bool, mode: str, device: tor
     blocks = {name: m.weight.blocks.clone() for name, m in model.named_modules() if isinstance(m, Quantized)}
     for name in [name for name in blocks if name.endswith("attn1.to_q")]:  # becomes one product
         blocks[f"{name}kv"] = torch.cat([blocks.pop(name[:-1] + which) for which in "qkv"])
+    blocks["emb_layers"] = torch.cat([blocks.pop(name) for name in list(blocks) if "emb_layers" in name])
     use_kernels(model, mode)
     packed = {name: m for name, m in model.named_modules() if isinstance(m, Quantized)}
     assert packed.keys() == blocks.keys()
@@ -93,8 +94,12 @@ def test_projections_of_different_types_stay_apart(kept: str, device: torch.devi
     attention = next(m for m in model.modules() if isinstance(m, Attention) and not m.crosses)
     other = quantize(getattr(attention, kept).weight.dequantize(), "Q8_0")
     setattr(attention, kept, QuantLinear(QuantTensor(other.to(device), "Q8_0", getattr(attention, kept).shape), None))
+    block = next(m for m in model.modules() if isinstance(m, ResBlock))
+    linear = block.emb_layers[1]
+    block.emb_layers[1] = resident(linear, torch.float16)
     use_kernels(model, "fused")
     assert attention.to_qkv is None
+    assert model.emb_layers is None
     assert error(model(*inputs(device)), "Q4_0", True, device) < 2e-2
 
 
@@ -119,6 +124,9 @@ def test_resident_by_the_kernels(tap_major: bool, device: torch.device) -> None:
     for name in [name for name in expected if name.endswith("attn1.to_q.weight")]:
         parts = [expected.pop(name.replace("to_q", f"to_{which}")) for which in "qkv"]
         expected[name.replace("to_q", "to_qkv")] = torch.cat(parts)
+    for leaf in ("weight", "bias"):
+        names = [name for name in expected if name.endswith(f"emb_layers.1.{leaf}")]
+        expected[f"emb_layers.{leaf}"] = torch.cat([expected.pop(name) for name in names])
     got = by_triton.state_dict()
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], weight) for name, weight in expected.items())
