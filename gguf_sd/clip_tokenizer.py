@@ -8,6 +8,9 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import socket
+import urllib.parse
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from gguf_sd.errors import GgufSdError
 START, END = "<|startoftext|>", "<|endoftext|>"
 OPEN_CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
 HUB_REPOSITORY = "openai/clip-vit-large-patch14"
+HUB_SECONDS = 5  # to take a connection
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 WAYS = (
     "give --tokenizer with a diffusers tokenizer folder, a tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; "
@@ -169,9 +173,28 @@ def _open_clip_vocabulary() -> Path | None:
 
 
 def _from_hub() -> Path | None:
+    """The Hub's tokenizer, or the copy that an earlier download left."""
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-        return Path(hf_hub_download(HUB_REPOSITORY, "tokenizer.json"))
+        cached = try_to_load_from_cache(HUB_REPOSITORY, "tokenizer.json")
+        if isinstance(cached, str):
+            return Path(cached)
+        return Path(hf_hub_download(HUB_REPOSITORY, "tokenizer.json")) if _hub_answers() else None
     except Exception:  # offline, a proxy, no such file: for the caller all the same, and one error names the ways out
         return None
+
+
+def _hub_answers() -> bool:
+    """Whether the Hub takes connections: its client retries for half a minute where it does not. Behind a proxy only
+    trying tells."""
+    from huggingface_hub.constants import ENDPOINT
+
+    address = urllib.parse.urlsplit(ENDPOINT)
+    if address.scheme in urllib.request.getproxies() or address.hostname is None:
+        return True
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=HUB_SECONDS).close()
+    except OSError:
+        return False
+    return True

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
-import sys
-import types
+import socket
 from collections.abc import Callable
-from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -157,10 +156,9 @@ def test_hub_is_the_last_resort(tiny_pipeline: Make, monkeypatch: pytest.MonkeyP
         asked.append((repository, name))
         return str(tiny_pipeline() / "tokenizer" / "tokenizer.json")
 
-    hub = types.ModuleType("huggingface_hub")
-    hub.__spec__ = ModuleSpec("huggingface_hub", None)
-    hub.hf_hub_download = download  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *file: None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(module, "_hub_answers", lambda: True)
     monkeypatch.setattr(module, "_open_clip_vocabulary", lambda: None)
     assert find_tokenizer(None, None, TextConfig(vocab_size=520)).size == 520
     assert asked == [("openai/clip-vit-large-patch14", "tokenizer.json")]
@@ -168,7 +166,7 @@ def test_hub_is_the_last_resort(tiny_pipeline: Make, monkeypatch: pytest.MonkeyP
     def offline(repository: str, name: str) -> str:
         raise OSError("offline")
 
-    hub.hf_hub_download = offline  # type: ignore[attr-defined]
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
     with pytest.raises(GgufSdError, match="no tokenizer was found"):
         find_tokenizer(None, None, TextConfig(vocab_size=520))
 
@@ -202,3 +200,28 @@ def test_bad_tokenizers(tiny_pipeline: Make, tmp_path: Path) -> None:
             find_tokenizer(tmp_path / name, None, text)
     with pytest.raises(GgufSdError, match="has 520 tokens, the text encoder 400"):
         find_tokenizer(None, tiny_pipeline() / "tokenizer", TextConfig(vocab_size=400))
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_the_hub_is_asked_where_it_answers(online: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline, its client would retry for half a minute."""
+    asked: list[tuple[str, int]] = []
+
+    def connect(address: tuple[str, int], timeout: float) -> Any:
+        asked.append(address)
+        if not online:
+            raise socket.gaierror("no such host")
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(module.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(module.socket, "create_connection", connect)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *file: None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *file: str(tmp_path / file[1]))
+    assert module._from_hub() == (tmp_path / "tokenizer.json" if online else None)
+    assert asked == [("huggingface.co", 443)]
+
+
+def test_an_earlier_download_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *file: str(tmp_path / file[1]))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *file: pytest.fail("asked the Hub"))
+    assert module._from_hub() == tmp_path / "tokenizer.json"
