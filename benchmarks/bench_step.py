@@ -296,6 +296,7 @@ def main() -> None:
     parser.add_argument("--workload", action="append", help=f"of {', '.join(WORKLOADS)}; default: all")
     parser.add_argument("--qtype", action="append", choices=QTYPES, help="default: all")
     parser.add_argument("--mode", action="append", choices=MODES, help="default: all")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="without diffusers compiled")
     parser.add_argument("--compiled", help="only compile diffusers for this workload, and print its times")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -311,6 +312,10 @@ def main() -> None:
         bench = Bench(device, tuple(args.mode or MODES), deadline)
         bench.notes.append(f"mode auto goes by {measured} measured products")
         run_all(bench, works, args.qtype or QTYPES, args.json)
+        if args.compile:
+            for name, work in works.items():
+                bench.compiled(name, work)
+        write(args.json, bench)
     print("\n".join(bench.result()["summary"]))
     sys.exit(bool(bench.failures) or not bench.steps)
 
@@ -332,9 +337,6 @@ def run_all(bench: Bench, works: dict[str, Workload], qtypes: tuple[str, ...], p
         except Exception as problem:
             bench.failed(what, problem)
         write(path, bench)
-    for name, work in works.items():
-        bench.compiled(name, work)
-    write(path, bench)
 
 
 def write(path: Path | None, bench: Bench) -> None:

@@ -141,7 +141,7 @@ class Problem:
 
     def quantised_x(self) -> Tensor:
         """The activations as products in 8 bits see them, float64."""
-        from gguf_sd_kernels.int8 import quantize_activations
+        from gguf_sd_kernels.quantize import quantize_activations
 
         rows = self.x.permute(0, 2, 3, 1) if self.layer.op == "conv" else self.x
         channels = rows.shape[-1]

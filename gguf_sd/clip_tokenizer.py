@@ -186,7 +186,7 @@ def _from_hub() -> Path | None:
 
 
 def _hub_answers() -> bool:
-    """Whether the Hub takes connections: its client retries for half a minute where it does not. Behind a proxy only
+    """Whether the Hub takes connections: its client retries for long where it does not. Behind a proxy only
     trying tells."""
     from huggingface_hub.constants import ENDPOINT
 

@@ -1,4 +1,4 @@
-"""UNet steps replayed from CUDA graphs: one launch in place of some eight hundred."""
+"""UNet steps replayed from CUDA graphs: one launch in place of hundreds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GRAPH_MODES = ("auto", "on", "off")
 # Passes before the capture: kernels are compiled, libraries choose their algorithms and take their workspaces, on the
 # stream that is captured afterwards, as workspaces belong to a stream.
 WARM_UPS = 2
-# Passes of one shape that a capture is worth: it costs WARM_UPS and a pass that only records.
+# Passes of one shape that a capture is worth: it costs WARM_UPS and a pass that only records. Not measured.
 WORTH_PASSES = 8
 
 Replay = Callable[

@@ -20,7 +20,6 @@ from gguf_sd_kernels.launch import load_measured, table_name
 log = logging.getLogger(__name__)
 
 KERNEL_MODES = ("auto", "fused", "dequantize", "int8", "resident", "torch")
-TRITON_MODES = ("fused", "dequantize", "int8")
 # Where tables of measurements lie: with the kernels, and what the user measured on this machine.
 TABLES = Path(gguf_sd_kernels.__file__).parent / "tables"
 # Not in 8 bits: the prompt's first token has outliers that would drown the others' values, and the first and last

@@ -56,7 +56,7 @@ def _added(y: Tensor, emb: Tensor | None, residual: Tensor | None) -> Tensor:
 class GroupNorm(nn.GroupNorm):
     """Group normalisation of [B, C, H, W], with SiLU applied to its result where ``silu``."""
 
-    fused = False  # in one Triton kernel of two launches
+    fused = False  # in Triton, two launches
 
     def __init__(self, groups: int, channels: int, eps: float, silu: bool = True):
         super().__init__(groups, channels, eps=eps)
@@ -73,7 +73,7 @@ class GroupNorm(nn.GroupNorm):
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation of [..., C]."""
 
-    fused = False  # in one Triton kernel
+    fused = False  # in Triton, one launch
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused:

@@ -147,7 +147,7 @@ def paint(pipeline: Pipeline, job: Job, args: argparse.Namespace) -> dict[str, A
     files, started = [], time.perf_counter()
     with tqdm(total=job.steps_run * len(list(job.batches())), unit="step", disable=args.quiet) as bar:
         if pipeline.kernels != "torch":
-            bar.set_description("compiling kernels")  # on first use, a minute or so; Triton keeps them on disk
+            bar.set_description("compiling kernels")  # on first use; Triton keeps them on disk
 
         def on_step(step: Step) -> None:
             bar.set_description(None)

@@ -36,17 +36,25 @@ class Launch:
     ptx: bool = False  # decode nibbles with inline PTX: NVIDIA, float16
     splits: int = 1  # programs that share a tile's K
 
-    def constants(self, x: Tensor) -> dict[str, bool | int]:
-        """The constants that the product kernels take of this, for activations like x."""
+    @property
+    def tile(self) -> dict[str, int]:
+        """What every product kernel takes of this, the compiler's options included."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "GROUP_M": GROUP_M,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+    def decoding(self, x: Tensor) -> dict[str, bool | int]:
+        """What the kernels that decode weights to x's dtype take besides."""
         cpu = x.device.type == "cpu"  # Triton's interpreter, which knows no inline PTX and no bfloat16 product
         return {
             "SWAP": self.swap,
             "PTX": self.ptx and not cpu and not torch.version.hip,
             "WIDEN": cpu and x.dtype == torch.bfloat16,
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
             "BLOCK_K": self.block_k,
-            "GROUP_M": GROUP_M,
         }
 
 

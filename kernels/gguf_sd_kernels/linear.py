@@ -101,8 +101,7 @@ def linear_fused(
         QTYPE=weight.qtype,
         GEGLU=geglu,
         SPLIT=programs.splits > 1,
-        **launch.constants(x),
-        num_warps=launch.warps,
-        num_stages=launch.stages,
+        **launch.decoding(x),
+        **launch.tile,
     )
     return out

@@ -52,6 +52,12 @@ class ConvSizes:
     product: Product
 
     @property
+    def numbers(self) -> tuple[int, ...]:
+        """M, N, K, H, W, IC, OH, OW, in the order of the kernels' arguments."""
+        product = self.product
+        return product.m, product.n, product.k, self.height, self.width, self.ic, self.oh, self.ow
+
+    @property
     def result(self) -> tuple[int, int, int, int]:
         """``(B, OC, OH, OW)``."""
         return self.batch, self.product.n, self.oh, self.ow

@@ -204,7 +204,7 @@ def test_bad_tokenizers(tiny_pipeline: Make, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("online", [True, False])
 def test_the_hub_is_asked_where_it_answers(online: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offline, its client would retry for half a minute."""
+    """Offline, its client would retry for long."""
     asked: list[tuple[str, int]] = []
 
     def connect(address: tuple[str, int], timeout: float) -> Any:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from gguf_sd import Pipeline
+from gguf_sd.cli.demo import SHOWN, TYPES
 from gguf_sd.demo import model_folder
 from gguf_sd.demo.check import judge
 from gguf_sd.demo.world import COLOURS, parse
@@ -18,16 +19,10 @@ from gguf_sd.quality import psnr
 from gguf_sd_convert.convert import ConvertOptions, convert
 
 PROMPTS = (
-    "a red circle above a blue square",
-    "a yellow triangle left of a purple ring",
-    "a green cross on a black background",
-    "a cyan ring below a red triangle on a white background",
-    "a purple square on a grey background",
-    "a blue cross right of a yellow circle on a black background",
+    *SHOWN,
     "a green square above a cyan cross on a grey background",
     "a red triangle right of a green circle on a white background",
 )
-TYPES = ("f16", "q8_0", "q4_1", "q4_0")
 Q8_DB = 50.0  # median PSNR against F16; measured 60
 
 
