@@ -1,6 +1,6 @@
 """What a model looks like: frozen dataclasses, and the known models as literals.
 
-Configurations travel as JSON inside the GGUF file (see :mod:`gguf_sd.gguf_file`), so every class here turns
+Configurations travel as JSON inside the GGUF file (see :mod:`gguf_sd.checkpoint.gguf_file`), so every class here turns
 into plain dictionaries with :func:`dataclasses.asdict` and comes back with ``from_dict``.
 """
 

@@ -11,22 +11,23 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from gguf_sd import beginning, images, memory
-from gguf_sd.beginning import Beginning, Encoder
-from gguf_sd.cuda_graph import CudaCapture, GraphedUNet, use_graphs
+from gguf_sd.checkpoint.model_file import ModelFile
+from gguf_sd.checkpoint.vae_file import VAEFile
 from gguf_sd.errors import GgufSdError
-from gguf_sd.guidance import Conditioning, Predictor, Prompt
-from gguf_sd.kernel_modes import choose_kernels, make_resident, use_kernels
-from gguf_sd.model_file import ModelFile
+from gguf_sd.imaging import images
+from gguf_sd.imaging.preview import family, previews
 from gguf_sd.models.safety import blurred
 from gguf_sd.models.text import Encoded, TextEncoder
 from gguf_sd.models.unet import UNet, timestep_embedding
 from gguf_sd.models.vae import Autoencoder
-from gguf_sd.preview import family, previews
+from gguf_sd.prompt.tokenizer import Tokens
 from gguf_sd.request import Job, Request, prepare
-from gguf_sd.sampling import NoiseSource, Step, sample
-from gguf_sd.tokenizer import Tokens
-from gguf_sd.vae_file import VAEFile
+from gguf_sd.runtime import memory
+from gguf_sd.runtime.cuda_graph import CudaCapture, GraphedUNet, use_graphs
+from gguf_sd.runtime.kernel_modes import choose_kernels, make_resident, use_kernels
+from gguf_sd.sampling import NoiseSource, Step, init_latents, sample
+from gguf_sd.sampling.guidance import Conditioning, Predictor, Prompt
+from gguf_sd.sampling.init_latents import Encoder, InitLatents
 
 SIZE_EMBEDDING = 256  # width of the embedding of each of SDXL's six sizes
 
@@ -82,10 +83,11 @@ class Pipeline:
     ) -> Pipeline:
         """Opens a GGUF file.
 
-        ``weights``: auto, quantized or resident, see :class:`gguf_sd.memory.Plan`; ``kernels``: see
-        :func:`gguf_sd.kernel_modes.choose_kernels`; ``cuda_graph``: auto, on or off, see
-        :func:`gguf_sd.cuda_graph.use_graphs`; ``tokenizer``: a folder or a BPE merges file, for GGUF files that carry
-        none; ``vae``: another autoencoder than the file's own, full or tiny, see :mod:`gguf_sd.vae_file`.
+        ``weights``: auto, quantized or resident, see :class:`gguf_sd.runtime.memory.Plan`; ``kernels``: see
+        :func:`gguf_sd.runtime.kernel_modes.choose_kernels`; ``cuda_graph``: auto, on or off, see
+        :func:`gguf_sd.runtime.cuda_graph.use_graphs`; ``tokenizer``: a folder or a BPE merges file, for GGUF files
+        that carry none; ``vae``: another autoencoder than the file's own, full or tiny, see
+        :mod:`gguf_sd.checkpoint.vae_file`.
         Raises GgufSdError for files and settings that cannot work."""
         chosen = memory.choose_device(device)
         model, kind = ModelFile.open(path), memory.choose_dtype(dtype, chosen)
@@ -153,21 +155,21 @@ class Pipeline:
         embedded = timestep_embedding(sizes, SIZE_EMBEDDING).flatten()[None]
         return Prompt(context, torch.cat([pooled, embedded.to(pooled)], dim=-1))
 
-    def begin(self, job: Job, noise: NoiseSource) -> Beginning:
+    def begin(self, job: Job, noise: NoiseSource) -> InitLatents:
         """What the job's sampling starts from, for as many pictures as ``noise`` has seeds."""
         config, vae = self.model.config, self.model.config.vae
         shape = len(noise.seeds), vae.latent_channels, job.height // vae.downscale, job.width // vae.downscale
         if job.picture is None and config.unet.in_channels == vae.latent_channels:
-            return beginning.text_only(config, shape, noise, None)
+            return init_latents.text_only(config, shape, noise, None)
         encoder = Encoder(self._part("vae"), self.device, self.dtype)
         if job.picture is None:
-            start = beginning.text_only(config, shape, noise, encoder)
+            start = init_latents.text_only(config, shape, noise, encoder)
         else:
-            start = beginning.from_picture(config, shape, noise, encoder, job.picture, job.schedule)
+            start = init_latents.from_picture(config, shape, noise, encoder, job.picture, job.schedule)
         self._release("vae")
         return start
 
-    def denoise(self, job: Job, start: Beginning, conditioning: Conditioning, noise: NoiseSource) -> Iterator[Step]:
+    def denoise(self, job: Job, start: InitLatents, conditioning: Conditioning, noise: NoiseSource) -> Iterator[Step]:
         """Walks latents [B, 4, h, w] down the job's schedule, yielding after every step."""
         passes = job.steps_run * (len(list(job.batches())) if self.plan.keep_parts else 1)
         graphed = use_graphs(self.cuda_graph, self.device, self.kernels, passes)

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 
 from PIL import Image
 
-from gguf_sd import beginning, images
 from gguf_sd.config import Defaults, ModelConfig
 from gguf_sd.errors import GgufSdError
+from gguf_sd.imaging import images
 from gguf_sd.sampling import Schedule, make_schedule, resolve_sampler, resolve_schedule
+from gguf_sd.sampling.init_latents import InitImage
 
 MAX_SEED = 2**32 - 1
 SAFETY_MODES = ("blur", "warn", "off")
@@ -66,7 +67,7 @@ class Job:
     strength: float | None
     mask_blur: int
     schedule: Schedule = field(repr=False, compare=False)
-    picture: beginning.Picture | None = field(repr=False, compare=False)
+    picture: InitImage | None = field(repr=False, compare=False)
     paste: bool = field(repr=False, compare=False)
     safety: str = field(repr=False, compare=False)
 
@@ -125,7 +126,7 @@ def prepare(request: Request, config: ModelConfig) -> Job:
     )
 
 
-def _picture(request: Request, values: Defaults) -> tuple[beginning.Picture | None, float | None]:
+def _picture(request: Request, values: Defaults) -> tuple[InitImage | None, float | None]:
     """The picture to start from and its strength; both None for text-to-image."""
     if request.image is None:
         if request.mask is not None:
@@ -143,7 +144,7 @@ def _picture(request: Request, values: Defaults) -> tuple[beginning.Picture | No
     size = (values.width, values.height)
     image = images.resized(images.to_rgb(request.image), *size, request.resize)
     mask = None if request.mask is None else images.resized(images.to_mask(request.mask), *size, request.resize)
-    return beginning.Picture(image, mask, values.steps - steps, mask is not None and strength == 1), strength
+    return InitImage(image, mask, values.steps - steps, mask is not None and strength == 1), strength
 
 
 def _check(values: Defaults, request: Request, config: ModelConfig) -> None:

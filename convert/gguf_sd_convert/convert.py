@@ -19,15 +19,15 @@ import gguf
 import torch
 from torch import Tensor
 
-from gguf_sd.clip_tokenizer import ClipTokenizer, find_tokenizer, read_tokenizer
 from gguf_sd.config import SD15, SDXL, SDXL_TURBO, ModelConfig
 from gguf_sd.errors import GgufSdError
-from gguf_sd_convert.checkpoints import Entry
-from gguf_sd_convert.inventory import expected_tensors
-from gguf_sd_convert.policy import LAYOUTS, TYPES, Stored, plan
+from gguf_sd.prompt.find_tokenizer import ClipTokenizer, find_tokenizer, read_tokenizer
 from gguf_sd_convert.progress import Progress, progress_bar
-from gguf_sd_convert.quantizers import F16_MAX, quantize
-from gguf_sd_convert.sources import Source, fitted, open_source
+from gguf_sd_convert.quantize.policy import LAYOUTS, TYPES, Stored, plan
+from gguf_sd_convert.quantize.quantizers import F16_MAX, quantize
+from gguf_sd_convert.sources.checkpoints import Entry
+from gguf_sd_convert.sources.inventory import expected_tensors
+from gguf_sd_convert.sources.source import Source, fitted, open_source
 from gguf_sd_convert.workers import in_order, workers
 from gguf_sd_convert.writer import GGUFSink, check_target
 from gguf_sd_kernels.formats import FORMATS

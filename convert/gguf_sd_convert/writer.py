@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from gguf_sd.errors import GgufSdError
-from gguf_sd.files import put_in_place, temporary_beside
-from gguf_sd_convert.policy import Stored
+from gguf_sd.imaging.atomic_write import put_in_place, temporary_beside
+from gguf_sd_convert.quantize.policy import Stored
 
 ALIGNMENT = 32
 MAX_NAME = 127  # bytes; ggml's limit

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from gguf_sd.errors import GgufSdError
-from gguf_sd.files import cache_folder
+from gguf_sd.imaging.atomic_write import cache_folder
 
 DEFAULT_TYPE = "q8_0"
 LAYOUT = "native"

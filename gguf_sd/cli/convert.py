@@ -42,7 +42,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Converts and reports; raises GgufSdError for bad input."""
     from gguf_sd_convert.convert import ConvertOptions, convert
-    from gguf_sd_convert.diffusers_config import read_model_config
+    from gguf_sd_convert.sources.diffusers_config import read_model_config
 
     if args.threads < 0:
         raise GgufSdError(f"--threads is {args.threads}; it takes 1 or more, or 0 for one a core")

@@ -84,7 +84,7 @@ _pair.__name__ = "pair, such as 1024x768"
 def run(args: argparse.Namespace) -> int:
     from gguf_sd.cli.cache import model_path
     from gguf_sd.demo import model_folder
-    from gguf_sd.parameters import read_parameters
+    from gguf_sd.imaging.png_metadata import read_parameters
     from gguf_sd.pipeline import Pipeline
 
     _check_output(args.output)
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _request(args: argparse.Namespace, recorded: dict[str, Any]) -> Request:
     """The settings of the command line over those recorded in a picture."""
-    from gguf_sd.images import open_image
+    from gguf_sd.imaging.images import open_image
     from gguf_sd.request import Request
 
     names = {f.name for f in fields(Request)}
@@ -138,8 +138,8 @@ def paint(pipeline: Pipeline, job: Job, args: argparse.Namespace) -> dict[str, A
     """Paints and saves; returns what `--json` prints: settings, files, seconds."""
     from tqdm import tqdm
 
-    from gguf_sd.files import save_png
-    from gguf_sd.parameters import PARAMETERS, parameters
+    from gguf_sd.imaging.atomic_write import save_png
+    from gguf_sd.imaging.png_metadata import PARAMETERS, parameters
 
     for note in [] if args.quiet else _notes(pipeline, args):
         print(note, file=sys.stderr)

@@ -24,7 +24,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from gguf_sd.model_file import ModelFile
+    from gguf_sd.checkpoint.model_file import ModelFile
 
     facts = describe(ModelFile.open(args.model), args.tensors)
     print(json.dumps(facts, indent=2) if args.json else table(facts))
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(model: Any, tensors: bool = False) -> dict[str, Any]:
     """The facts of a ModelFile as a JSON object."""
-    from gguf_sd.model_file import part_of
+    from gguf_sd.checkpoint.model_file import part_of
 
     file = model.file
     parts: dict[str, dict[str, dict[str, int]]] = defaultdict(

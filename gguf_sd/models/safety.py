@@ -15,9 +15,9 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from gguf_sd.checkpoint.assign import Source, assign
 from gguf_sd.config import SafetyConfig
 from gguf_sd.errors import GgufSdError
-from gguf_sd.load import Source, assign
 
 ADJUSTMENT = 0.01  # added to every concept's score where special care is called for
 DECIMALS = 3  # scores are rounded so before they are compared with zero

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from gguf_sd.checkpoint.assign import Source, assign
+from gguf_sd.checkpoint.quant_tensor import QuantTensor
+from gguf_sd.checkpoint.tensor_names import OPENCLIP, OPENCLIP_LAYER
 from gguf_sd.config import TextConfig
-from gguf_sd.load import Source, assign
-from gguf_sd.quant_tensor import QuantTensor
-from gguf_sd.tensor_names import OPENCLIP, OPENCLIP_LAYER
 
 OPENCLIP_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)")
 OPENCLIP_QKV = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")

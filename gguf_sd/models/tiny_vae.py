@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gguf_sd.config import VAEConfig
 from gguf_sd.errors import GgufSdError
-from gguf_sd.layers import Conv2d
+from gguf_sd.models.layers import Conv2d
 
 WIDTH = 64
 BLOCKS = 3  # residual blocks a resolution; one at the finest

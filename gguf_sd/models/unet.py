@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gguf_sd.config import UNetConfig
-from gguf_sd.layers import Conv2d, GroupNorm, LayerNorm, Linear, Pointwise, stacked
+from gguf_sd.models.layers import Conv2d, GroupNorm, LayerNorm, Linear, Pointwise, stacked
 from gguf_sd_kernels import ops
 
 

@@ -45,7 +45,8 @@ class BlockFormat:
 
 @dataclass(frozen=True)
 class FieldFormat:
-    """A type with a decoder of its own (:mod:`gguf_sd_kernels.decoders`): K-quants and the non-linear 4-bit types.
+    """A type with a decoder of its own (:mod:`gguf_sd_kernels.reference.decoders`): K-quants and the non-linear 4-bit
+    types.
 
     A K-quant's block is a super-block: d, and dmin where it has one, are float16 for all of its 256 values; every
     16 or 32 of them share a scale, and a minimum, of a few bits. With a scale sc, a minimum mn and a code q,

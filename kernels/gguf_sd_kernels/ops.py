@@ -6,13 +6,13 @@ Every function takes CPU and CUDA tensors of float32, float16 and bfloat16. ``li
 
 from __future__ import annotations
 
-from .activation import geglu
-from .attention import attention
-from .conv_cpu import convolve
-from .formats import FORMATS, BlockFormat, row_bytes, row_values
-from .linear_cpu import product, product_geglu
-from .norm import group_norm_silu
-from .reference import conv2d, dequantize, linear, linear_geglu
+from gguf_sd_kernels.cpu.activation import geglu
+from gguf_sd_kernels.cpu.attention import attention
+from gguf_sd_kernels.cpu.conv import convolve
+from gguf_sd_kernels.cpu.linear import product, product_geglu
+from gguf_sd_kernels.cpu.norm import group_norm_silu
+from gguf_sd_kernels.formats import FORMATS, BlockFormat, row_bytes, row_values
+from gguf_sd_kernels.reference.products import conv2d, dequantize, linear, linear_geglu
 
 __all__ = [
     "FORMATS",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .formats import block_format, row_values
+from gguf_sd_kernels.formats import block_format, row_values
 
 PACKED_TYPES = ("Q4_0", "Q4_1", "Q8_0")
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from gguf_sd.cli.generate import _notes
 from gguf_sd.cli.main import main
-from gguf_sd.parameters import parse_parameters
+from gguf_sd.imaging.png_metadata import parse_parameters
 
 FAST = ["--steps", "2", "--width", "32", "--height", "32", "--device", "cpu", "--dtype", "float32", "--quiet"]
 

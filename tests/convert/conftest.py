@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gguf_sd.tensor_names import TEXT, UNET, VAE, rename, unet_modules, vae_modules
+from gguf_sd.checkpoint.tensor_names import TEXT, UNET, VAE, rename, unet_modules, vae_modules
 from gguf_sd_convert.convert import ConvertOptions, convert
-from gguf_sd_convert.diffusers_config import read_model_config
+from gguf_sd_convert.sources.diffusers_config import read_model_config
 
 
 @dataclass

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from gguf_sd.config import ModelConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd_convert.convert import ConvertOptions, convert
-from gguf_sd_convert.quantizers import quantize
+from gguf_sd_convert.quantize.quantizers import quantize
 
 Make = Callable[..., Any]
 CONV = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"

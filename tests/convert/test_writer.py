@@ -19,7 +19,7 @@ from gguf_sd.cli.main import main
 from gguf_sd.errors import GgufSdError
 from gguf_sd_convert import convert as converter
 from gguf_sd_convert.convert import ConvertOptions, convert
-from gguf_sd_convert.policy import Stored
+from gguf_sd_convert.quantize.policy import Stored
 from gguf_sd_convert.writer import GGUFSink
 
 Make = Callable[..., Any]

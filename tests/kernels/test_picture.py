@@ -10,9 +10,9 @@ from torch import nn
 
 from gguf_sd import Pipeline, pipeline
 from gguf_sd.demo import model_folder
-from gguf_sd.kernel_modes import use_kernels
-from gguf_sd.layers import Quantized
+from gguf_sd.models.layers import Quantized
 from gguf_sd.quality import psnr
+from gguf_sd.runtime.kernel_modes import use_kernels
 from gguf_sd_convert.convert import ConvertOptions, convert
 
 

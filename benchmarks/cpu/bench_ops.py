@@ -1,0 +1,187 @@
+"""What the CPU path gains over plain torch, at the shapes of one SD 1.5 step of 512x512 with guidance (batch 2).
+
+Both sides run alternately in one process; a time is the best of several, which on a shared machine is the one
+least disturbed. ``python -m benchmarks.cpu.bench_ops [--dtype float32] [--threads 2] [--json FILE]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gguf_sd_kernels import ops
+
+UNET_WEIGHTS = 859_520_964  # of SD 1.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """Plain torch against ours; ``per_step`` is how often the call occurs in a step."""
+
+    name: str
+    plain: Callable[[], object]
+    ours: Callable[[], object]
+    per_step: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """Milliseconds a call, and what the difference is worth in a step."""
+
+    name: str
+    plain_ms: float
+    ours_ms: float
+    ratio: float
+    saved_ms_a_step: float
+
+
+def random_blocks(qtype: str, rows: int, cols: int) -> Tensor:
+    """Blocks with scales of 1 and random codes."""
+    fmt = ops.FORMATS[qtype]
+    blocks = torch.randint(0, 256, (rows, cols // fmt.block_size, fmt.type_size), dtype=torch.uint8)
+    for field in range(0, fmt.scale_bytes + fmt.min_bytes, 2):
+        blocks[..., field], blocks[..., field + 1] = 0x00, 0x3C
+    return blocks.view(rows, -1)
+
+
+def attention_cases(dtype: torch.dtype) -> Iterator[Case]:
+    shapes = [(4096, 4096, 40, 5), (1024, 1024, 80, 5), (256, 256, 160, 5), (64, 64, 160, 1)]
+    shapes += [(4096, 77, 40, 5), (1024, 77, 80, 5), (256, 77, 160, 5)]
+    for n, m, d, count in shapes:
+        q, k, v = (torch.randn(2, tokens, 8, d).to(dtype).transpose(1, 2) for tokens in (n, m, m))
+        yield Case(
+            f"attention [2, 8, {n}, {d}] on {m} keys",
+            lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v),  # type: ignore[misc]
+            lambda q=q, k=k, v=v: ops.attention(q, k, v),  # type: ignore[misc]
+            count,
+        )
+
+
+def dequantize_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Against the obvious formula; ``per_step`` scales to the whole UNet."""
+    rows, cols = 1280, 11520
+    out = torch.empty(rows, cols, dtype=dtype)
+    for qtype in ("Q4_0", "Q4_1", "Q8_0"):
+        blocks = random_blocks(qtype, rows, cols)
+        yield Case(
+            f"dequantize {qtype} [{rows}, {cols}]",
+            lambda blocks=blocks, qtype=qtype: _dequantize_plain(blocks, qtype, dtype),  # type: ignore[misc]
+            lambda blocks=blocks, qtype=qtype: ops.dequantize(blocks, qtype, dtype, out),  # type: ignore[misc]
+            UNET_WEIGHTS / (rows * cols),
+        )
+
+
+def _dequantize_plain(blocks: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
+    fmt = ops.FORMATS[qtype]
+    flat = blocks.view(-1, fmt.type_size)
+    d, m, quants = flat.split([fmt.scale_bytes, fmt.min_bytes, fmt.quant_bytes], 1)
+    codes = quants.view(torch.int8) if fmt.quant_bytes == 32 else torch.cat([quants & 15, quants >> 4], 1)
+    values = (codes.float() - fmt.zero_point) * d.view(torch.float16).float()
+    return (values + m.view(torch.float16).float() if fmt.min_bytes else values).to(dtype).view(len(blocks), -1)
+
+
+def conv_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Weights already decoded. Plain: stored (IC, KH, KW); ours: tap-major."""
+    shapes = [(320, 320, 64, 1, 7), (640, 640, 32, 1, 6), (1280, 1280, 16, 1, 6), (1280, 1280, 8, 1, 11)]
+    shapes += [(2560, 1280, 8, 1, 3), (2560, 1280, 16, 1, 2), (1920, 1280, 16, 1, 1), (1920, 640, 32, 1, 1)]
+    shapes += [(960, 320, 64, 1, 1), (320, 320, 64, 2, 1), (1280, 1280, 16, 2, 1)]
+    for ic, oc, size, stride, count in shapes:
+        x = torch.randn(2, ic, size, size).to(dtype).to(memory_format=torch.channels_last)
+        weight, bias = torch.randn(oc, ic, 3, 3).to(dtype), torch.randn(oc).to(dtype)
+        ours = weight.to(memory_format=torch.channels_last)
+        yield Case(
+            f"conv 3x3 {ic} -> {oc} at {size}x{size}, stride {stride}",
+            lambda x=x, w=weight, b=bias, s=stride: F.conv2d(x, w, b, s, 1),  # type: ignore[misc]
+            lambda x=x, w=ours, b=bias, s=stride: ops.convolve(x, w, b, s, 1),  # type: ignore[misc]
+            count,
+        )
+
+
+def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
+    for rows, width, count in [(8192, 320, 25), (2048, 640, 25), (512, 1280, 25)]:
+        x, bias = torch.randn(rows, width).to(dtype), torch.randn(8 * width).to(dtype)
+        weight = (0.05 * torch.randn(8 * width, width)).to(dtype)
+        yield Case(
+            f"linear [{rows}, {width}] -> {width}",
+            lambda x=x, w=weight[:width], b=bias[:width]: F.linear(x, w, b),  # type: ignore[misc]
+            lambda x=x, w=weight[:width], b=bias[:width]: ops.product(x, w, b),  # type: ignore[misc]
+            count,
+        )
+        yield Case(
+            f"geglu(linear) [{rows}, {width}] -> {4 * width}",
+            lambda x=x, w=weight, b=bias: _geglu_plain(F.linear(x, w, b)),  # type: ignore[misc]
+            lambda x=x, w=weight, b=bias: ops.product_geglu(x, w, b),  # type: ignore[misc]
+            5,
+        )
+
+
+def _geglu_plain(x: Tensor) -> Tensor:
+    value, gate = x.chunk(2, -1)
+    return value * F.gelu(gate)
+
+
+def norm_cases(dtype: torch.dtype) -> Iterator[Case]:
+    for channels, size, count in [(320, 64, 15), (640, 32, 15), (1280, 16, 15), (960, 64, 1)]:
+        x = torch.randn(2, channels, size, size).to(dtype).to(memory_format=torch.channels_last)
+        w, b = torch.randn(channels), torch.randn(channels)
+        plain_w, plain_b = w.to(dtype), b.to(dtype)
+        yield Case(
+            f"group_norm_silu [2, {channels}, {size}, {size}]",
+            lambda x=x, w=plain_w, b=plain_b: F.silu(F.group_norm(x, 32, w, b)),  # type: ignore[misc]
+            lambda x=x, w=w, b=b: ops.group_norm_silu(x, 32, w, b),  # type: ignore[misc]
+            count,
+        )
+
+
+def measure(case: Case, repeats: int) -> Result:
+    """Alternates the two sides, after one call each to warm up."""
+    best = [float("inf"), float("inf")]
+    for turn in range(repeats + 1):
+        for side, call in enumerate((case.plain, case.ours)):
+            start = time.perf_counter()
+            call()
+            if turn:
+                best[side] = min(best[side], 1e3 * (time.perf_counter() - start))
+    plain, ours = best
+    return Result(case.name, plain, ours, ours / plain, (plain - ours) * case.per_step)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--only", default="", help="run the cases whose name holds this")
+    parser.add_argument("--json", metavar="FILE", help="write the results there too")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    dtype = getattr(torch, args.dtype)
+    results = []
+    print(f"{args.dtype}, {args.threads} threads\n{'':52}{'plain ms':>10}{'ours ms':>10}{'ratio':>8}{'saved/step':>12}")
+    with torch.inference_mode():
+        for cases in (attention_cases, dequantize_cases, conv_cases, linear_cases, norm_cases):
+            for case in cases(dtype):
+                if args.only not in case.name:
+                    continue
+                r = measure(case, args.repeats)
+                results.append(r)
+                print(
+                    f"{r.name:52}{r.plain_ms:10.2f}{r.ours_ms:10.2f}{r.ratio:8.2f}{r.saved_ms_a_step:12.1f}", flush=True
+                )
+    if args.json:
+        about = {"dtype": args.dtype, "threads": args.threads, "torch": torch.__version__, "cpu": platform.processor()}
+        with open(args.json, "w") as file:
+            json.dump({**about, "results": [asdict(r) for r in results]}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

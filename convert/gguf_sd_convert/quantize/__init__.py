@@ -1,0 +1,1 @@
+"""Which type a tensor gets, and its blocks."""

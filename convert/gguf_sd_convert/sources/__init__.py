@@ -1,0 +1,1 @@
+"""What can be converted: weight files, diffusers folders and their settings."""

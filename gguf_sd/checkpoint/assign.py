@@ -1,0 +1,68 @@
+"""Filling a model that was built on the meta device: the stored type of each weight chooses its layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from gguf_sd.checkpoint.quant_tensor import QuantTensor
+from gguf_sd.errors import GgufSdError
+from gguf_sd.models.layers import quantized
+
+Source = Callable[[], Tensor | QuantTensor]  # reads the tensor when it is called
+
+
+def assign(
+    model: nn.Module,
+    sources: Mapping[str, Source],
+    dtype: torch.dtype,
+    where: str,
+    keep_quantized: bool = True,
+) -> None:
+    """Gives every parameter of ``model`` its tensor: quantised linears and convolutions become quantised layers
+    (unless ``keep_quantized`` is false), everything else becomes ``dtype``.
+
+    Strict: raises GgufSdError, naming the tensor and the file (``where``), for missing, unknown or wrongly
+    shaped tensors.
+    """
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    _check_names(expected, sources, where)
+    for name, shape in expected.items():
+        owner_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        stored = _shaped(name, shape, sources[name](), where)
+        if isinstance(stored, QuantTensor) and keep_quantized and isinstance(owner, nn.Linear | nn.Conv2d):
+            model.set_submodule(owner_name, quantized(owner, stored))
+            continue
+        owner._parameters[leaf] = nn.Parameter(_plain(stored, dtype), requires_grad=False)
+
+
+def _plain(stored: Tensor | QuantTensor, dtype: torch.dtype) -> Tensor:
+    full = stored.dequantize(dtype) if isinstance(stored, QuantTensor) else stored.to(dtype)
+    # Convolutions run channels-last; a weight that lies so already need not be reordered at every call.
+    return full.contiguous(memory_format=torch.channels_last) if full.dim() == 4 else full
+
+
+def _check_names(expected: Mapping[str, object], sources: Mapping[str, Source], where: str) -> None:
+    if missing := [name for name in expected if name not in sources]:
+        raise GgufSdError(
+            f"{where} lacks {len(missing)} of {len(expected)} tensors, the first is {missing[0]}; "
+            "it is incomplete: download or convert it again"
+        )
+    if unknown := [name for name in sources if name not in expected]:
+        raise GgufSdError(f"{where} holds {len(unknown)} tensors that do not belong, the first is {unknown[0]}")
+
+
+def _shaped(name: str, shape: tuple[int, ...], stored: Tensor | QuantTensor, where: str) -> Tensor | QuantTensor:
+    """The tensor in the shape that the model takes: 1x1 convolutions may be stored as such, they run as linears."""
+    got = tuple(stored.shape)
+    if got == shape:
+        return stored
+    if len(shape) != 2 or got != (*shape, 1, 1):
+        raise GgufSdError(f"{where}: tensor {name} has shape {list(got)} where the model takes {list(shape)}")
+    if isinstance(stored, QuantTensor):
+        return replace(stored, shape=shape, tap_major=False)
+    return stored.reshape(shape)

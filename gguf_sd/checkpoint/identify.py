@@ -1,0 +1,56 @@
+"""Which model a set of tensors is, told from canonical names and shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from gguf_sd.checkpoint.tensor_names import UNET
+from gguf_sd.config import SD15, SDXL, ModelConfig
+from gguf_sd.errors import GgufSdError
+
+FIRST_CONV = UNET + "input_blocks.0.0.weight"
+SD1_CONTEXT = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+SDXL_CONTEXT = UNET + "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
+XL_VECTOR = UNET + "label_emb.0.0.weight"
+FOREIGN = {  # a tensor that gives another architecture away
+    "double_blocks.0.img_attn.qkv.weight": "Flux",
+    "joint_blocks.0.x_block.attn.qkv.weight": "Stable Diffusion 3",
+    "blocks.0.cross_attn.q.weight": "a video or DiT model",
+    "model.embed_tokens.weight": "a language model",
+    "token_embd.weight": "a language model",
+    "blk.0.attn_q.weight": "a language model",
+}
+
+
+def identify(shapes: Mapping[str, Sequence[int]], source: str) -> ModelConfig:
+    """The configuration of SD 1.x, SD 1.5 inpainting or SDXL whose UNet has these shapes (canonical names, torch
+    order). ``source`` names the file in the error raised for anything else."""
+    first = shapes.get(FIRST_CONV)
+    if first is None:
+        raise GgufSdError(_foreign(shapes, source))
+    context = next((shapes[n][-1] for n in (SD1_CONTEXT, SDXL_CONTEXT) if n in shapes), 0)
+    vector = shapes[XL_VECTOR][-1] if XL_VECTOR in shapes else 0
+    for config in (SD15, SDXL):
+        unet = config.unet
+        if (first[0], context, vector) == (unet.block_out_channels[0], unet.context_dim, unet.vector_dim):
+            if len(first) != 4 or first[1] not in (4, 9):
+                break
+            return replace(config, unet=replace(unet, in_channels=first[1]))
+    known = {1024: "Stable Diffusion 2", 1280: "the SDXL refiner"}.get(context)
+    what = f"{source} holds {known}" if known else f"{source} holds a UNet of an unknown shape"
+    raise GgufSdError(
+        f"{what} (first convolution {list(first)}, context width {context}); "
+        "SD 1.x, SD 1.5 inpainting and SDXL are supported, other widths only as a diffusers folder"
+    )
+
+
+def _foreign(shapes: Mapping[str, Sequence[int]], source: str) -> str:
+    for name in shapes:
+        for tail, kind in FOREIGN.items():
+            if name.endswith(tail):
+                return f"{source} is a checkpoint of {kind}; gguf-sd takes Stable Diffusion 1.x and XL"
+    return (
+        f"{source} holds no Stable Diffusion UNet (no tensor {FIRST_CONV.removeprefix(UNET)}); "
+        "gguf-sd takes Stable Diffusion 1.x and XL checkpoints"
+    )

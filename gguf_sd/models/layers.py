@@ -1,0 +1,213 @@
+"""Linears and convolutions, with weights in full or in quantised blocks, and norms: thin modules over the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gguf_sd.checkpoint.quant_tensor import QuantTensor
+from gguf_sd_kernels import ops
+from gguf_sd_kernels.dispatch import conv2d_packed, linear_packed
+from gguf_sd_kernels.repack import PACKED_TYPES, PackedWeight, repack, unpack
+
+
+class PointwiseForward:
+    """Mixin for linears that are 1x1 convolutions: runs on [B, C, H, W] through its channels-last view."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        last = None if residual is None else residual.permute(0, 2, 3, 1)
+        return super().forward(x.permute(0, 2, 3, 1), last).permute(0, 3, 1, 2)  # type: ignore[misc]
+
+
+class Linear(nn.Linear):
+    """y = x W^T + b, and what is to be added to it."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [..., in], residual [..., out] -> [..., out]."""
+        y = ops.product(x, self.weight, self.bias)
+        return y if residual is None else y.add_(residual)
+
+    def geglu(self, x: Tensor) -> Tensor:
+        """value * gelu(gate), the halves of y: x [..., in] -> [..., out / 2]."""
+        return ops.product_geglu(x, self.weight, self.bias)
+
+
+class Pointwise(PointwiseForward, Linear):
+    """A 1x1 convolution, weight [out, in]."""
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution with a square kernel, the same stride and padding both ways, and what is to be added to it."""
+
+    def forward(self, x: Tensor, emb: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W], emb [B, out] for every pixel, residual [B, out, H', W'] -> [B, out, H', W']."""
+        assert not isinstance(self.padding, str)
+        return _added(ops.convolve(x, self.weight, self.bias, self.stride[0], self.padding[0]), emb, residual)
+
+
+def _added(y: Tensor, emb: Tensor | None, residual: Tensor | None) -> Tensor:
+    if emb is not None:
+        y = y.add_(emb[:, :, None, None])
+    return y if residual is None else y.add_(residual)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation of [B, C, H, W], with SiLU applied to its result where ``silu``."""
+
+    fused = False  # in Triton, two launches
+
+    def __init__(self, groups: int, channels: int, eps: float, silu: bool = True):
+        super().__init__(groups, channels, eps=eps)
+        self.silu = silu
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            from gguf_sd_kernels.triton.norm import group_norm_silu_triton
+
+            return group_norm_silu_triton(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
+        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation of [..., C]."""
+
+    fused = False  # in Triton, one launch
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            from gguf_sd_kernels.triton.norm import layer_norm_triton
+
+            return layer_norm_triton(x, self.weight, self.bias, self.eps)
+        return super().forward(x)
+
+
+class Quantized(nn.Module):
+    """Holds the blocks as a buffer, so that `.to(device)` moves them and `.to(dtype)` leaves them alone."""
+
+    blocks: Tensor
+
+    def __init__(self, weight: QuantTensor, bias: Tensor | None):
+        super().__init__()
+        self.register_buffer("blocks", weight.blocks)
+        self.qtype, self.shape, self.tap_major = weight.qtype, weight.shape, weight.tap_major
+        self.bias = bias
+        self.packed: PackedWeight | None = None  # the blocks as the GPU kernels take them, in place of `blocks`
+        self.mode = ""
+
+    @property
+    def weight(self) -> QuantTensor:
+        """The weight, still quantised."""
+        blocks = self.blocks if self.packed is None else unpack(self.packed)
+        return QuantTensor(blocks, self.qtype, self.shape, self.tap_major)
+
+    def pack(self, mode: str) -> None:
+        """Repacks the blocks for the GPU kernels, on the device where they are; the module stays there from now on.
+        ``mode`` is one of gguf_sd_kernels.dispatch.MODES. Types without a kernel are left as they are."""
+        if self.qtype in PACKED_TYPES:
+            self.packed = repack(self.blocks, self.qtype, self.shape, tap_major=self.tap_major)
+            self.mode, self.blocks = mode, self.blocks.new_empty(0)
+
+    def extra_repr(self) -> str:
+        return f"{self.qtype}, shape={list(self.shape)}, bias={self.bias is not None}"
+
+
+class QuantLinear(Quantized):
+    """y = x W^T + b, with W [out, in] in blocks, and what is to be added to it."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [..., in], residual [..., out] -> [..., out]."""
+        if self.packed is not None:
+            return linear_packed(x, self.packed, self.bias, residual, mode=self.mode)
+        y = ops.linear(x, self.blocks, self.qtype, self.bias)
+        return y if residual is None else y.add_(residual)
+
+    def geglu(self, x: Tensor) -> Tensor:
+        """value * gelu(gate), the halves of y: x [..., in] -> [..., out / 2]."""
+        if self.packed is not None:
+            return linear_packed(x, self.packed, self.bias, geglu=True, mode=self.mode)
+        return ops.linear_geglu(x, self.blocks, self.qtype, self.bias)
+
+
+class QuantPointwise(PointwiseForward, QuantLinear):
+    """A 1x1 convolution with its weight in blocks."""
+
+
+class QuantConv2d(Quantized):
+    """A convolution with W [out, in, kh, kw] in blocks, and what is to be added to it."""
+
+    def __init__(self, weight: QuantTensor, bias: Tensor | None, stride: int, padding: int):
+        super().__init__(weight, bias)
+        self.stride, self.padding = stride, padding
+
+    def forward(self, x: Tensor, emb: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W], emb [B, out] for every pixel, residual [B, out, H', W'] -> [B, out, H', W']."""
+        if self.packed is not None:
+            stride, padding = self.stride, self.padding
+            return conv2d_packed(x, self.packed, self.bias, stride, padding, residual=residual, emb=emb, mode=self.mode)
+        out, channels, kh, kw = self.shape
+        y = ops.conv2d(
+            x,
+            self.blocks,
+            self.qtype,
+            (out, channels, kh, kw),
+            self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            tap_major=self.tap_major,
+        )
+        return _added(y, emb, residual)
+
+
+def quantized(module: nn.Linear | nn.Conv2d, weight: QuantTensor) -> nn.Module:
+    """The quantised counterpart of a linear, pointwise or convolution module; it takes over the bias."""
+    if isinstance(module, nn.Conv2d):
+        assert not isinstance(module.padding, str)
+        return QuantConv2d(weight, module.bias, module.stride[0], module.padding[0])
+    kind = QuantPointwise if isinstance(module, Pointwise) else QuantLinear
+    return kind(weight, module.bias)
+
+
+def stacked(linears: Sequence[nn.Module]) -> nn.Module | None:
+    """One linear that makes the outputs of several side by side, from weights below one another; None where they are
+    not all plain, or all in blocks of one type. For linears of one input width, with or without biases, not packed."""
+    biases = [linear.bias for linear in linears if isinstance(linear.bias, Tensor)]
+    if len(biases) not in (0, len(linears)):
+        return None
+    bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+    if all(type(linear) is Linear for linear in linears):
+        weight = torch.cat([linear.weight for linear in linears if isinstance(linear, Linear)])
+        out, features = weight.shape
+        with torch.device("meta"):
+            joined = Linear(features, out, bias=False)
+        joined.weight, joined.bias = nn.Parameter(weight, requires_grad=False), bias  # type: ignore[assignment]
+        return joined
+    weights = [linear.weight for linear in linears if isinstance(linear, QuantLinear)]
+    if len(weights) < len(linears) or len({weight.qtype for weight in weights}) > 1:
+        return None
+    shape = (sum(weight.shape[0] for weight in weights), weights[0].shape[1])
+    return QuantLinear(QuantTensor(torch.cat([weight.blocks for weight in weights]), weights[0].qtype, shape), bias)
+
+
+def resident(module: Quantized, dtype: torch.dtype, triton: bool = False) -> nn.Module:
+    """The full-precision counterpart, on the same device: the weight dequantised once, to ``dtype``; by Triton where
+    asked for and possible."""
+    if triton and module.qtype in PACKED_TYPES:
+        from gguf_sd_kernels.triton.dequantize import dequantize_packed
+
+        packed = module.packed or repack(module.blocks, module.qtype, module.shape, tap_major=module.tap_major)
+        decoded = dequantize_packed(packed, dtype)
+    else:
+        decoded = module.weight.dequantize(dtype)
+    weight = nn.Parameter(decoded, requires_grad=False)
+    out, features = module.shape[:2]
+    with torch.device("meta"):
+        full: nn.Module
+        if isinstance(module, QuantConv2d):
+            full = Conv2d(features, out, module.shape[2], module.stride, module.padding)
+        else:
+            kind = Pointwise if isinstance(module, QuantPointwise) else Linear
+            full = kind(features, out)
+    full.weight, full.bias = weight, module.bias
+    return full

@@ -1,0 +1,65 @@
+"""Prompts to CLIP token ids, with the tokenizer that the model's file carries."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import tokenizers
+import torch
+from torch import Tensor
+
+from gguf_sd.config import TextConfig
+from gguf_sd.errors import GgufSdError
+from gguf_sd.prompt.prompts import parse
+
+METADATA_KEY = "tokenizer.huggingface.json"
+
+
+class Tokens(NamedTuple):
+    """A prompt in chunks of what the text encoder takes at once, N = ``max_position_embeddings`` tokens."""
+
+    ids: Tensor  # int64 [chunks, N], each: start, tokens, end, padding
+    weights: Tensor  # float32 [chunks, N]
+
+    def padded(self, chunks: int, config: TextConfig) -> Tokens:
+        """With empty chunks at the end, ``chunks`` in all."""
+        empty = _chunk([], config)
+        ids = [self.ids, *(torch.tensor([[i for i, _ in empty]]) for _ in range(chunks - len(self.ids)))]
+        extra = torch.ones(chunks - len(self.ids), self.weights.shape[1])
+        return Tokens(torch.cat(ids), torch.cat([self.weights, extra]))
+
+
+class Tokenizer:
+    """CLIP's byte-pair encoding. ``text`` is the `tokenizers.Tokenizer.to_str` JSON of it."""
+
+    def __init__(self, text: str, where: str):
+        try:
+            self._bpe = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # tokenizers raises plain Exception
+            raise GgufSdError(f"{where} carries a damaged tokenizer ({METADATA_KEY}): {error}") from error
+
+    def encode(self, prompt: str, config: TextConfig) -> Tokens:
+        """The prompt's tokens with their weights (:mod:`gguf_sd.prompt.prompts`), in at least one chunk."""
+        room = config.max_position_embeddings - 2
+        chunks: list[list[tuple[int, float]]] = [[]]
+        for part in parse(prompt):
+            if part.text is None:
+                chunks.append([])
+                continue
+            for token in self._bpe.encode(part.text, add_special_tokens=False).ids:
+                if len(chunks[-1]) == room:
+                    chunks.append([])
+                chunks[-1].append((token, part.weight))
+        rows = [_chunk(chunk, config) for chunk in chunks]
+        ids = torch.tensor([[token for token, _ in row] for row in rows])
+        if ids.max() >= config.vocab_size:
+            raise GgufSdError(
+                f"the tokenizer gives token {ids.max()}, the text encoder knows {config.vocab_size}; "
+                "they do not belong together"
+            )
+        return Tokens(ids, torch.tensor([[weight for _, weight in row] for row in rows]))
+
+
+def _chunk(tokens: list[tuple[int, float]], config: TextConfig) -> list[tuple[int, float]]:
+    row = [(config.bos_token_id, 1.0), *tokens, (config.eos_token_id, 1.0)]
+    return row + [(config.pad_token_id, 1.0)] * (config.max_position_embeddings - len(row))

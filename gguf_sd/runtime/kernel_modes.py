@@ -1,0 +1,91 @@
+"""Which implementation the UNet's layers run on: plain torch, or the Triton kernels in one of their modes."""
+
+from __future__ import annotations
+
+import logging
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import gguf_sd_kernels
+from gguf_sd.errors import GgufSdError
+from gguf_sd.imaging.atomic_write import cache_folder
+from gguf_sd.models.layers import GroupNorm, LayerNorm, Quantized, resident
+from gguf_sd.models.unet import UNet
+from gguf_sd_kernels.tuning.launch import load_measured, table_name
+
+log = logging.getLogger(__name__)
+
+KERNEL_MODES = ("auto", "fused", "dequantize", "int8", "resident", "torch")
+# Where tables of measurements lie: with the kernels, and what the user measured on this machine.
+TABLES = Path(gguf_sd_kernels.__file__).parent / "tuning" / "tables"
+# Not in 8 bits: the prompt's first token has outliers that would drown the others' values, and the first and last
+# convolution meet the latents themselves.
+SIXTEEN_BITS = re.compile(r"\.attn2\.to_[kv]$|^input_blocks\.0\.|^out\.")
+
+
+def choose_kernels(name: str, weights: str, device: torch.device) -> tuple[str, str]:
+    """(kernels, weights) to use: the first of KERNEL_MODES but ``auto`` only where this GPU has been measured, the
+    second as in :class:`gguf_sd.runtime.memory.Plan`.
+
+    ``fused`` decodes inside the products, ``dequantize`` before each, ``int8`` quantises the activations too,
+    ``resident`` decodes once at load; these run in Triton on a GPU. ``torch`` is plain torch, anywhere. ``auto`` takes
+    the fastest of fused and dequantize for each layer where a table for this GPU is known, else it is ``torch``.
+    Raises GgufSdError for an unknown name, and what device or weights do not allow.
+    """
+    if name not in KERNEL_MODES:
+        raise GgufSdError(f"unknown kernels {name!r}; choose from {', '.join(KERNEL_MODES)}")
+    if name in ("auto", "torch"):
+        measured = name == "auto" and device.type == "cuda" and _has_triton() and load_tables(device) > 0
+        return ("auto" if measured else "torch"), weights
+    if device.type != "cuda":
+        raise GgufSdError(f"kernels {name!r} run on a GPU, the device is {device}; choose torch or auto")
+    if not _has_triton():
+        raise GgufSdError(f"kernels {name!r} need Triton, which is not installed; choose torch or auto")
+    needs = "resident" if name == "resident" else "quantized"
+    if weights not in ("auto", needs):
+        raise GgufSdError(f"kernels {name!r} work on {needs} weights, and {weights} are asked for; leave one out")
+    return name, needs
+
+
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def load_tables(device: torch.device) -> int:
+    """Reads what was measured on GPUs of this name; returns for how many products. The user's own table goes first."""
+    name = table_name(torch.cuda.get_device_name(device))
+    count = 0
+    for path in (TABLES / name, cache_folder() / "tables" / name):
+        if path.is_file():
+            try:
+                count += load_measured(path)
+            except (OSError, ValueError) as error:
+                log.warning("%s; it is not used", error)
+    return count
+
+
+def use_kernels(model: UNet, mode: str) -> None:
+    """Hands quantised layers and norms to the Triton kernels, in place; the model is on its GPU already.
+
+    ``mode`` is one of KERNEL_MODES but torch; with ``resident`` no quantised layers are left, see
+    :func:`make_resident`.
+    """
+    model.stack()
+    for name, module in model.named_modules():
+        if isinstance(module, Quantized):
+            module.pack("fused" if mode == "int8" and SIXTEEN_BITS.search(name) else mode)
+        elif isinstance(module, GroupNorm | LayerNorm):
+            module.fused = True
+
+
+def make_resident(model: nn.Module, dtype: torch.dtype, kernels: str = "torch") -> None:
+    """Replaces every quantised layer by its full-precision counterpart, in place and where it is; decoded by Triton
+    unless ``kernels`` is torch."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Quantized):
+            with torch.cuda.device_of(module.blocks):  # Triton launches on the current device
+                model.set_submodule(name, resident(module, dtype, triton=kernels != "torch"))

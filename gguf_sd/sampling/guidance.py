@@ -1,0 +1,84 @@
+"""Encoded prompts, and the UNet under classifier-free guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Prompt(NamedTuple):
+    """An encoded prompt: what the UNet attends to [1, N, context_dim], and SDXL's vector of pooled text and sizes
+    [1, vector_dim]."""
+
+    context: Tensor
+    vector: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """The encoded prompt and, for guidance, the negative prompt."""
+
+    positive: Prompt
+    negative: Prompt | None
+
+
+class Steps(Protocol):
+    """What predicts: a UNet, or what stands for it (:class:`gguf_sd.runtime.cuda_graph.GraphedUNet`)."""
+
+    def project(self, context: Tensor) -> Tensor: ...
+
+    def step(self, latents: Tensor, timesteps: Tensor, projected: Tensor, vector: Tensor | None = None) -> Tensor: ...
+
+
+class Predictor:
+    """The UNet under classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598).
+
+    What the UNet takes from the prompts is computed once and serves every step.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, unet: Steps, conditioning: Conditioning, guidance: float, batched: bool, extra: Tensor | None):
+        self.unet, self.guidance = unet, guidance
+        self.extra = extra  # channels of an inpainting checkpoint, [B, 5, h, w]
+        positive, negative = conditioning.positive, conditioning.negative
+        prompts = [positive] if negative is None else [negative, positive]
+        self.passes = [self._joined(some) for some in ([prompts] if batched else [[prompt] for prompt in prompts])]
+        self.batch = 1  # pictures that each prompt in the passes is repeated for
+
+    def _joined(self, prompts: Sequence[Prompt]) -> Prompt:
+        """The prompts of a pass, their keys and values in place of the context: [prompts, N, …]."""
+        vectors = [prompt.vector for prompt in prompts if prompt.vector is not None]
+        context = torch.cat([prompt.context for prompt in prompts])
+        with torch.cuda.device_of(context):  # Triton launches on the current device; does nothing on a CPU
+            projected = self.unet.project(context)
+        return Prompt(projected, torch.cat(vectors) if vectors else None)
+
+    @torch.inference_mode()
+    def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        """latents [B, 4, h, w], 0-dim timestep -> prediction [B, 4, h, w]."""
+        if self.batch != len(latents):
+            self.passes = [_repeated(some, self.batch, len(latents)) for some in self.passes]
+            self.batch = len(latents)
+        whole = latents if self.extra is None else torch.cat([latents, self.extra], dim=1)
+        predictions = [self._run(whole, timestep, prompts) for prompts in self.passes]
+        both = torch.cat(predictions).split(len(latents))
+        if len(both) == 1:
+            return both[0]
+        without, with_prompt = both
+        return without + self.guidance * (with_prompt - without)
+
+    def _run(self, latents: Tensor, timestep: Tensor, prompts: Prompt) -> Tensor:
+        """The predictions for each prompt of a pass in turn, [prompts * B, 4, h, w]."""
+        repeated = latents.repeat(len(prompts.context) // len(latents), 1, 1, 1)
+        with torch.cuda.device_of(latents):
+            return self.unet.step(repeated, timestep.expand(len(repeated)), prompts.context, prompts.vector)
+
+
+def _repeated(prompts: Prompt, before: int, batch: int) -> Prompt:
+    """Each prompt ``batch`` times in place of ``before``."""
+    context, vector = prompts.context[::before].repeat_interleave(batch, dim=0), prompts.vector
+    return Prompt(context, None if vector is None else vector[::before].repeat_interleave(batch, dim=0))

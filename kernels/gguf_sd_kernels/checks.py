@@ -1,0 +1,116 @@
+"""What the products with packed weights take, checked, and the sizes of what they give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gguf_sd_kernels.repack import PackedWeight
+from gguf_sd_kernels.tuning.launch import Product
+
+DTYPES = (torch.float16, torch.bfloat16)
+MAX_ELEMENTS = 2**31 - 1  # the kernels count in 32 bits
+
+
+def linear_shape(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None, geglu: bool
+) -> tuple[int, ...]:
+    """Shape of ``x [..., K]`` times ``weight``: ``[..., N]``, or ``[..., N/2]`` with ``geglu``.
+
+    Raises ValueError for dtypes other than float16 and bfloat16, and operands that do not fit.
+    """
+    n, k = weight.rows, weight.cols
+    _check_dtype(x)
+    if x.ndim < 1 or x.shape[-1] != k:
+        raise ValueError(f"x {list(x.shape)} does not end in the weight's {k} inputs")
+    if geglu and (n % 2 or residual is not None):
+        raise ValueError(f"GEGLU halves the outputs, of which there are {n}, and takes no residual")
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ValueError(f"the bias of {n} outputs is [{n}], got {list(bias.shape)}")
+    result = (*x.shape[:-1], n // 2 if geglu else n)
+    if residual is not None and tuple(residual.shape) != result:
+        raise ValueError(f"the residual of a result {list(result)} has its shape, got {list(residual.shape)}")
+    m = x.numel() // k
+    if max(x.numel(), m * n) > MAX_ELEMENTS:
+        raise ValueError(f"{m} rows of {k} inputs and {n} outputs are too many for 32-bit offsets; split the batch")
+    return result
+
+
+@dataclass(frozen=True)
+class ConvSizes:
+    """Sizes of ``x [batch, ic, height, width]`` and the result ``[batch, n, oh, ow]``; ``kw`` taps side by side."""
+
+    batch: int
+    height: int
+    width: int
+    ic: int
+    oh: int
+    ow: int
+    kw: int
+    product: Product
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """M, N, K, H, W, IC, OH, OW, in the order of the kernels' arguments."""
+        product = self.product
+        return product.m, product.n, product.k, self.height, self.width, self.ic, self.oh, self.ow
+
+    @property
+    def result(self) -> tuple[int, int, int, int]:
+        """``(B, OC, OH, OW)``."""
+        return self.batch, self.product.n, self.oh, self.ow
+
+
+def conv_sizes(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+    *,
+    residual: Tensor | None,
+    emb: Tensor | None,
+) -> ConvSizes:
+    """Sizes of the convolution of ``x [B, IC, H, W]`` with a tap-major weight of shape ``(OC, IC, KH, KW)``.
+
+    Raises ValueError for a weight in (IC, KH, KW) order, channels that are no multiple of 32, dtypes other than
+    float16 and bfloat16, and operands that do not fit.
+    """
+    _check_dtype(x)
+    if len(weight.shape) != 4:
+        raise ValueError(f"a convolution's weight is (OC, IC, KH, KW), got {list(weight.shape)}")
+    n, ic, kh, kw = weight.shape
+    if ic % 32 or not (weight.tap_major or kh == kw == 1):
+        raise ValueError(f"weight {list(weight.shape)} is not tap-major with channels in 32s; dequantize it")
+    if x.ndim != 4 or x.shape[1] != ic:
+        raise ValueError(f"x {list(x.shape)} is not [B, {ic}, H, W], which a weight {list(weight.shape)} takes")
+    batch, _, height, width = x.shape
+    oh, ow = ((size + 2 * padding - taps) // stride + 1 for size, taps in ((height, kh), (width, kw)))
+    if min(oh, ow) < 1:
+        raise ValueError(f"a picture of {height} x {width} padded by {padding} is smaller than {kh} x {kw}")
+    result = (batch, n, oh, ow)
+    for name, tensor, shape in (("bias", bias, (n,)), ("emb", emb, (batch, n)), ("residual", residual, result)):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"the {name} of a result {list(result)} is {list(shape)}, got {list(tensor.shape)}")
+    m = batch * oh * ow
+    if max(x.numel() + (padding * width + padding) * ic, m * n) > MAX_ELEMENTS:
+        raise ValueError(f"x {list(x.shape)} is too large for 32-bit offsets; split the batch or tile the picture")
+    product = Product("conv", weight.qtype, m, n, weight.cols, taps=kh * kw)
+    return ConvSizes(batch, height, width, ic, oh, ow, kw, product)
+
+
+def channels_last(tensor: Tensor | None) -> Tensor | None:
+    """The pictures ``[B, C, H, W]`` with their channels innermost, copied where they are not."""
+    return None if tensor is None else tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _check_dtype(x: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise ValueError(f"fused products take float16 and bfloat16, got {x.dtype}")
+
+
+def with_rows(tensor: Tensor | None) -> Tensor | None:
+    """``[B, N]`` whose rows are contiguous, whatever lies between them; copied where they are not."""
+    return tensor if tensor is None or tensor.stride(1) == 1 else tensor.contiguous()

@@ -1,0 +1,117 @@
+"""Products with packed weights on a GPU: which of the ways to make them is taken.
+
+"fused" decodes inside the product, "dequantize" decodes into scratch memory and calls cuBLAS or cuDNN, "auto" takes
+the faster by what was measured on this GPU (:func:`gguf_sd_kernels.tuning.launch.load_measured`). "int8" quantises the
+activations too: never "auto"'s choice, as it changes the result.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gguf_sd_kernels.cpu.activation import geglu as apply_geglu
+from gguf_sd_kernels.cpu.scratch import borrow
+from gguf_sd_kernels.repack import PackedWeight
+from gguf_sd_kernels.tuning.launch import Product, gpu_family, measured
+from gguf_sd_kernels.tuning.launch_int8 import int8_supported
+
+MODES = ("auto", "fused", "dequantize", "int8")
+# What "auto" does with a product that nobody measured. Not itself measured: arithmetic says that decoding first
+# costs a quarter of an SD 1.5 step and three quarters of an SDXL step at 512 pixels on the fastest cards.
+UNMEASURED = "fused"
+
+
+def linear_packed(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    geglu: bool = False,
+    mode: str = "auto",
+) -> Tensor:
+    """``x @ W.T + bias + residual``, or with ``geglu`` ``value * gelu(gate)`` of its halves, ``x [..., K]``.
+
+    ``mode`` is one of MODES; "int8" becomes "fused" for what it cannot do: Q4_1, and GPUs without it; "fused" becomes
+    "dequantize" for float32, and GPUs without tensor cores that Triton uses.
+    Raises ValueError for another mode, or shapes that do not fit.
+    """
+    n, k = weight.rows, weight.cols
+    op = "geglu" if geglu else "linear"
+    way = _way(x, weight, Product(op, weight.qtype, x.numel() // k, n, k), mode)
+    if way == "int8":
+        from gguf_sd_kernels.triton.int8 import linear_int8
+
+        return linear_int8(x, weight, bias, residual, geglu=geglu)
+    if way == "fused":
+        from gguf_sd_kernels.triton.linear import linear_fused
+
+        return linear_fused(x, weight, bias, residual, geglu=geglu)
+    from gguf_sd_kernels.triton.dequantize import dequantize_packed
+
+    if geglu and residual is not None:
+        raise ValueError("GEGLU takes no residual")
+    with borrow((n, k), x.dtype, x.device) as buffer:
+        full = dequantize_packed(weight, x.dtype, buffer)
+        y = F.linear(x, full.reshape(n, k), None if bias is None else bias.to(x.dtype))
+    if geglu:
+        return apply_geglu(y)
+    return y if residual is None else y.add_(residual)
+
+
+def conv2d_packed(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    *,
+    residual: Tensor | None = None,
+    emb: Tensor | None = None,
+    mode: str = "auto",
+) -> Tensor:
+    """Convolves ``x [B, IC, H, W]`` -> ``[B, OC, OH, OW]``; adds ``bias [OC]``, ``emb [B, OC]`` and ``residual``.
+
+    ``mode`` is one of MODES, as for :func:`linear_packed`; blocks in (IC, KH, KW) order, and channels that are no
+    multiple of 32, are dequantized in any. Raises ValueError for another mode, or shapes that do not fit.
+    """
+    n, _, kh, kw = weight.shape
+    oh, ow = ((size + 2 * padding - taps) // stride + 1 for size, taps in ((x.shape[2], kh), (x.shape[3], kw)))
+    product = Product("conv", weight.qtype, x.shape[0] * oh * ow, n, weight.cols, kh * kw)
+    way = _way(x, weight, product, mode)
+    if way == "int8":
+        from gguf_sd_kernels.triton.int8 import conv2d_int8
+
+        return conv2d_int8(x, weight, bias, stride, padding, residual=residual, emb=emb)
+    if way == "fused":
+        from gguf_sd_kernels.triton.conv import conv2d_fused
+
+        return conv2d_fused(x, weight, bias, stride, padding, residual=residual, emb=emb)
+    from gguf_sd_kernels.triton.dequantize import dequantize_packed
+
+    x = x.contiguous(memory_format=torch.channels_last)
+    with borrow((n, weight.cols), x.dtype, x.device) as buffer:
+        full = dequantize_packed(weight, x.dtype, buffer)
+        y = F.conv2d(x, full, None if bias is None else bias.to(x.dtype), stride, padding)
+    if emb is not None:
+        y += emb[:, :, None, None]
+    return y if residual is None else y.add_(residual)
+
+
+def _way(x: Tensor, weight: PackedWeight, product: Product, mode: str) -> str:
+    """How ``product`` is made: "fused", "int8" or "dequantize"."""
+    if mode not in MODES:
+        raise ValueError(f"no mode {mode!r} for packed weights; choose from {', '.join(MODES)}")
+    in_order = weight.tap_major or product.taps == 1
+    if product.op == "conv" and not (in_order and weight.shape[1] % 32 == 0):
+        return "dequantize"
+    if x.dtype not in (torch.float16, torch.bfloat16) or gpu_family(x.device) is None:
+        return "dequantize"
+    if mode == "int8":
+        return "int8" if int8_supported(weight, x.device) else "fused"
+    if mode == "auto":
+        known = measured(product)
+        return known.fastest if known else UNMEASURED
+    return mode

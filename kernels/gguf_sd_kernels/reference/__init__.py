@@ -1,0 +1,1 @@
+"""Plain torch: decoders and products, and what the other implementations are tested against."""

@@ -1,0 +1,60 @@
+"""Activations in 8 bits, in blocks of 32 with a scale each, quantised once for all that reads them."""
+
+# ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gguf_sd_kernels.checks import DTYPES, MAX_ELEMENTS
+
+QUANTIZE_BLOCKS, QUANTIZE_WARPS = 128, 4
+
+
+@dataclass(frozen=True)
+class Int8Activations:
+    """Activations of K values a row in blocks of 32: value = scale * code.
+
+    ``codes`` int8 ``[M, K]``, ``scales`` float32 ``[M, K/32]``, ``sums`` int32 ``[M, K/32]`` of each block's codes.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    sums: Tensor
+
+
+@triton.jit
+def quantize_kernel(x, codes, scales, sums, n_blocks, BLOCKS: tl.constexpr):
+    """Blocks of x [n_blocks, 32] to int8 by their largest magnitude, rounded to nearest, ties to even."""
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    mask = (block < n_blocks)[:, None]
+    at = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+    values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(values), 1)
+    steps = values * (127.0 / tl.maximum(largest, 1e-30))[:, None]
+    # 1.5 * 2^23 rounds what is added to it to an integer, in its low mantissa bits.
+    code = (steps + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+    tl.store(codes + at, code.to(tl.int8), mask=mask)
+    tl.store(scales + block, largest * (1.0 / 127.0), mask=block < n_blocks)
+    tl.store(sums + block, tl.sum(code, 1), mask=block < n_blocks)
+
+
+def quantize_activations(x: Tensor) -> Int8Activations:
+    """Quantises ``x [M, K]``, float16 or bfloat16, per 32 values of a row. Raises ValueError for other x."""
+    if x.dtype not in DTYPES or x.ndim != 2 or x.shape[1] % 32 or x.numel() > MAX_ELEMENTS:
+        raise ValueError(f"activations to quantise are 16-bit [M, a multiple of 32], got {x.dtype} {list(x.shape)}")
+    x = x.contiguous()
+    shape = (x.shape[0], x.shape[1] // 32)
+    codes = torch.empty_like(x, dtype=torch.int8)
+    scales = torch.empty(shape, dtype=torch.float32, device=x.device)
+    sums = torch.empty(shape, dtype=torch.int32, device=x.device)
+    if blocks := scales.numel():
+        grid = (triton.cdiv(blocks, QUANTIZE_BLOCKS),)
+        quantize_kernel[grid](x, codes, scales, sums, blocks, BLOCKS=QUANTIZE_BLOCKS, num_warps=QUANTIZE_WARPS)
+    return Int8Activations(codes, scales, sums)

@@ -1,0 +1,1 @@
+"""Which launch a product gets."""

@@ -1,0 +1,266 @@
+"""Which launch configuration a product gets: tile sizes by GPU family and M, and how often to split K.
+
+Every entry here is UNTUNED: chosen from counted instructions, registers and shared memory of the compiled code and
+from arithmetic, with no GPU at hand. Measured entries come from ``benchmarks/gpu/bench_kernels.py`` and go
+before these, see :func:`load_measured`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Tiles of M walked before the next of N, so that programs that run together share operands in the L2 cache. A
+# customary value, not measured here.
+GROUP_M = 8
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a product [M, K] x [N, K]^T is cut up and run."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    swap: bool = False  # dot(w, x^T) in place of dot(x, w^T): the decoded operand stays in registers
+    ptx: bool = False  # decode nibbles with inline PTX: NVIDIA, float16
+    splits: int = 1  # programs that share a tile's K
+
+    @property
+    def tile(self) -> dict[str, int]:
+        """What every product kernel takes of this, the compiler's options included."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "GROUP_M": GROUP_M,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+    def decoding(self, x: Tensor) -> dict[str, bool | int]:
+        """What the kernels that decode weights to x's dtype take besides."""
+        cpu = x.device.type == "cpu"  # Triton's interpreter, which knows no inline PTX and no bfloat16 product
+        return {
+            "SWAP": self.swap,
+            "PTX": self.ptx and not cpu and not torch.version.hip,
+            "WIDEN": cpu and x.dtype == torch.bfloat16,
+            "BLOCK_K": self.block_k,
+        }
+
+
+@dataclass(frozen=True)
+class Product:
+    """What is to be multiplied: ``op`` is "linear", "geglu" or "conv".
+
+    A convolution has M = B * OH * OW, K = taps * IC; GEGLU's N counts values and gates.
+    """
+
+    op: str
+    qtype: str
+    m: int
+    n: int
+    k: int
+    taps: int = 1
+
+    @property
+    def step_multiple(self) -> int:
+        """What a step along K has to divide: a convolution's steps stay inside a tap."""
+        return self.k // self.taps
+
+
+# family -> (largest M, Launch), in rising order: the first whose M is large enough serves. What comes after one that
+# serves every M is only measured beside the others.
+Table = dict[str, tuple[tuple[int, Launch], ...]]
+
+# mma (sm_80 86 89 120): mma.sync; 128x128 and 128x64 spill with 4 warps and 64x128 with any. At a BLOCK_K of 64,
+# 128x64 spills with 8 warps too, in 1x1 convolutions, and with GEGLU on sm_120. 3 stages fit 99 KiB.
+# wgmma (sm_90): 256 rows of x share one decoding of 128 rows of w. tcgen05: sm_100. mfma: AMD CDNA. wmma: AMD
+# RDNA, where 128x128 spills at a BLOCK_K of 64.
+UNTUNED: Table = {
+    "mma": (
+        (16, Launch(16, 64, 64, warps=4, stages=4, swap=True, ptx=True)),
+        (64, Launch(64, 64, 64, warps=4, stages=4, swap=True, ptx=True)),
+        (512, Launch(128, 64, 32, warps=8, stages=4, swap=True, ptx=True)),
+        (1 << 31, Launch(128, 128, 64, warps=8, stages=3, swap=True, ptx=True)),
+    ),
+    "wgmma": (
+        (16, Launch(16, 64, 64, warps=4, stages=4, swap=True, ptx=True)),
+        (64, Launch(64, 64, 64, warps=4, stages=4, ptx=True)),
+        (512, Launch(128, 128, 64, warps=8, stages=4, ptx=True)),
+        (1 << 31, Launch(256, 128, 64, warps=8, stages=3, ptx=True)),
+        (1 << 31, Launch(256, 128, 64, warps=8, stages=4, ptx=True)),
+        (1 << 31, Launch(128, 64, 64, warps=4, stages=4, ptx=True)),
+    ),
+    "tcgen05": (
+        (64, Launch(64, 64, 64, warps=4, stages=3, ptx=True)),
+        (1 << 31, Launch(128, 128, 64, warps=8, stages=3, ptx=True)),
+    ),
+    "mfma": (
+        (64, Launch(32, 64, 64, warps=4, stages=2)),
+        (512, Launch(64, 64, 64, warps=4, stages=2)),
+        (1 << 31, Launch(128, 128, 64, warps=8, stages=2)),
+    ),
+    "wmma": (
+        (64, Launch(32, 64, 64, warps=4, stages=2)),
+        (512, Launch(64, 128, 64, warps=8, stages=2)),
+        (1 << 31, Launch(128, 128, 32, warps=8, stages=2)),
+    ),
+}
+FAMILIES = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 103: "tcgen05", 120: "mma", 121: "mma"}
+# Cost of a split in steps of BLOCK_K: [model] starting a program and filling its pipeline, writing and re-reading
+# its part of the tile. Neither has been measured.
+START_STEPS, SPLIT_STEPS, MAX_SPLITS = 4, 2, 16
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a GPU measured for one product: its best launch, and microseconds a call in each mode."""
+
+    launch: Launch
+    fused: float
+    dequantize: float  # decoding included
+    resident: float
+
+    @property
+    def fastest(self) -> str:
+        """ "fused" or "dequantize": the faster one that keeps the weight quantised."""
+        return "fused" if self.fused <= self.dequantize else "dequantize"
+
+
+# What was measured on this GPU, by the product without its M, then by M.
+_measured: dict[Product, dict[int, Measured]] = {}
+# A product that was not measured goes by the measured one of the nearest M, if that is no further than this factor.
+NEAREST = 4
+
+
+def choose(product: Product, family: str | None, processors: int) -> Launch:
+    """The launch for ``product`` on a GPU of ``family`` with so many multiprocessors.
+
+    Raises ValueError for a family of None.
+    """
+    if family is None:
+        raise ValueError("no fused kernels for this GPU: dequantize, and use the library's product")
+    if near := _nearest(product):
+        m, known = near
+        if m == product.m:
+            return known.launch
+        return replace(known.launch, splits=best_splits(product, known.launch, processors))
+    launch = next(launch for largest, launch in UNTUNED[family] if product.m <= largest)
+    if product.step_multiple % launch.block_k:
+        launch = replace(launch, block_k=32)  # blocks of 32 divide every row
+    return replace(launch, splits=best_splits(product, launch, processors))
+
+
+def tiles(product: Product, launch: Launch) -> int:
+    """How many tiles the result is cut into."""
+    return -(-product.m // launch.block_m) * -(-product.n // launch.block_n)
+
+
+def best_splits(product: Product, launch: Launch, processors: int) -> int:
+    """How many programs should share a tile's K so that a small grid fills the GPU [model]."""
+    steps, grid = product.k // launch.block_k, tiles(product, launch)
+    if grid >= 2 * processors:
+        return 1
+
+    def cost(splits: int) -> int:
+        waves = -(-grid * splits // processors)
+        return waves * (-(-steps // splits) + START_STEPS) + (SPLIT_STEPS * splits if splits > 1 else 0)
+
+    return min(range(1, min(MAX_SPLITS, steps) + 1), key=cost)
+
+
+def candidates(product: Product, family: str, processors: int, table: Table = UNTUNED) -> list[Launch]:
+    """Launches worth measuring for ``product``: every tile of the family, K split as the model says and around it."""
+    found: dict[Launch, None] = {}
+    for i, (_, launch) in enumerate(table[family]):
+        if i and launch.block_m >= 4 * product.m:
+            continue  # mostly padding; the smallest tile is always tried
+        if product.step_multiple % launch.block_k:
+            launch = replace(launch, block_k=32)
+        splits = best_splits(product, launch, processors)
+        small = tiles(product, launch) < 2 * processors  # a grid that fills the GPU has no reason to split K
+        for count in {1, splits // 2, splits, 2 * splits} if small else {1}:
+            if 1 <= count <= product.k // launch.block_k:
+                found[replace(launch, splits=count)] = None
+    return list(found)
+
+
+def architecture_family(architecture: str) -> str | None:
+    """The key into UNTUNED for "86" (compute capability * 10) or "gfx1100"; None for GPUs whose matrix instructions, if
+    they have any, Triton does not use: NVIDIA before sm_80, AMD before MI100 and the RX 7000 series."""
+    if not architecture.startswith("gfx"):
+        return FAMILIES.get(int(architecture))
+    if architecture.startswith(("gfx908", "gfx90a", "gfx94", "gfx95")):
+        return "mfma"
+    return "wmma" if architecture.startswith(("gfx11", "gfx12")) else None
+
+
+@cache
+def gpu_family(device: torch.device) -> str | None:
+    """:func:`architecture_family` of ``device``. A CPU, where kernels run in Triton's interpreter, counts as "mma"."""
+    if device.type == "cpu":
+        return "mma"
+    if torch.version.hip:
+        return architecture_family(torch.cuda.get_device_properties(device).gcnArchName)
+    major, minor = torch.cuda.get_device_capability(device)
+    return architecture_family(f"{major}{minor}")
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of ``device``; 4 for the interpreter, so that K is split there at times."""
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def measured(product: Product) -> Measured | None:
+    """What was measured on this GPU for ``product``, or for the same weight and the nearest M within a factor of
+    NEAREST; None where nothing was: mode "auto" decides by it."""
+    near = _nearest(product)
+    return near[1] if near else None
+
+
+def _nearest(product: Product) -> tuple[int, Measured] | None:
+    by_m = _measured.get(replace(product, m=0))
+    if not by_m:
+        return None
+    m = min(by_m, key=lambda m: abs(math.log(m / product.m)))
+    return (m, by_m[m]) if 1 / NEAREST <= m / product.m <= NEAREST else None
+
+
+def load_measured(path: Path) -> int:
+    """Reads what ``benchmarks/gpu/bench_kernels.py`` measured on this GPU; returns for how many products.
+
+    Raises ValueError for a file that is no such table; then nothing is taken from it.
+    """
+    try:
+        entries: list[dict[str, Any]] = json.loads(path.read_text())["products"]
+        table = {
+            Product(**entry.pop("product")): Measured(launch=Launch(**entry.pop("launch")), **entry)
+            for entry in entries
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no table of kernel measurements: {error!r}") from error
+    for product, values in table.items():
+        _measured.setdefault(replace(product, m=0), {})[product.m] = values
+    return len(table)
+
+
+def save_measured(path: Path, gpu: str, products: dict[Product, Measured]) -> None:
+    """Writes a table for :func:`load_measured`."""
+    entries = [{"product": asdict(product)} | asdict(values) for product, values in products.items()]
+    path.write_text(json.dumps({"gpu": gpu, "products": entries}, indent=1) + "\n")
+
+
+def table_name(gpu: str) -> str:
+    """File name of a GPU's table: "NVIDIA H200" -> "nvidia-h200.json"."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"

@@ -1,0 +1,30 @@
+"""Kernels compile for GPUs that are not here: a sample of what ``python -m gguf_sd_kernels.tools.aot`` compiles."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+SAMPLE = 63  # of all, seven kernels on each target; about 1 s each on one core
+
+
+def test_a_sample_compiles_for_every_target(tmp_path: Path) -> None:
+    """In a process of its own: this one may run Triton's interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[3] / "kernels")
+    command = [sys.executable, "-m", "gguf_sd_kernels.tools.aot", "--processes", "2"]
+    command += ["--sample", str(SAMPLE), "--json", str(tmp_path / "aot.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    built = json.loads((tmp_path / "aot.json").read_text())
+    assert len(built) == SAMPLE
+    assert len({b["target"] for b in built}) == 9
+    products = [b for b in built if b["case"].startswith(("linear", "conv", "int8 linear", "int8 conv"))]
+    assert any(b["case"].startswith("int8 conv") for b in products)
+    assert all(b["loop_matrix"] for b in products)

@@ -1,0 +1,111 @@
+"""Graphed steps: what is captured, when, and that a replay sees the inputs it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gguf_sd.errors import GgufSdError
+from gguf_sd.runtime.cuda_graph import WORTH_PASSES, CudaCapture, GraphedUNet, use_graphs
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+class Recorder:
+    """Stands for CudaCapture where there is no GPU: a replay runs the pass on its own inputs, into its own result."""
+
+    def __init__(self, failure: str = ""):
+        self.captures, self.failure = 0, failure
+
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        if self.failure:
+            raise torch.OutOfMemoryError(self.failure)
+        self.captures += 1
+        result = run()
+        return lambda: result.copy_(run())
+
+    def reserved(self) -> int:
+        return 1000 * self.captures
+
+
+class Sum:
+    """A UNet to compute in the head."""
+
+    def project(self, context: Tensor) -> Tensor:
+        return 2 * context
+
+    def step(self, latents: Tensor, timesteps: Tensor, projected: Tensor, vector: Tensor | None = None) -> Tensor:
+        extra = 0 if vector is None else vector.sum(1)[:, None, None, None]
+        return latents + timesteps[:, None, None, None] + projected.sum((1, 2))[:, None, None, None] + extra
+
+
+def inputs(batch: int, value: float, vector: bool = False) -> list[Any]:
+    """As guidance passes them: timesteps expanded from one, contexts from one prompt."""
+    given = [
+        torch.full((batch, 4, 2, 2), value),
+        torch.tensor(value).expand(batch),
+        torch.full((1, 3, 2), value).expand(batch, -1, -1),
+    ]
+    return given + ([torch.full((1, 5), value).expand(batch, -1)] if vector else [])
+
+
+def graphed(capture: Any, strict: bool = False) -> GraphedUNet:
+    return GraphedUNet(Sum(), capture, strict)
+
+
+def test_a_replay_sees_its_inputs() -> None:
+    unet = graphed(Recorder())
+    first = unet.step(*inputs(2, 1.0))
+    kept = first.clone()
+    for value in (1.0, 2.0, 3.0):
+        given = inputs(2, value)
+        assert torch.equal(unet.step(*given), Sum().step(*given))
+    assert torch.equal(first, kept), "a result changed after it was returned"
+
+
+def test_a_shape_is_captured_once() -> None:
+    recorder = Recorder()
+    unet = graphed(recorder)
+    for given in (inputs(1, 1.0), inputs(1, 2.0), inputs(2, 1.0), inputs(1, 1.0), inputs(2, 5.0, vector=True)):
+        assert torch.equal(unet.step(*given), Sum().step(*given))
+    assert recorder.captures == 3
+    assert unet.nbytes == 3000
+
+
+def test_a_failed_capture_is_said_once_and_steps_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    unet = graphed(Recorder("CUDA out of memory\nmore"))
+    for value in (1.0, 2.0):
+        given = inputs(1, value)
+        assert torch.equal(unet.step(*given), Sum().step(*given))
+    assert [record.message for record in caplog.records] == [
+        "the UNet cannot become a CUDA graph, steps run without one: CUDA out of memory"
+    ]
+    with pytest.raises(GgufSdError, match="out of memory; use --cuda-graph off"):
+        graphed(Recorder("CUDA out of memory"), strict=True).step(*inputs(1, 1.0))
+
+
+def test_when_graphs_are_used() -> None:
+    many, few = WORTH_PASSES, WORTH_PASSES - 1
+    assert use_graphs("auto", GPU, "fused", many)
+    assert not use_graphs("auto", GPU, "fused", few)
+    assert not use_graphs("auto", GPU, "torch", many)
+    assert not use_graphs("auto", CPU, "torch", many)
+    assert use_graphs("on", GPU, "torch", 1)
+    assert not use_graphs("off", GPU, "fused", many)
+    with pytest.raises(GgufSdError, match="'yes'; choose from auto, on, off"):
+        use_graphs("yes", GPU, "fused", many)
+    with pytest.raises(GgufSdError, match="need a GPU, the device is cpu"):
+        use_graphs("on", CPU, "torch", many)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.inference_mode()
+def test_on_a_gpu() -> None:
+    unet = GraphedUNet(Sum(), CudaCapture(GPU), strict=True)
+    for value in (1.0, 2.0):
+        given = [x.to(GPU) for x in inputs(2, value)]
+        assert torch.equal(unet.step(*given), Sum().step(*given))
