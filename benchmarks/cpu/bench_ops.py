@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gguf_sd_kernels import ops
+from gguf_sd_kernels.formats import block_format
 
 UNET_WEIGHTS = 859_520_964  # of SD 1.5
 
@@ -45,7 +46,7 @@ class Result:
 
 def random_blocks(qtype: str, rows: int, cols: int) -> Tensor:
     """Blocks with scales of 1 and random codes."""
-    fmt = ops.FORMATS[qtype]
+    fmt = block_format(qtype)
     blocks = torch.randint(0, 256, (rows, cols // fmt.block_size, fmt.type_size), dtype=torch.uint8)
     for field in range(0, fmt.scale_bytes + fmt.min_bytes, 2):
         blocks[..., field], blocks[..., field + 1] = 0x00, 0x3C
@@ -80,7 +81,7 @@ def dequantize_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _dequantize_plain(blocks: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
-    fmt = ops.FORMATS[qtype]
+    fmt = block_format(qtype)
     flat = blocks.view(-1, fmt.type_size)
     d, m, quants = flat.split([fmt.scale_bytes, fmt.min_bytes, fmt.quant_bytes], 1)
     codes = quants.view(torch.int8) if fmt.quant_bytes == 32 else torch.cat([quants & 15, quants >> 4], 1)

@@ -88,11 +88,11 @@ def step_contestants(path: Path, size: int, dtype: torch.dtype) -> dict[str, Cal
         more = {"added_cond_kwargs": {"text_embeds": torch.randn(1, pooled).to(dtype), "time_ids": torch.ones(1, 6)}}
     quantized, resident = model.load_unet(dtype), model.load_unet(dtype)
     make_resident(resident, dtype)
-    channels_last = latents.contiguous(memory_format=torch.channels_last)
+    reordered = latents.contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         projected = resident.project(context)
     return {
-        "diffusers": lambda: theirs(channels_last, timesteps, context, **more),
+        "diffusers": lambda: theirs(reordered, timesteps, context, **more),
         "quantized": lambda: quantized.step(latents, timesteps, projected, vector),
         "resident": lambda: resident.step(latents, timesteps, projected, vector),
         "quantized, first step": lambda: quantized(latents, timesteps, context, vector),
@@ -112,12 +112,13 @@ def decode_contestants(path: Path, size: int, dtype: torch.dtype) -> dict[str, C
         )
     theirs = random_weights(theirs, dtype)
     latents = torch.randn(1, 4, size // 8, size // 8).to(dtype)
-    channels_last = latents.contiguous(memory_format=torch.channels_last)
-    return {"diffusers": lambda: theirs.decode(channels_last), "gguf-sd": lambda: vae.decode(latents)}
+    reordered = latents.contiguous(memory_format=torch.channels_last)
+    return {"diffusers": lambda: theirs.decode(reordered), "gguf-sd": lambda: vae.decode(latents)}
 
 
 def random_weights(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    module = module.to_empty(device="cpu").to(dtype).eval().to(memory_format=torch.channels_last)
+    module = module.to_empty(device="cpu").to(dtype).eval()
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(std=0.02)
