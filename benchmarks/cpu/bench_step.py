@@ -81,7 +81,7 @@ def step_contestants(path: Path, size: int, dtype: torch.dtype) -> dict[str, Cal
     timesteps = torch.full((batch,), 500)
     with torch.device("meta"):
         theirs = diffusers.UNet2DConditionModel(**diffusers_settings(config))
-    theirs = random_weights(theirs, dtype)
+    theirs: Any = random_weights(empty, dtype)
     more: dict[str, Any] = {}
     if config.vector_dim:
         pooled = config.vector_dim - 6 * 256
@@ -104,13 +104,13 @@ def decode_contestants(path: Path, size: int, dtype: torch.dtype) -> dict[str, C
     model = ModelFile.open(path)
     vae = model.load_vae(dtype)
     with torch.device("meta"):
-        theirs = diffusers.AutoencoderKL(
+        empty = diffusers.AutoencoderKL(
             block_out_channels=model.config.vae.block_out_channels,
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
             layers_per_block=model.config.vae.layers_per_block,
         )
-    theirs = random_weights(theirs, dtype)
+    theirs: Any = random_weights(empty, dtype)
     latents = torch.randn(1, 4, size // 8, size // 8).to(dtype)
     reordered = latents.contiguous(memory_format=torch.channels_last)
     return {"diffusers": lambda: theirs.decode(reordered), "gguf-sd": lambda: vae.decode(latents)}
