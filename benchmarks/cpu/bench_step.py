@@ -51,7 +51,7 @@ def main() -> None:
 
     # Each in a process of its own, before this one grows.
     peaks = {mode: peak_memory(args.model, args.size, mode) for mode in MODES}
-    steps = medians(step_contestants(args.model, args.size, dtype), args.repeats)
+    steps = medians(step_contenders(args.model, args.size, dtype), args.repeats)
     decodes = medians(decode_contestants(args.model, args.size, dtype), args.repeats)
     result = {
         "date": date.today().isoformat(),
@@ -71,7 +71,7 @@ def main() -> None:
         args.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def step_contestants(path: Path, size: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+def step_contenders(path: Path, size: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     model = ModelFile.open(path)
     config = model.config.unet
     batch = 1 if config.vector_dim else 2
@@ -81,7 +81,7 @@ def step_contestants(path: Path, size: int, dtype: torch.dtype) -> dict[str, Cal
     timesteps = torch.full((batch,), 500)
     with torch.device("meta"):
         theirs = diffusers.UNet2DConditionModel(**diffusers_settings(config))
-    theirs: Any = random_weights(empty, dtype)
+    theirs = random_weights(theirs, dtype)
     more: dict[str, Any] = {}
     if config.vector_dim:
         pooled = config.vector_dim - 6 * 256
