@@ -107,7 +107,7 @@ def test_every_kind_of_check(on_path: None) -> None:
     from benchmarks.gpu.check_gpu import all_jobs
     from benchmarks.lib.kernel_checks import run_job
 
-    jobs = {}
+    jobs: dict[tuple[str, str], Any] = {}
     for job in all_jobs(torch.device("cpu"), ("Q4_1",)):
         op = job.arguments[1].op if job.check == "product" else ""
         jobs.setdefault((job.check, op), job)
@@ -124,7 +124,7 @@ def test_jobs_that_die_take_nothing_else(on_path: None, tmp_path: Path, monkeypa
         "        time.sleep(60)\n    return 1 / job\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    from pool_work import work
+    from pool_work import work  # type: ignore[import-not-found]
 
     from benchmarks.lib.deadline import Deadline
     from benchmarks.lib.worker_pool import Failure, run_jobs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -43,7 +44,9 @@ def _jpeg(pictures: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("spoil", [lambda x: x, _blurred, _jpeg], ids=["clean", "blurred", "jpeg"])
-def test_checker_reads_what_was_rendered(gallery, spoil):
+def test_checker_reads_what_was_rendered(
+    gallery: tuple[list[world.Scene], Tensor], spoil: Callable[[Tensor], Tensor]
+) -> None:
     drawn, pictures = gallery
     right = [check.judge(p, scene).all for scene, p in zip(drawn, spoil(pictures), strict=True)]
     assert sum(right) >= 0.995 * PICTURES
@@ -65,7 +68,7 @@ def _wrong_scenes(scene: world.Scene) -> dict[str, world.Scene]:
     return wrong
 
 
-def test_checker_finds_every_kind_of_mistake(gallery):
+def test_checker_finds_every_kind_of_mistake(gallery: tuple[list[world.Scene], Tensor]) -> None:
     """Each caption is changed in one point; exactly that point must be marked wrong."""
     drawn, pictures = gallery
     for scene, picture in zip(drawn[:30], pictures, strict=False):
@@ -78,7 +81,7 @@ def test_checker_finds_every_kind_of_mistake(gallery):
                 assert all(getattr(verdict, other) for other in others), (what, scene)
 
 
-def test_checker_counts_objects(gallery):
+def test_checker_counts_objects(gallery: tuple[list[world.Scene], Tensor]) -> None:
     drawn, pictures = gallery
     pair = next(i for i, scene in enumerate(drawn) if scene.second is not None)
     single = next(i for i, scene in enumerate(drawn) if scene.second is None)
@@ -88,7 +91,7 @@ def test_checker_counts_objects(gallery):
     assert not check.judge(pictures[single], world.Scene(drawn[single].first, "above", second)).colours
 
 
-def test_checker_takes_noise_and_foreign_shapes_for_nothing():
+def test_checker_takes_noise_and_foreign_shapes_for_nothing() -> None:
     noise = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(3)) * 2 - 1
     assert not check.judge(noise, world.Scene(world.Thing("red", "circle"))).all
     bar = torch.full((3, 64, 64), 0.92)
@@ -97,7 +100,7 @@ def test_checker_takes_noise_and_foreign_shapes_for_nothing():
     assert (seen.colour, seen.shape) == ("red", None)
 
 
-def test_evaluate_counts_by_hand(gallery):
+def test_evaluate_counts_by_hand(gallery: tuple[list[world.Scene], Tensor]) -> None:
     """Of four captions painted right, wrong colour, wrong relation, right: the shares are known."""
     one = world.Scene(world.Thing("red", "ring"), background="white")
     two = world.Scene(world.Thing("red", "ring"), "above", world.Thing("blue", "cross"), "black")
@@ -113,14 +116,14 @@ def test_evaluate_counts_by_hand(gallery):
     assert report == check.Report(2, 0.5, 2, 1.0, 1.0, 0.5, 0.5)
 
 
-def test_captions_parse_back():
+def test_captions_parse_back() -> None:
     every = [scene for held in (True, False) for n in (1, 2) for scene in world.scenes(held, n)]
     assert all(world.parse(scene.caption) == scene for scene in every)
     with pytest.raises(ValueError, match="a cat"):
         world.parse("a cat above a red circle")
 
 
-def test_held_out_scenes_are_apart_from_training():
+def test_held_out_scenes_are_apart_from_training() -> None:
     trained = {caption for _, caption in world.Sampler(3).draw(4000)}
     assert trained.isdisjoint(check.held_out_prompts(10, 800))
     for n in (1, 2):
@@ -130,7 +133,7 @@ def test_held_out_scenes_are_apart_from_training():
     assert len(seen) == len(world.COLOURS) * len(world.SHAPES)  # every object is seen, if not on every background
 
 
-def test_objects_stay_apart_and_inside():
+def test_objects_stay_apart_and_inside() -> None:
     rng = random.Random(5)
     for scene in world.scenes(held=False, objects=2)[::40]:
         (x1, y1, r1), (x2, y2, r2) = world.place(scene, rng)
@@ -139,7 +142,7 @@ def test_objects_stay_apart_and_inside():
         assert all(r + 2 <= v <= world.SIZE - r - 2 for v, r in ((x1, r1), (y1, r1), (x2, r2), (y2, r2)))
 
 
-def test_vocabulary_has_each_word_once_and_every_byte():
+def test_vocabulary_has_each_word_once_and_every_byte() -> None:
     merges = learn_merges()
     ids = vocabulary(merges)
     assert len(ids) == 512 + len(merges) + 2 == max(ids.values()) + 1

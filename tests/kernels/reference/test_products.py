@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gguf_sd_kernels import ops
+from gguf_sd_kernels.formats import block_format
 from gguf_sd_kernels.reference.products import conv_weight
 
 QTYPES = [name for name, fmt in ops.FORMATS.items() if isinstance(fmt, ops.BlockFormat)]  # test_decoders.py: others
@@ -23,7 +24,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 def random_blocks(qtype: str, rows: int, cols: int, seed: int) -> Tensor:
     """Blocks of random bits, with scales and minima that are any finite float16."""
     rng = np.random.default_rng(seed)
-    fmt = ops.FORMATS[qtype]
+    fmt = block_format(qtype)
     blocks = rng.integers(0, 256, (rows * cols // fmt.block_size, fmt.type_size), dtype=np.uint8)
     halves = (fmt.scale_bytes + fmt.min_bytes) // 2
     scales = rng.integers(0, 0x7C00, (len(blocks), halves), dtype=np.uint16)

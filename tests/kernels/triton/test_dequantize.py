@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gguf_sd_kernels import ops
+from gguf_sd_kernels.formats import block_format
 from gguf_sd_kernels.repack import PACKED_TYPES, repack, unpack
 from gguf_sd_kernels.triton.dequantize import dequantize_packed
 
@@ -19,7 +20,7 @@ BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: 
 def any_blocks(qtype: str, rows: int, cols: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Random codes under moderate scales and minima of either sign: blocks, and gguf-py's float32."""
     rng = np.random.default_rng(seed)
-    fmt = ops.FORMATS[qtype]
+    fmt = block_format(qtype)
     blocks = rng.integers(0, 256, (rows * cols // 32, fmt.type_size), dtype=np.uint8)
     halves = (fmt.scale_bytes + fmt.min_bytes) // 2
     blocks[:, : 2 * halves] = rng.standard_normal((len(blocks), halves)).astype(np.float16).view(np.uint8)
