@@ -39,14 +39,13 @@ from benchmarks.lib.kernel_report import Row, line, step_totals, summary, table_
 from benchmarks.lib.random_weights import random_blocks
 from benchmarks.lib.shapes import WORKLOADS, Layer, step_layers, workloads
 from gguf_sd.imaging.atomic_write import cache_folder
+from gguf_sd_kernels.devices import gpu_family, multiprocessors
 from gguf_sd_kernels.repack import PackedWeight, repack
 from gguf_sd_kernels.tuning.launch import (
     Launch,
     Measured,
     Product,
     candidates,
-    gpu_family,
-    multiprocessors,
     save_measured,
     table_name,
 )

@@ -32,7 +32,8 @@ from benchmarks.lib.modes import MODES
 from benchmarks.lib.shapes import WORKLOADS, Layer, step_layers
 from benchmarks.lib.worker_pool import Failure, run_jobs
 from gguf_sd.config import UNetConfig
-from gguf_sd_kernels.tuning.launch import UNTUNED, Launch, Product, Table, candidates, gpu_family, multiprocessors
+from gguf_sd_kernels.devices import gpu_family, multiprocessors
+from gguf_sd_kernels.tuning.launch import UNTUNED, Launch, Product, Table, candidates
 from gguf_sd_kernels.tuning.launch_int8 import INT8_TYPES, UNTUNED_INT8, int8_candidates
 
 QTYPES = ("Q4_0", "Q8_0", "Q4_1")

@@ -22,7 +22,8 @@ import torch
 
 from benchmarks.lib.device import device_name, prepare, synchronize
 from gguf_sd.imaging.atomic_write import cache_folder
-from gguf_sd_kernels.tuning.launch import gpu_family, table_name
+from gguf_sd_kernels.devices import gpu_family
+from gguf_sd_kernels.tuning.launch import table_name
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "safetensors", "Pillow", "gguf", "diffusers")
 

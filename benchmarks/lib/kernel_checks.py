@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from benchmarks.lib.random_weights import packed_weight, random_blocks, random_unet, unet_inputs
 from benchmarks.lib.shapes import Layer
 from gguf_sd.config import UNetConfig
-from gguf_sd_kernels.tuning.launch import Launch, Product, candidates, gpu_family, multiprocessors
+from gguf_sd_kernels.devices import gpu_family, multiprocessors
+from gguf_sd_kernels.tuning.launch import Launch, Product, candidates
 
 LIMITS = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}

@@ -15,6 +15,7 @@ from gguf_sd.errors import GgufSdError
 from gguf_sd.imaging.atomic_write import cache_folder
 from gguf_sd.models.layers import GroupNorm, LayerNorm, Quantized, resident
 from gguf_sd.models.unet import UNet
+from gguf_sd_kernels.devices import gpu_of
 from gguf_sd_kernels.tuning.launch import load_measured, table_name
 
 log = logging.getLogger(__name__)
@@ -57,12 +58,13 @@ def _has_triton() -> bool:
 
 def load_tables(device: torch.device) -> int:
     """Reads what was measured on GPUs of this name; returns for how many products. The user's own table goes first."""
-    name = table_name(torch.cuda.get_device_name(device))
+    gpu = gpu_of(device)
+    name = table_name(gpu.name)
     count = 0
     for path in (TABLES / name, cache_folder() / "tables" / name):
         if path.is_file():
             try:
-                count += load_measured(path)
+                count += load_measured(path, gpu)
             except (OSError, ValueError) as error:
                 log.warning("%s; it is not used", error)
     return count
@@ -72,8 +74,11 @@ def use_kernels(model: UNet, mode: str) -> None:
     """Hands quantised layers and norms to the Triton kernels, in place; the model is on its GPU already.
 
     ``mode`` is one of KERNEL_MODES but torch; with ``resident`` no quantised layers are left, see
-    :func:`make_resident`.
+    :func:`make_resident`. Whatever the mode, launches are those measured on this GPU, where a table is known.
     """
+    device = next(model.parameters()).device
+    if device.type != "cpu":
+        load_tables(device)
     model.stack()
     for name, module in model.named_modules():
         if isinstance(module, Quantized):
@@ -87,5 +92,4 @@ def make_resident(model: nn.Module, dtype: torch.dtype, kernels: str = "torch") 
     unless ``kernels`` is torch."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Quantized):
-            with torch.cuda.device_of(module.blocks):  # Triton launches on the current device
-                model.set_submodule(name, resident(module, dtype, triton=kernels != "torch"))
+            model.set_submodule(name, resident(module, dtype, triton=kernels != "torch"))

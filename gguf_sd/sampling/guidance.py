@@ -53,9 +53,7 @@ class Predictor:
         """The prompts of a pass, their keys and values in place of the context: [prompts, N, …]."""
         vectors = [prompt.vector for prompt in prompts if prompt.vector is not None]
         context = torch.cat([prompt.context for prompt in prompts])
-        with torch.cuda.device_of(context):  # Triton launches on the current device; does nothing on a CPU
-            projected = self.unet.project(context)
-        return Prompt(projected, torch.cat(vectors) if vectors else None)
+        return Prompt(self.unet.project(context), torch.cat(vectors) if vectors else None)
 
     @torch.inference_mode()
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
@@ -74,8 +72,7 @@ class Predictor:
     def _run(self, latents: Tensor, timestep: Tensor, prompts: Prompt) -> Tensor:
         """The predictions for each prompt of a pass in turn, [prompts * B, 4, h, w]."""
         repeated = latents.repeat(len(prompts.context) // len(latents), 1, 1, 1)
-        with torch.cuda.device_of(latents):
-            return self.unet.step(repeated, timestep.expand(len(repeated)), prompts.context, prompts.vector)
+        return self.unet.step(repeated, timestep.expand(len(repeated)), prompts.context, prompts.vector)
 
 
 def _repeated(prompts: Prompt, before: int, batch: int) -> Prompt:

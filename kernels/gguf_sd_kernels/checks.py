@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,43 @@ from gguf_sd_kernels.tuning.launch import Product
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_ELEMENTS = 2**31 - 1  # the kernels count in 32 bits
+
+
+def described(tensor: Tensor | None) -> tuple[torch.Size, torch.dtype] | None:
+    """What a launch that was prepared for ``tensor`` depends on, beside its device."""
+    return None if tensor is None else (tensor.shape, tensor.dtype)
+
+
+def linear_key(x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None) -> tuple[Hashable, ...]:
+    """What a prepared linear layer depends on, its launch and GEGLU apart."""
+    return weight.kind, x.device, described(x), described(bias), described(residual)
+
+
+def conv_key(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+    residual: Tensor | None,
+    emb: Tensor | None,
+) -> tuple[Hashable, ...]:
+    """What a prepared convolution depends on, its launch apart."""
+    rows = None if emb is None else (described(emb), emb.stride(0))
+    return weight.kind, stride, padding, x.device, described(x), described(bias), described(residual), rows
+
+
+def linear_product(x: Tensor, weight: PackedWeight, geglu: bool) -> Product:
+    """The product of ``x [..., K]`` and ``weight``."""
+    n, k = weight.rows, weight.cols
+    return Product("geglu" if geglu else "linear", weight.qtype, x.numel() // k, n, k)
+
+
+def conv_product(x: Tensor, weight: PackedWeight, stride: int, padding: int) -> Product:
+    """The product that a convolution of ``x [B, IC, H, W]`` is."""
+    n, _, kh, kw = weight.shape
+    oh, ow = ((size + 2 * padding - taps) // stride + 1 for size, taps in ((x.shape[2], kh), (x.shape[3], kw)))
+    return Product("conv", weight.qtype, x.shape[0] * oh * ow, n, weight.cols, taps=kh * kw)
 
 
 def linear_shape(
@@ -49,13 +87,16 @@ class ConvSizes:
     oh: int
     ow: int
     kw: int
+    stride: int
+    padding: int
+    emb_stride: int  # between the rows of what is added to every pixel
     product: Product
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """M, N, K, H, W, IC, OH, OW, in the order of the kernels' arguments."""
-        product = self.product
-        return product.m, product.n, product.k, self.height, self.width, self.ic, self.oh, self.ow
+        """In the order of the kernels' arguments, from ``emb_stride`` to ``padding``."""
+        product, picture = self.product, (self.height, self.width, self.ic, self.oh, self.ow)
+        return self.emb_stride, product.m, product.n, product.k, *picture, self.stride, self.padding
 
     @property
     def result(self) -> tuple[int, int, int, int]:
@@ -98,19 +139,10 @@ def conv_sizes(
     if max(x.numel() + (padding * width + padding) * ic, m * n) > MAX_ELEMENTS:
         raise ValueError(f"x {list(x.shape)} is too large for 32-bit offsets; split the batch or tile the picture")
     product = Product("conv", weight.qtype, m, n, weight.cols, taps=kh * kw)
-    return ConvSizes(batch, height, width, ic, oh, ow, kw, product)
-
-
-def channels_last(tensor: Tensor | None) -> Tensor | None:
-    """The pictures ``[B, C, H, W]`` with their channels innermost, copied where they are not."""
-    return None if tensor is None else tensor.contiguous(memory_format=torch.channels_last)
+    emb_stride = 0 if emb is None else emb.stride(0)
+    return ConvSizes(batch, height, width, ic, oh, ow, kw, stride, padding, emb_stride, product)
 
 
 def _check_dtype(x: Tensor) -> None:
     if x.dtype not in DTYPES:
         raise ValueError(f"fused products take float16 and bfloat16, got {x.dtype}")
-
-
-def with_rows(tensor: Tensor | None) -> Tensor | None:
-    """``[B, N]`` whose rows are contiguous, whatever lies between them; copied where they are not."""
-    return tensor if tensor is None or tensor.stride(1) == 1 else tensor.contiguous()

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gguf_sd_kernels.checks import DTYPES, conv_product, linear_product
 from gguf_sd_kernels.cpu.activation import geglu as apply_geglu
 from gguf_sd_kernels.cpu.scratch import borrow
+from gguf_sd_kernels.devices import gpu_of
 from gguf_sd_kernels.repack import PackedWeight
-from gguf_sd_kernels.tuning.launch import Product, gpu_family, measured
+from gguf_sd_kernels.tuning.launch import Prepared, Product, measured
 from gguf_sd_kernels.tuning.launch_int8 import int8_supported
 
 MODES = ("auto", "fused", "dequantize", "int8")
@@ -38,9 +40,8 @@ def linear_packed(
     "dequantize" for float32, and GPUs without tensor cores that Triton uses.
     Raises ValueError for another mode, or shapes that do not fit.
     """
-    n, k = weight.rows, weight.cols
-    op = "geglu" if geglu else "linear"
-    way = _way(x, weight, Product(op, weight.qtype, x.numel() // k, n, k), mode)
+    key = mode, geglu, weight.kind, x.device, x.dtype, x.shape
+    way = _ways.get(key) or _ways.keep(key, _way(x, weight, linear_product(x, weight, geglu), mode))
     if way == "int8":
         from gguf_sd_kernels.triton.int8 import linear_int8
 
@@ -53,9 +54,10 @@ def linear_packed(
 
     if geglu and residual is not None:
         raise ValueError("GEGLU takes no residual")
-    with borrow((n, k), x.dtype, x.device) as buffer:
+    rows, cols = weight.rows, weight.cols
+    with borrow((rows, cols), x.dtype, x.device) as buffer:
         full = dequantize_packed(weight, x.dtype, buffer)
-        y = F.linear(x, full.reshape(n, k), None if bias is None else bias.to(x.dtype))
+        y = F.linear(x, full.reshape(rows, cols), None if bias is None else bias.to(x.dtype))
     if geglu:
         return apply_geglu(y)
     return y if residual is None else y.add_(residual)
@@ -77,10 +79,8 @@ def conv2d_packed(
     ``mode`` is one of MODES, as for :func:`linear_packed`; blocks in (IC, KH, KW) order, and channels that are no
     multiple of 32, are dequantized in any. Raises ValueError for another mode, or shapes that do not fit.
     """
-    n, _, kh, kw = weight.shape
-    oh, ow = ((size + 2 * padding - taps) // stride + 1 for size, taps in ((x.shape[2], kh), (x.shape[3], kw)))
-    product = Product("conv", weight.qtype, x.shape[0] * oh * ow, n, weight.cols, kh * kw)
-    way = _way(x, weight, product, mode)
+    key = mode, stride, padding, weight.kind, x.device, x.dtype, x.shape
+    way = _ways.get(key) or _ways.keep(key, _way(x, weight, conv_product(x, weight, stride, padding), mode))
     if way == "int8":
         from gguf_sd_kernels.triton.int8 import conv2d_int8
 
@@ -92,12 +92,15 @@ def conv2d_packed(
     from gguf_sd_kernels.triton.dequantize import dequantize_packed
 
     x = x.contiguous(memory_format=torch.channels_last)
-    with borrow((n, weight.cols), x.dtype, x.device) as buffer:
+    with borrow((weight.rows, weight.cols), x.dtype, x.device) as buffer:
         full = dequantize_packed(weight, x.dtype, buffer)
         y = F.conv2d(x, full, None if bias is None else bias.to(x.dtype), stride, padding)
     if emb is not None:
         y += emb[:, :, None, None]
     return y if residual is None else y.add_(residual)
+
+
+_ways: Prepared[str] = Prepared()
 
 
 def _way(x: Tensor, weight: PackedWeight, product: Product, mode: str) -> str:
@@ -107,11 +110,12 @@ def _way(x: Tensor, weight: PackedWeight, product: Product, mode: str) -> str:
     in_order = weight.tap_major or product.taps == 1
     if product.op == "conv" and not (in_order and weight.shape[1] % 32 == 0):
         return "dequantize"
-    if x.dtype not in (torch.float16, torch.bfloat16) or gpu_family(x.device) is None:
+    gpu = gpu_of(x.device)
+    if x.dtype not in DTYPES or gpu.family is None:
         return "dequantize"
     if mode == "int8":
         return "int8" if int8_supported(weight, x.device) else "fused"
     if mode == "auto":
-        known = measured(product)
+        known = measured(product, gpu)
         return known.fastest if known else UNMEASURED
     return mode

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,6 +35,16 @@ class PackedWeight:
     qtype: str
     shape: tuple[int, ...]
     tap_major: bool = False
+
+    def __post_init__(self) -> None:
+        for name, tensor in (("quants", self.quants), ("scales", self.scales), ("mins", self.mins)):
+            if tensor is not None and not tensor.is_contiguous():
+                raise ValueError(f"the {name} of a packed weight must be contiguous, got strides {tensor.stride()}")
+
+    @cached_property
+    def kind(self) -> tuple[str, tuple[int, ...], bool]:
+        """All that a launch depends on: weights of one kind share what was prepared for it."""
+        return self.qtype, self.shape, self.tap_major
 
     @property
     def rows(self) -> int:

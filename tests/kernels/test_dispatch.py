@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from gguf_sd_kernels import dispatch
+from gguf_sd_kernels.devices import Gpu, architecture_family, gpu_of
 from gguf_sd_kernels.dispatch import MODES, conv2d_packed, linear_packed
 from gguf_sd_kernels.repack import repack
 from gguf_sd_kernels.tuning import launch as launches
@@ -64,10 +65,11 @@ def test_auto_takes_the_measured_mode(material: Any, monkeypatch: pytest.MonkeyP
 
         monkeypatch.setattr(f"gguf_sd_kernels.{module}.{name}", spy)
     monkeypatch.setattr(launches, "_measured", {})
+    launches.Prepared.forget()
     weight, x = repack(material.weight("Q4_0", 32, 64, seed=10)[0], "Q4_0"), material.normal(5, 64, seed=11)
     product, launch = Product("linear", "Q4_0", 5, 32, 64), Launch(16, 32, 64, warps=4, stages=2)
     for fused, dequantize in ((1.0, 2.0), (2.0, 1.0)):
-        launches._measured[replace(product, m=0)] = {5: Measured(launch, fused, dequantize, resident=0.5)}
+        launches.add_measured(gpu_of(x.device), {product: Measured(launch, fused, dequantize, resident=0.5)})
         linear_packed(x, weight)
     assert taken == ["linear_fused", "dequantize_packed"]
     assert dispatch.UNMEASURED in MODES
@@ -75,23 +77,27 @@ def test_auto_takes_the_measured_mode(material: Any, monkeypatch: pytest.MonkeyP
 
 def test_tables_are_kept_and_the_nearest_m_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launches, "_measured", {})
-    product = Product("conv", "Q4_0", 1024, 320, 2880, taps=9)
+    launches.Prepared.forget()
+    product, gpu = Product("conv", "Q4_0", 1024, 320, 2880, taps=9), Gpu("Some GPU", "mma", 4)
+    before = launches.choose(product, gpu)
     small, large = Launch(64, 64, 64, 4, 4, splits=3), Launch(128, 64, 64, 8, 3, swap=True)
     table = {
         product: Measured(small, 1.0, 2.0, 0.5),
         replace(product, m=8192): Measured(large, 2.0, 1.0, 0.5),
     }
     launches.save_measured(tmp_path / "table.json", "Some GPU", table)
-    assert launches.load_measured(tmp_path / "table.json") == 2
-    assert launches.choose(product, "mma", 4) == small
+    assert launches.load_measured(tmp_path / "table.json", gpu) == 2
+    assert launches.choose(product, gpu) == small != before, "what was chosen before the table is forgotten"
+    assert launches.choose(product, replace(gpu, name="Another GPU")) == before
     for m, near in ((1500, small), (6000, large), (40000, None), (200, None)):
-        found = launches.measured(replace(product, m=m))
+        found = launches.measured(replace(product, m=m), gpu)
         assert (found and found.launch) == near
-    assert launches.measured(replace(product, qtype="Q8_0")) is None
-    assert launches.choose(replace(product, m=6000), "mma", 4) == large, "splits of another M mean nothing"
+    assert launches.measured(replace(product, qtype="Q8_0"), gpu) is None
+    assert launches.measured(product, replace(gpu, name="Another GPU")) is None
+    assert launches.choose(replace(product, m=6000), gpu) == large, "splits of another M mean nothing"
     (tmp_path / "other.json").write_text('{"products": [{"product": {"op": "conv"}, "launch": {}}]}')
     with pytest.raises(ValueError, match=r"other\.json is no table"):
-        launches.load_measured(tmp_path / "other.json")
+        launches.load_measured(tmp_path / "other.json", gpu)
     assert launches.table_name("NVIDIA GeForce RTX 3060 (12GB)") == "nvidia-geforce-rtx-3060-12gb.json"
 
 
@@ -110,7 +116,7 @@ def test_tables_are_kept_and_the_nearest_m_is_taken(tmp_path: Path, monkeypatch:
     ],
 )
 def test_families(architecture: str, family: str | None) -> None:
-    assert launches.architecture_family(architecture) == family
+    assert architecture_family(architecture) == family
 
 
 def test_errors_give_the_values(material: Any) -> None:
@@ -120,7 +126,7 @@ def test_errors_give_the_values(material: Any) -> None:
     with pytest.raises(ValueError, match="no residual"):
         linear_packed(x, weight, residual=x[:, :16], geglu=True, mode="dequantize")
     with pytest.raises(ValueError, match="no fused kernels"):
-        launches.choose(Product("linear", "Q4_0", 5, 32, 64), None, 1)
+        launches.choose(Product("linear", "Q4_0", 5, 32, 64), Gpu("old", None, 1))
 
 
 def test_importing_needs_no_triton() -> None:

@@ -10,9 +10,11 @@ import torch
 from gguf_sd.errors import GgufSdError
 from gguf_sd.runtime import kernel_modes
 from gguf_sd.runtime.kernel_modes import choose_kernels
+from gguf_sd_kernels.devices import Gpu
 from gguf_sd_kernels.tuning import launch as launches
 from gguf_sd_kernels.tuning.launch import Launch, Measured, Product, save_measured
 
+SOME_GPU = Gpu("Some GPU 7", "mma", 8)
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
@@ -22,7 +24,7 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(kernel_modes, "TABLES", tmp_path / "none")
     monkeypatch.setattr(launches, "_measured", {})
     monkeypatch.setenv("GGUF_SD_CACHE", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU 7")
+    monkeypatch.setattr(kernel_modes, "gpu_of", lambda device: SOME_GPU)
     (tmp_path / "tables").mkdir()
     return tmp_path / "tables"
 
@@ -36,7 +38,7 @@ def test_auto_is_torch_until_the_gpu_is_measured(tables: Path, weights: str) -> 
         tables / "some-gpu-7.json", "Some GPU 7", {product: Measured(Launch(16, 32, 64, 4, 2), 2.0, 1.0, 0.5)}
     )
     assert choose_kernels("auto", weights, GPU) == ("auto", weights)
-    assert launches.measured(product)
+    assert launches.measured(product, SOME_GPU)
     assert choose_kernels("torch", weights, GPU) == ("torch", weights)
 
 

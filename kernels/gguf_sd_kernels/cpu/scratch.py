@@ -31,22 +31,30 @@ def borrow(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
     On a CPU it lies in the calling thread's buffer, which grows to the largest size asked for. Borrowing again
     inside the block is safe and gives memory of its own. Other devices have caching allocators: there it is
-    ``torch.empty``.
+    ``torch.empty``. Raises MemoryError where a CPU has not so much memory; smaller tensors can be borrowed then.
     """
     buffer = _store.buffer
     if device.type != "cpu" or buffer is None:
         yield torch.empty(shape, dtype=dtype, device=device)
         return
-    _store.buffer = None
     n_bytes = math.prod(shape) * dtype.itemsize
+    if buffer.numel() < n_bytes:
+        del buffer  # before its successor is allocated
+        _store.buffer = torch.empty(0, dtype=torch.uint8)
+        buffer = _allocated(n_bytes)
+    _store.buffer = None
     try:
-        if buffer.numel() < n_bytes:
-            del buffer  # before its successor is allocated
-            with torch.inference_mode(False):  # usable in inference mode and out of it
-                buffer = torch.empty(n_bytes, dtype=torch.uint8)
         yield buffer[:n_bytes].view(dtype).view(shape)
     finally:
         _store.buffer = buffer
+
+
+def _allocated(n_bytes: int) -> Tensor:
+    try:
+        with torch.inference_mode(False):  # usable in inference mode and out of it
+            return torch.empty(n_bytes, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise MemoryError(f"no {n_bytes / 1e6:.0f} MB of memory for a decoded weight") from error
 
 
 def release() -> None:

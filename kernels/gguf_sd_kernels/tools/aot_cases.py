@@ -8,8 +8,9 @@ from importlib import import_module
 from itertools import product
 from typing import Any
 
+from gguf_sd_kernels.devices import architecture_family
 from gguf_sd_kernels.repack import PACKED_TYPES
-from gguf_sd_kernels.tuning.launch import GROUP_M, UNTUNED, Launch, architecture_family
+from gguf_sd_kernels.tuning.launch import GROUP_M, UNTUNED, Launch
 from gguf_sd_kernels.tuning.launch_int8 import INT8_TYPES, UNTUNED_INT8
 
 

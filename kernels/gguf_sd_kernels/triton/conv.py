@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gguf_sd_kernels.checks import channels_last, conv_sizes, with_rows
+from gguf_sd_kernels.checks import ConvSizes, conv_key, conv_sizes
+from gguf_sd_kernels.devices import gpu_of
 from gguf_sd_kernels.repack import PackedWeight
+from gguf_sd_kernels.triton.launcher import PreparedLaunch, channels_last, in_order, with_rows
 from gguf_sd_kernels.triton.tiles import (
     decode_tile,
     finish_tile,
@@ -27,7 +29,7 @@ from gguf_sd_kernels.triton.tiles import (
     windows,
 )
 from gguf_sd_kernels.triton.workspace import divide
-from gguf_sd_kernels.tuning.launch import Launch, choose, gpu_family, multiprocessors
+from gguf_sd_kernels.tuning.launch import Launch, Prepared, choose
 
 
 # One compilation serves every size of picture.
@@ -40,10 +42,10 @@ def conv_kernel(
     bias,
     residual,
     emb,
-    emb_stride,
     out,
     partials,
     counters,
+    emb_stride,
     M,
     N,
     K,
@@ -106,6 +108,42 @@ def conv_kernel(
     )
 
 
+class PreparedConv:
+    """A convolution of ``sizes``, ready for operands of the dtypes it was prepared with."""
+
+    def __init__(self, sizes: ConvSizes, x: Tensor, launch: Launch | None):
+        self.result, self.dtype, self.device = sizes.result, x.dtype, x.device
+        self.start: PreparedLaunch | None = None
+        if not sizes.batch:
+            return
+        launch = launch or choose(sizes.product, gpu_of(x.device))
+        if sizes.ic % launch.block_k:
+            raise ValueError(f"a step of {launch.block_k} channels does not divide {sizes.ic}")
+        self.programs = divide(sizes.product, launch)
+        self.start = PreparedLaunch(
+            conv_kernel,
+            self.programs.grid,
+            x.device,
+            (*sizes.numbers, self.programs.steps),
+            {"QTYPE": sizes.product.qtype, "TAPS_W": sizes.kw, "SPLIT": self.programs.split}
+            | launch.decoding(x.device, x.dtype)
+            | launch.tile,
+            **launch.options,
+        )
+
+    def __call__(
+        self, x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None, emb: Tensor | None
+    ) -> Tensor:
+        out = torch.empty(self.result, dtype=self.dtype, device=self.device, memory_format=torch.channels_last)
+        if self.start is not None:
+            arrays = channels_last(x), weight.quants, weight.scales, weight.mins
+            self.start(*arrays, in_order(bias), channels_last(residual), emb, out, *self.programs.shared(self.device))
+        return out
+
+
+_prepared: Prepared[PreparedConv] = Prepared()
+
+
 def conv2d_fused(
     x: Tensor,
     weight: PackedWeight,
@@ -124,36 +162,10 @@ def conv2d_fused(
     are copied. Raises ValueError for a weight in (IC, KH, KW) order, which is to be dequantized, for channels
     that are no multiple of 32, other dtypes, and shapes that do not fit.
     """
-    sizes = conv_sizes(x, weight, bias, stride, padding, residual=residual, emb=emb)
     emb = with_rows(emb)
-    out = torch.empty(sizes.result, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    if not sizes.batch:
-        return out
-    product = sizes.product
-    launch = launch or choose(product, gpu_family(x.device), multiprocessors(x.device))
-    if sizes.ic % launch.block_k:
-        raise ValueError(f"a step of {launch.block_k} channels does not divide {sizes.ic}")
-    programs = divide(product, launch, x.device)
-    conv_kernel[programs.grid](
-        channels_last(x),
-        weight.quants,
-        weight.scales,
-        weight.mins,
-        bias,
-        channels_last(residual),
-        emb,
-        0 if emb is None else emb.stride(0),
-        out,
-        programs.partials,
-        programs.counters,
-        *sizes.numbers,
-        stride,
-        padding,
-        programs.steps,
-        QTYPE=weight.qtype,
-        TAPS_W=sizes.kw,
-        SPLIT=programs.splits > 1,
-        **launch.decoding(x),
-        **launch.tile,
-    )
-    return out
+    key = launch, *conv_key(x, weight, bias, stride, padding, residual, emb)
+    run = _prepared.get(key)
+    if run is None:
+        sizes = conv_sizes(x, weight, bias, stride, padding, residual=residual, emb=emb)
+        run = _prepared.keep(key, PreparedConv(sizes, x, launch))
+    return run(x, weight, bias, residual, emb)

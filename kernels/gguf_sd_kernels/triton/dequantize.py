@@ -8,13 +8,17 @@ Values are computed in float32 and rounded once, bit for bit what gguf-py decode
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gguf_sd_kernels.repack import PackedWeight
+from gguf_sd_kernels.triton.launcher import PreparedLaunch
 from gguf_sd_kernels.triton.tiles import decode_bytes, decode_nibbles
+from gguf_sd_kernels.tuning.launch import Prepared
 
 # Untuned. 64 blocks are 2048 values: with 4 warps 16 values a thread, of which a thread writes 16 bytes at a time.
 BLOCKS, WARPS = 64, 4
@@ -72,11 +76,9 @@ def dequantize_packed(weight: PackedWeight, dtype: torch.dtype, out: Tensor | No
     ``out``, when given, is contiguous, of ``dtype``, and has as many elements; the result is a view of it.
     Raises ValueError for another dtype or ``out``, or 2^31 values and more.
     """
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"weights are decoded to float32, float16 or bfloat16, got {dtype}")
+    key = weight.kind, weight.device, dtype
+    start = _prepared.get(key) or _prepared.keep(key, _prepare(weight, dtype))
     rows, cols = weight.rows, weight.cols
-    if rows * cols >= 2**31 - GATHER_VALUES:
-        raise ValueError(f"a weight of {rows} x {cols} values is too large for 32-bit offsets")
     if out is None:
         out = torch.empty(rows * cols, dtype=dtype, device=weight.device)
     elif out.numel() != rows * cols or out.dtype != dtype or out.device != weight.device or not out.is_contiguous():
@@ -84,24 +86,31 @@ def dequantize_packed(weight: PackedWeight, dtype: torch.dtype, out: Tensor | No
             f"out must be a contiguous {dtype} tensor of {rows * cols} elements on {weight.device}, "
             f"got {list(out.shape)} {out.dtype} on {out.device}, strides {out.stride()}"
         )
-    taps = weight.shape[2] * weight.shape[3] if len(weight.shape) == 4 else 1
-    tensors = (weight.quants, weight.scales, weight.mins, out)
-    if taps > 1 and not weight.tap_major:
-        dequantize_taps_kernel[(triton.cdiv(rows * cols, GATHER_VALUES),)](
-            *tensors,
-            rows * cols,
-            weight.shape[1],
-            QTYPE=weight.qtype,
-            TAPS=taps,
-            VALUES=GATHER_VALUES,
-            num_warps=GATHER_WARPS,
-        )
-    else:
-        n_blocks = rows * cols // 32
-        dequantize_kernel[(triton.cdiv(n_blocks, BLOCKS),)](
-            *tensors, n_blocks, QTYPE=weight.qtype, BLOCKS=BLOCKS, num_warps=WARPS
-        )
+    start(weight.quants, weight.scales, weight.mins, out)
     if len(weight.shape) != 4:
         return out.view(weight.shape)
     oc, ic, kh, kw = weight.shape
     return out.view(oc, kh, kw, ic).permute(0, 3, 1, 2)
+
+
+_prepared: Prepared[PreparedLaunch] = Prepared()
+
+
+def _prepare(weight: PackedWeight, dtype: torch.dtype) -> PreparedLaunch:
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"weights are decoded to float32, float16 or bfloat16, got {dtype}")
+    rows, cols = weight.rows, weight.cols
+    values = rows * cols
+    if values >= 2**31 - GATHER_VALUES:
+        raise ValueError(f"a weight of {rows} x {cols} values is too large for 32-bit offsets")
+    taps = weight.shape[2] * weight.shape[3] if len(weight.shape) == 4 else 1
+    constants: dict[str, Any] = {"QTYPE": weight.qtype}
+    if taps == 1 or weight.tap_major:
+        grid, numbers = (triton.cdiv(values // 32, BLOCKS),), (values // 32,)
+        constants |= {"BLOCKS": BLOCKS}
+        return PreparedLaunch(dequantize_kernel, grid, weight.device, numbers, constants, num_warps=WARPS)
+    grid = (triton.cdiv(values, GATHER_VALUES),)
+    constants |= {"TAPS": taps, "VALUES": GATHER_VALUES}
+    return PreparedLaunch(
+        dequantize_taps_kernel, grid, weight.device, (values, weight.shape[1]), constants, num_warps=GATHER_WARPS
+    )

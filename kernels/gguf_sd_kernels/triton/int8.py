@@ -18,12 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gguf_sd_kernels.checks import channels_last, conv_sizes, linear_shape, with_rows
+from gguf_sd_kernels.checks import ConvSizes, conv_key, conv_sizes, linear_key, linear_product, linear_shape
+from gguf_sd_kernels.devices import gpu_of
 from gguf_sd_kernels.repack import PackedWeight
+from gguf_sd_kernels.triton.launcher import PreparedLaunch, channels_last, in_order, with_rows
 from gguf_sd_kernels.triton.quantize import quantize_activations
 from gguf_sd_kernels.triton.tiles import finish_tile, split_range, tap_at, tile_position, weight_rows, windows
 from gguf_sd_kernels.triton.workspace import divide
-from gguf_sd_kernels.tuning.launch import Launch, Product, gpu_family, multiprocessors
+from gguf_sd_kernels.tuning.launch import Launch, Prepared, Product
 from gguf_sd_kernels.tuning.launch_int8 import INT8_TYPES, choose_int8
 
 
@@ -106,10 +108,10 @@ def conv_int8_kernel(
     bias,
     residual,
     emb,
-    emb_stride,
     out,
     partials,
     counters,
+    emb_stride,
     M,
     N,
     K,
@@ -163,6 +165,49 @@ def conv_int8_kernel(
     )
 
 
+class PreparedInt8:
+    """A product in 8 bits, ready for operands of the dtypes it was prepared with; of a linear layer, or of a
+    convolution where there are ``sizes``."""
+
+    def __init__(
+        self,
+        result: tuple[int, ...],
+        product: Product,
+        x: Tensor,
+        launch: Launch | None,
+        sizes: ConvSizes | None = None,
+    ):
+        launch = _checked(launch, product, x.device)
+        self.result, self.dtype, self.device = result, x.dtype, x.device
+        self.layout = torch.channels_last if sizes else torch.contiguous_format
+        self.start: PreparedLaunch | None = None
+        if not product.m:
+            return
+        self.programs = divide(product, launch)
+        constants = {"QTYPE": product.qtype, "SPLIT": self.programs.split} | launch.tile
+        numbers: tuple[int, ...]
+        if sizes:
+            kernel, numbers, constants["TAPS_W"] = conv_int8_kernel, sizes.numbers, sizes.kw
+        else:
+            kernel, numbers = linear_int8_kernel, (product.m, product.n, product.k)
+            constants["GEGLU"] = product.op == "geglu"
+        numbers = (*numbers, self.programs.steps)
+        self.start = PreparedLaunch(kernel, self.programs.grid, x.device, numbers, constants, **launch.options)
+
+    def __call__(self, rows: Tensor, weight: PackedWeight, *epilogue: Tensor | None) -> Tensor:
+        """``rows`` [M, K], or [pixels, IC]; ``epilogue`` bias, residual and a convolution's emb, as the kernel takes
+        them."""
+        out = torch.empty(self.result, dtype=self.dtype, device=self.device, memory_format=self.layout)
+        if self.start is not None:
+            x = quantize_activations(rows)
+            arrays = x.codes, x.scales, x.sums, weight.quants, weight.scales
+            self.start(*arrays, *epilogue, out, *self.programs.shared(self.device))
+        return out
+
+
+_prepared: Prepared[PreparedInt8] = Prepared()
+
+
 def linear_int8(
     x: Tensor,
     weight: PackedWeight,
@@ -177,36 +222,12 @@ def linear_int8(
     Raises ValueError for other types, dtypes other than float16 and bfloat16, GPUs without 8-bit launches, or shapes
     that do not fit.
     """
-    result = linear_shape(x, weight, bias, residual, geglu)
-    rows = x.reshape(-1, weight.cols)
-    product = Product("geglu" if geglu else "linear", weight.qtype, len(rows), weight.rows, weight.cols)
-    launch = _checked(launch, product, x.device)
-    out = x.new_empty(result)
-    if not len(rows):
-        return out
-    quantised = quantize_activations(rows)
-    programs = divide(product, launch, x.device)
-    linear_int8_kernel[programs.grid](
-        quantised.codes,
-        quantised.scales,
-        quantised.sums,
-        weight.quants,
-        weight.scales,
-        bias,
-        None if residual is None else residual.contiguous(),
-        out,
-        programs.partials,
-        programs.counters,
-        product.m,
-        product.n,
-        product.k,
-        programs.steps,
-        QTYPE=weight.qtype,
-        GEGLU=geglu,
-        SPLIT=programs.splits > 1,
-        **launch.tile,
-    )
-    return out
+    key = launch, geglu, *linear_key(x, weight, bias, residual)
+    run = _prepared.get(key)
+    if run is None:
+        result = linear_shape(x, weight, bias, residual, geglu)
+        run = _prepared.keep(key, PreparedInt8(result, linear_product(x, weight, geglu), x, launch))
+    return run(x.reshape(-1, weight.cols), weight, in_order(bias), in_order(residual))
 
 
 def conv2d_int8(
@@ -226,45 +247,21 @@ def conv2d_int8(
     Raises ValueError for other types, weights in (IC, KH, KW) order, channels that are no multiple of 32, dtypes
     other than float16 and bfloat16, GPUs without 8-bit launches, or shapes that do not fit.
     """
-    sizes = conv_sizes(x, weight, bias, stride, padding, residual=residual, emb=emb)
     emb = with_rows(emb)
-    product = sizes.product
-    launch = _checked(launch, product, x.device)
-    out = torch.empty(sizes.result, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    if not sizes.batch:
-        return out
-    quantised = quantize_activations(x.permute(0, 2, 3, 1).reshape(-1, sizes.ic))
-    programs = divide(product, launch, x.device)
-    conv_int8_kernel[programs.grid](
-        quantised.codes,
-        quantised.scales,
-        quantised.sums,
-        weight.quants,
-        weight.scales,
-        bias,
-        channels_last(residual),
-        emb,
-        0 if emb is None else emb.stride(0),
-        out,
-        programs.partials,
-        programs.counters,
-        *sizes.numbers,
-        stride,
-        padding,
-        programs.steps,
-        QTYPE=weight.qtype,
-        TAPS_W=sizes.kw,
-        SPLIT=programs.splits > 1,
-        **launch.tile,
-    )
-    return out
+    key = launch, *conv_key(x, weight, bias, stride, padding, residual, emb)
+    run = _prepared.get(key)
+    if run is None:
+        sizes = conv_sizes(x, weight, bias, stride, padding, residual=residual, emb=emb)
+        run = _prepared.keep(key, PreparedInt8(sizes.result, sizes.product, x, launch, sizes))
+    pixels = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    return run(pixels, weight, in_order(bias), channels_last(residual), emb)
 
 
 def _checked(launch: Launch | None, product: Product, device: torch.device) -> Launch:
     """``launch``, or the chosen one; ValueError where 8-bit products cannot be made so."""
     if product.qtype not in INT8_TYPES:
         raise ValueError(f"products in 8 bits take {' and '.join(INT8_TYPES)} weights, got {product.qtype}")
-    launch = launch or choose_int8(product, gpu_family(device), multiprocessors(device))
+    launch = launch or choose_int8(product, gpu_of(device))
     if launch.block_k != 32:
         raise ValueError(f"a step of products in 8 bits is a block of 32, got {launch.block_k}")
     return launch

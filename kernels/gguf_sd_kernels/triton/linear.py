@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gguf_sd_kernels.checks import linear_shape
+from gguf_sd_kernels.checks import linear_key, linear_product, linear_shape
+from gguf_sd_kernels.devices import gpu_of
 from gguf_sd_kernels.repack import PackedWeight
+from gguf_sd_kernels.triton.launcher import PreparedLaunch, in_order
 from gguf_sd_kernels.triton.tiles import decode_tile, finish_tile, multiply, split_range, tile_position, weight_rows
 from gguf_sd_kernels.triton.workspace import divide
-from gguf_sd_kernels.tuning.launch import Launch, Product, choose, gpu_family, multiprocessors
+from gguf_sd_kernels.tuning.launch import Launch, Prepared, Product, choose
 
 
 @triton.jit(do_not_specialize=["M", "steps"])  # one compilation serves every size
@@ -61,6 +64,38 @@ def linear_kernel(
     )
 
 
+class PreparedLinear:
+    """A linear layer whose result has the shape ``result``, ready for operands of the dtypes it was prepared with."""
+
+    def __init__(self, result: tuple[int, ...], product: Product, x: Tensor, launch: Launch | None):
+        self.result, self.dtype, self.device = result, x.dtype, x.device
+        self.start: PreparedLaunch | None = None
+        if not product.m:
+            return
+        launch = launch or choose(product, gpu_of(x.device))
+        self.programs = divide(product, launch)
+        self.start = PreparedLaunch(
+            linear_kernel,
+            self.programs.grid,
+            x.device,
+            (product.m, product.n, product.k, self.programs.steps),
+            {"QTYPE": product.qtype, "GEGLU": product.op == "geglu", "SPLIT": self.programs.split}
+            | launch.decoding(x.device, x.dtype)
+            | launch.tile,
+            **launch.options,
+        )
+
+    def __call__(self, x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        out = torch.empty(self.result, dtype=self.dtype, device=self.device)
+        if self.start is not None:
+            arrays = in_order(x), weight.quants, weight.scales, weight.mins
+            self.start(*arrays, in_order(bias), in_order(residual), out, *self.programs.shared(self.device))
+        return out
+
+
+_prepared: Prepared[PreparedLinear] = Prepared()
+
+
 def linear_fused(
     x: Tensor,
     weight: PackedWeight,
@@ -76,32 +111,9 @@ def linear_fused(
     ``[..., N/2]``; there is no residual then. float16 and bfloat16; sums are float32.
     Raises ValueError for other dtypes, or shapes that do not fit.
     """
-    result = linear_shape(x, weight, bias, residual, geglu)
-    rows = x.reshape(-1, weight.cols).contiguous()
-    out = x.new_empty(result)
-    if not len(rows):
-        return out
-    product = Product("geglu" if geglu else "linear", weight.qtype, len(rows), weight.rows, weight.cols)
-    launch = launch or choose(product, gpu_family(x.device), multiprocessors(x.device))
-    programs = divide(product, launch, x.device)
-    linear_kernel[programs.grid](
-        rows,
-        weight.quants,
-        weight.scales,
-        weight.mins,
-        bias,
-        None if residual is None else residual.contiguous(),
-        out,
-        programs.partials,
-        programs.counters,
-        product.m,
-        product.n,
-        product.k,
-        programs.steps,
-        QTYPE=weight.qtype,
-        GEGLU=geglu,
-        SPLIT=programs.splits > 1,
-        **launch.decoding(x),
-        **launch.tile,
-    )
-    return out
+    key = launch, geglu, *linear_key(x, weight, bias, residual)
+    run = _prepared.get(key)
+    if run is None:
+        result = linear_shape(x, weight, bias, residual, geglu)
+        run = _prepared.keep(key, PreparedLinear(result, linear_product(x, weight, geglu), x, launch))
+    return run(x, weight, bias, residual)

@@ -15,6 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gguf_sd_kernels.checks import described
+from gguf_sd_kernels.triton.launcher import PreparedLaunch, channels_last, in_order
+from gguf_sd_kernels.tuning.launch import Prepared
+
 # Untuned: values a program holds at a time, 16 a thread (32 a thread spill), and programs a picture at most.
 TILE_VALUES, MAX_TILES, WARPS = 4096, 64, 8
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -124,6 +128,51 @@ def layer_norm_kernel(x, weight, bias, out, C, eps, WIDTH: tl.constexpr):
     tl.store(out + row * C + column, (normal * gain + shift).to(out.dtype.element_ty), mask=mask)
 
 
+class PreparedGroupNorm:
+    """Group normalisation, ready for operands of the shapes and dtypes of those it was prepared with.
+
+    Raises ValueError as :func:`group_norm_silu_triton` does.
+    """
+
+    def __init__(self, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool):
+        channels = x.shape[1] if x.ndim == 4 else 0
+        if not channels or groups < 1 or channels % groups or weight.shape != (channels,) or bias.shape != (channels,):
+            raise ValueError(
+                f"group norm of {list(x.shape)} in {groups} groups takes weight and bias [{channels}] and groups that "
+                f"divide it, got weight {list(weight.shape)}, bias {list(bias.shape)}"
+            )
+        if x.dtype not in DTYPES or x.numel() >= 2**31:
+            raise ValueError(f"group norm takes fewer than 2^31 float values, got {x.numel()} of {x.dtype}")
+        self.shape, self.dtype, self.device, self.empty = x.shape, x.dtype, x.device, not x.numel()
+        if self.empty:
+            return
+        batch, rows, width = x.shape[0], x.shape[2] * x.shape[3], channels // groups
+        group_slots, channel_slots = triton.next_power_of_2(groups), triton.next_power_of_2(width)
+        step = max(1, TILE_VALUES // (group_slots * channel_slots))  # a power of two
+        step = min(step, triton.next_power_of_2(rows))
+        rows_a_tile = triton.cdiv(triton.cdiv(rows, MAX_TILES), step) * step
+        tiles = triton.cdiv(rows, rows_a_tile)
+        self.parts = 2, batch, tiles, group_slots
+        slots = {"ROWS": step, "GROUPS": group_slots, "WIDTH": channel_slots}
+        grid, numbers = (tiles, batch), (rows, rows_a_tile, groups, width)
+        self.stats = PreparedLaunch(group_stats_kernel, grid, x.device, numbers, slots, num_warps=WARPS)
+        slots = {"SILU": silu, "TILES": triton.next_power_of_2(tiles)} | slots
+        self.apply = PreparedLaunch(group_apply_kernel, grid, x.device, (*numbers, eps), slots, num_warps=WARPS)
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device, memory_format=torch.channels_last)
+        if not self.empty:
+            pixels = channels_last(x)
+            means, deviations = torch.empty(self.parts, dtype=torch.float32, device=self.device).unbind()
+            self.stats(pixels, means, deviations)
+            self.apply(pixels, means, deviations, in_order(weight), in_order(bias), out)
+        return out
+
+
+_prepared: Prepared[PreparedGroupNorm] = Prepared()
+_prepared_layer: Prepared[PreparedLaunch] = Prepared()
+
+
 def group_norm_silu_triton(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5, silu: bool = True
 ) -> Tensor:
@@ -132,45 +181,9 @@ def group_norm_silu_triton(
     Any float dtype, computed in float32; the result is channels-last, and so should x be, or it is copied.
     Raises ValueError when the groups do not divide the channels or the parameters do not fit.
     """
-    channels = x.shape[1] if x.ndim == 4 else 0
-    if not channels or groups < 1 or channels % groups or weight.shape != (channels,) or bias.shape != (channels,):
-        raise ValueError(
-            f"group norm of {list(x.shape)} in {groups} groups takes weight and bias [{channels}] and groups that "
-            f"divide it, got weight {list(weight.shape)}, bias {list(bias.shape)}"
-        )
-    if x.dtype not in DTYPES or x.numel() >= 2**31:
-        raise ValueError(f"group norm takes fewer than 2^31 float values, got {x.numel()} of {x.dtype}")
-    x = x.contiguous(memory_format=torch.channels_last)
-    out = torch.empty_like(x)
-    batch, rows, width = x.shape[0], x.shape[2] * x.shape[3], channels // groups
-    if not x.numel():
-        return out
-    group_slots, channel_slots = triton.next_power_of_2(groups), triton.next_power_of_2(width)
-    step = max(1, TILE_VALUES // (group_slots * channel_slots))  # a power of two
-    step = min(step, triton.next_power_of_2(rows))
-    rows_a_tile = triton.cdiv(triton.cdiv(rows, MAX_TILES), step) * step
-    tiles = triton.cdiv(rows, rows_a_tile)
-    means, deviations = torch.empty(2, batch, tiles, group_slots, dtype=torch.float32, device=x.device)
-    slots = {"ROWS": step, "GROUPS": group_slots, "WIDTH": channel_slots, "num_warps": WARPS}
-    grid = (tiles, batch)
-    group_stats_kernel[grid](x, means, deviations, rows, rows_a_tile, groups, width, **slots)
-    group_apply_kernel[grid](
-        x,
-        means,
-        deviations,
-        weight,
-        bias,
-        out,
-        rows,
-        rows_a_tile,
-        groups,
-        width,
-        eps,
-        SILU=silu,
-        TILES=triton.next_power_of_2(tiles),
-        **slots,
-    )
-    return out
+    key = x.device, described(x), groups, described(weight), described(bias), eps, silu
+    run = _prepared.get(key) or _prepared.keep(key, PreparedGroupNorm(x, groups, weight, bias, eps, silu))
+    return run(x, weight, bias)
 
 
 def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -178,17 +191,21 @@ def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
 
     Raises ValueError when the parameters do not fit or C is above 16384.
     """
+    key = x.device, described(x), described(weight), described(bias), eps
+    start = _prepared_layer.get(key) or _prepared_layer.keep(key, _prepare_layer_norm(x, weight, bias, eps))
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel():
+        start(in_order(x), in_order(weight), in_order(bias), out)
+    return out
+
+
+def _prepare_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> PreparedLaunch:
     width = x.shape[-1] if x.ndim else 0
     if not 0 < width <= 16384 or weight.shape != (width,) or bias.shape != (width,) or x.dtype not in DTYPES:
         raise ValueError(
             f"layer norm of {x.dtype} {list(x.shape)} takes weight and bias [{width}] of at most 16384, "
             f"got weight {list(weight.shape)}, bias {list(bias.shape)}"
         )
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    if rows := x.numel() // width:
-        slots = triton.next_power_of_2(width)
-        layer_norm_kernel[(rows,)](
-            x, weight, bias, out, width, eps, WIDTH=slots, num_warps=max(1, min(8, slots // 256))
-        )
-    return out
+    slots = triton.next_power_of_2(width)
+    grid, warps = (x.numel() // width,), max(1, min(8, slots // 256))
+    return PreparedLaunch(layer_norm_kernel, grid, x.device, (width, eps), {"WIDTH": slots}, num_warps=warps)

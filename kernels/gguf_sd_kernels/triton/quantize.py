@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gguf_sd_kernels.checks import DTYPES, MAX_ELEMENTS
+from gguf_sd_kernels.checks import DTYPES, MAX_ELEMENTS, described
+from gguf_sd_kernels.triton.launcher import PreparedLaunch, in_order
+from gguf_sd_kernels.tuning.launch import Prepared
 
 QUANTIZE_BLOCKS, QUANTIZE_WARPS = 128, 4
 
@@ -47,14 +49,23 @@ def quantize_kernel(x, codes, scales, sums, n_blocks, BLOCKS: tl.constexpr):
 
 def quantize_activations(x: Tensor) -> Int8Activations:
     """Quantises ``x [M, K]``, float16 or bfloat16, per 32 values of a row. Raises ValueError for other x."""
-    if x.dtype not in DTYPES or x.ndim != 2 or x.shape[1] % 32 or x.numel() > MAX_ELEMENTS:
-        raise ValueError(f"activations to quantise are 16-bit [M, a multiple of 32], got {x.dtype} {list(x.shape)}")
-    x = x.contiguous()
+    key = x.device, described(x)
+    start = _prepared.get(key) or _prepared.keep(key, _prepare(x))
     shape = (x.shape[0], x.shape[1] // 32)
-    codes = torch.empty_like(x, dtype=torch.int8)
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scales = torch.empty(shape, dtype=torch.float32, device=x.device)
     sums = torch.empty(shape, dtype=torch.int32, device=x.device)
-    if blocks := scales.numel():
-        grid = (triton.cdiv(blocks, QUANTIZE_BLOCKS),)
-        quantize_kernel[grid](x, codes, scales, sums, blocks, BLOCKS=QUANTIZE_BLOCKS, num_warps=QUANTIZE_WARPS)
+    if x.numel():
+        start(in_order(x), codes, scales, sums)
     return Int8Activations(codes, scales, sums)
+
+
+_prepared: Prepared[PreparedLaunch] = Prepared()
+
+
+def _prepare(x: Tensor) -> PreparedLaunch:
+    if x.dtype not in DTYPES or x.ndim != 2 or x.shape[1] % 32 or x.numel() > MAX_ELEMENTS:
+        raise ValueError(f"activations to quantise are 16-bit [M, a multiple of 32], got {x.dtype} {list(x.shape)}")
+    blocks = x.numel() // 32
+    constants, grid = {"BLOCKS": QUANTIZE_BLOCKS}, (triton.cdiv(blocks, QUANTIZE_BLOCKS),)
+    return PreparedLaunch(quantize_kernel, grid, x.device, (blocks,), constants, num_warps=QUANTIZE_WARPS)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+
+from gguf_sd_kernels.devices import Gpu
 
 # Tiles of M walked before the next of N, so that programs that run together share operands in the L2 cache. A
 # customary value, not measured here.
@@ -38,22 +39,21 @@ class Launch:
 
     @property
     def tile(self) -> dict[str, int]:
-        """What every product kernel takes of this, the compiler's options included."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "GROUP_M": GROUP_M,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-        }
+        """What every product kernel takes of this."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "GROUP_M": GROUP_M}
 
-    def decoding(self, x: Tensor) -> dict[str, bool | int]:
-        """What the kernels that decode weights to x's dtype take besides."""
-        cpu = x.device.type == "cpu"  # Triton's interpreter, which knows no inline PTX and no bfloat16 product
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler takes of this."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+    def decoding(self, device: torch.device, dtype: torch.dtype) -> dict[str, bool | int]:
+        """What the kernels that decode weights to ``dtype`` take besides."""
+        cpu = device.type == "cpu"  # Triton's interpreter, which knows no inline PTX and no bfloat16 product
         return {
             "SWAP": self.swap,
-            "PTX": self.ptx and not cpu and not torch.version.hip,
-            "WIDEN": cpu and x.dtype == torch.bfloat16,
+            "PTX": self.ptx and device.type == "cuda" and not torch.version.hip,
+            "WIDEN": cpu and dtype == torch.bfloat16,
             "BLOCK_K": self.block_k,
         }
 
@@ -116,7 +116,6 @@ UNTUNED: Table = {
         (1 << 31, Launch(128, 128, 32, warps=8, stages=2)),
     ),
 }
-FAMILIES = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 103: "tcgen05", 120: "mma", 121: "mma"}
 # Cost of a split in steps of BLOCK_K: [model] starting a program and filling its pipeline, writing and re-reading
 # its part of the tile. Neither has been measured.
 START_STEPS, SPLIT_STEPS, MAX_SPLITS = 4, 2, 16
@@ -137,28 +136,63 @@ class Measured:
         return "fused" if self.fused <= self.dequantize else "dequantize"
 
 
-# What was measured on this GPU, by the product without its M, then by M.
-_measured: dict[Product, dict[int, Measured]] = {}
+# What was measured, by the GPU's name and the product without its M, then by M.
+_measured: dict[tuple[str, Product], dict[int, Measured]] = {}
 # A product that was not measured goes by the measured one of the nearest M, if that is no further than this factor.
 NEAREST = 4
 
+T = TypeVar("T")
 
-def choose(product: Product, family: str | None, processors: int) -> Launch:
-    """The launch for ``product`` on a GPU of ``family`` with so many multiprocessors.
 
-    Raises ValueError for a family of None.
+class Prepared(dict[Hashable, T]):
+    """What was decided or made ready for operands of some shapes: forgotten when a table of measurements is loaded,
+    and where there is more of it than any model needs."""
+
+    LARGEST = 4096
+    everything: list[Prepared[Any]] = []  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        Prepared.everything.append(self)
+
+    def keep(self, key: Hashable, value: T) -> T:
+        """Keeps ``value`` under ``key``, and returns it."""
+        if len(self) >= self.LARGEST:
+            self.clear()
+        self[key] = value
+        return value
+
+    @staticmethod
+    def forget() -> None:
+        """Empties all."""
+        for prepared in Prepared.everything:
+            prepared.clear()
+
+
+_chosen: Prepared[Launch] = Prepared()
+
+
+def choose(product: Product, gpu: Gpu) -> Launch:
+    """The launch for ``product``: what was measured on such a GPU, else what its family has for this M.
+
+    Raises ValueError for a GPU without a family.
     """
-    if family is None:
+    key = product, gpu
+    return _chosen.get(key) or _chosen.keep(key, _choose(product, gpu))
+
+
+def _choose(product: Product, gpu: Gpu) -> Launch:
+    if gpu.family is None:
         raise ValueError("no fused kernels for this GPU: dequantize, and use the library's product")
-    if near := _nearest(product):
+    if near := _nearest(product, gpu):
         m, known = near
         if m == product.m:
             return known.launch
-        return replace(known.launch, splits=best_splits(product, known.launch, processors))
-    launch = next(launch for largest, launch in UNTUNED[family] if product.m <= largest)
+        return replace(known.launch, splits=best_splits(product, known.launch, gpu.processors))
+    launch = next(launch for largest, launch in UNTUNED[gpu.family] if product.m <= largest)
     if product.step_multiple % launch.block_k:
         launch = replace(launch, block_k=32)  # blocks of 32 divide every row
-    return replace(launch, splits=best_splits(product, launch, processors))
+    return replace(launch, splits=best_splits(product, launch, gpu.processors))
 
 
 def tiles(product: Product, launch: Launch) -> int:
@@ -195,50 +229,23 @@ def candidates(product: Product, family: str, processors: int, table: Table = UN
     return list(found)
 
 
-def architecture_family(architecture: str) -> str | None:
-    """The key into UNTUNED for "86" (compute capability * 10) or "gfx1100"; None for GPUs whose matrix instructions, if
-    they have any, Triton does not use: NVIDIA before sm_80, AMD before MI100 and the RX 7000 series."""
-    if not architecture.startswith("gfx"):
-        return FAMILIES.get(int(architecture))
-    if architecture.startswith(("gfx908", "gfx90a", "gfx94", "gfx95")):
-        return "mfma"
-    return "wmma" if architecture.startswith(("gfx11", "gfx12")) else None
-
-
-@cache
-def gpu_family(device: torch.device) -> str | None:
-    """:func:`architecture_family` of ``device``. A CPU, where kernels run in Triton's interpreter, counts as "mma"."""
-    if device.type == "cpu":
-        return "mma"
-    if torch.version.hip:
-        return architecture_family(torch.cuda.get_device_properties(device).gcnArchName)
-    major, minor = torch.cuda.get_device_capability(device)
-    return architecture_family(f"{major}{minor}")
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of ``device``; 4 for the interpreter, so that K is split there at times."""
-    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def measured(product: Product) -> Measured | None:
-    """What was measured on this GPU for ``product``, or for the same weight and the nearest M within a factor of
+def measured(product: Product, gpu: Gpu) -> Measured | None:
+    """What was measured on such a GPU for ``product``, or for the same weight and the nearest M within a factor of
     NEAREST; None where nothing was: mode "auto" decides by it."""
-    near = _nearest(product)
+    near = _nearest(product, gpu)
     return near[1] if near else None
 
 
-def _nearest(product: Product) -> tuple[int, Measured] | None:
-    by_m = _measured.get(replace(product, m=0))
+def _nearest(product: Product, gpu: Gpu) -> tuple[int, Measured] | None:
+    by_m = _measured.get((gpu.name, replace(product, m=0)))
     if not by_m:
         return None
     m = min(by_m, key=lambda m: abs(math.log(m / product.m)))
     return (m, by_m[m]) if 1 / NEAREST <= m / product.m <= NEAREST else None
 
 
-def load_measured(path: Path) -> int:
-    """Reads what ``benchmarks/gpu/bench_kernels.py`` measured on this GPU; returns for how many products.
+def load_measured(path: Path, gpu: Gpu) -> int:
+    """Reads what ``benchmarks/gpu/bench_kernels.py`` measured on a GPU of this name; returns for how many products.
 
     Raises ValueError for a file that is no such table; then nothing is taken from it.
     """
@@ -250,12 +257,18 @@ def load_measured(path: Path) -> int:
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is no table of kernel measurements: {error!r}") from error
-    for product, values in table.items():
-        _measured.setdefault(replace(product, m=0), {})[product.m] = values
+    add_measured(gpu, table)
     return len(table)
 
 
-def save_measured(path: Path, gpu: str, products: dict[Product, Measured]) -> None:
+def add_measured(gpu: Gpu, table: Mapping[Product, Measured]) -> None:
+    """Lets GPUs of this name go by ``table`` from now on."""
+    for product, values in table.items():
+        _measured.setdefault((gpu.name, replace(product, m=0)), {})[product.m] = values
+    Prepared.forget()
+
+
+def save_measured(path: Path, gpu: str, products: Mapping[Product, Measured]) -> None:
     """Writes a table for :func:`load_measured`."""
     entries = [{"product": asdict(product)} | asdict(values) for product, values in products.items()]
     path.write_text(json.dumps({"gpu": gpu, "products": entries}, indent=1) + "\n")

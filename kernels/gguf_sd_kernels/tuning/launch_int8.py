@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import torch
 
+from gguf_sd_kernels.devices import Gpu, gpu_family
 from gguf_sd_kernels.repack import PackedWeight
-from gguf_sd_kernels.tuning.launch import Launch, Product, Table, best_splits, candidates, gpu_family
+from gguf_sd_kernels.tuning.launch import Launch, Product, Table, best_splits, candidates
 
 INT8_TYPES = ("Q4_0", "Q8_0")
 
@@ -45,15 +46,15 @@ UNTUNED_INT8: Table = {
 }
 
 
-def choose_int8(product: Product, family: str | None, processors: int) -> Launch:
-    """The launch for ``product`` in 8 bits on a GPU of ``family`` with so many multiprocessors.
+def choose_int8(product: Product, gpu: Gpu) -> Launch:
+    """The launch for ``product`` in 8 bits.
 
-    Raises ValueError for a family that has none.
+    Raises ValueError for a GPU whose family has none.
     """
-    if family not in UNTUNED_INT8:
+    if gpu.family not in UNTUNED_INT8:
         raise ValueError("no products in 8 bits for this GPU: use the fused ones, or dequantize")
-    launch = next(launch for largest, launch in UNTUNED_INT8[family] if product.m <= largest)
-    return replace(launch, splits=best_splits(product, launch, processors))
+    launch = next(launch for largest, launch in UNTUNED_INT8[gpu.family] if product.m <= largest)
+    return replace(launch, splits=best_splits(product, launch, gpu.processors))
 
 
 def int8_candidates(product: Product, family: str, processors: int) -> list[Launch]:

@@ -51,6 +51,16 @@ def test_an_error_inside_returns_the_buffer() -> None:
     assert address((8, 8)) == first
 
 
+def test_memory_that_is_not_there() -> None:
+    """The sentence names the size, and the thread's buffer serves again; it holds no memory meanwhile."""
+    address((8, 8))
+    huge = 1 << 60
+    with pytest.raises(MemoryError, match=f"no {huge / 1e6:.0f} MB of memory"), borrow((huge,), torch.uint8, CPU):
+        pass
+    first = address((16, 16))
+    assert address((3, 5)) == first, "the buffer is kept again"
+
+
 def test_threads_do_not_share() -> None:
     seen: list[int] = []
     with borrow((8, 8), torch.float32, CPU) as ours:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gguf_sd_kernels.devices import FAMILIES, Gpu
 from gguf_sd_kernels.repack import PackedWeight, repack
 from gguf_sd_kernels.triton import int8
 from gguf_sd_kernels.triton.int8 import conv2d_int8, linear_int8
 from gguf_sd_kernels.triton.quantize import Int8Activations, quantize_activations
-from gguf_sd_kernels.tuning.launch import FAMILIES, Launch, Product
+from gguf_sd_kernels.tuning.launch import Launch, Prepared, Product
 from gguf_sd_kernels.tuning.launch_int8 import INT8_TYPES, UNTUNED_INT8, choose_int8, int8_candidates, int8_supported
 
 Shape = tuple[int, int, int, int]
@@ -178,13 +179,13 @@ def test_choice_and_candidates() -> None:
     one = replace(deep, m=1)
     for family in UNTUNED_INT8:
         for product in (one, deep, wide):
-            found, chosen = int8_candidates(product, family, 80), choose_int8(product, family, 80)
+            found, chosen = int8_candidates(product, family, 80), choose_int8(product, Gpu("", family, 80))
             assert chosen in found
             assert all(launch.block_k == 32 for launch in found)
             assert (chosen.splits > 1) == (product is not wide)
     assert int8_candidates(deep, "no family", 80) == []
     with pytest.raises(ValueError, match="no products in 8 bits for this GPU"):
-        choose_int8(deep, None, 80)
+        choose_int8(deep, Gpu("", None, 80))
 
 
 def test_supported_weights(material: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +228,7 @@ def test_errors_give_the_values(material: Any, monkeypatch: pytest.MonkeyPatch) 
         conv2d_int8(picture, taps, padding=1, residual=material.normal(2, 4, 4, 3, seed=26))
     with pytest.raises(ValueError, match="a block of 32, got 64"):
         conv2d_int8(picture, taps, launch=replace(SMALL, block_k=64))
-    monkeypatch.setattr(int8, "gpu_family", lambda device: None)
+    monkeypatch.setattr(int8, "gpu_of", lambda device: Gpu("old", None, 1))
+    Prepared.forget()
     with pytest.raises(ValueError, match="no products in 8 bits for this GPU"):
         conv2d_int8(picture, taps)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gguf_sd_kernels.devices import Gpu
 from gguf_sd_kernels.repack import PACKED_TYPES, repack
 from gguf_sd_kernels.triton.linear import linear_fused
 from gguf_sd_kernels.triton.workspace import divide
@@ -18,6 +19,7 @@ from gguf_sd_kernels.tuning.launch import Launch, Measured, Product, best_splits
 
 # float16 by specification 2e-3; bfloat16 rounds weights and result to 8 bits: 2^-9 each, a quarter of it spare.
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+HOPPER, AMPERE = Gpu("hopper", "wgmma", 132), Gpu("ampere", "mma", 80)
 SMALL = Launch(32, 64, 64, warps=4, stages=2)
 
 
@@ -76,17 +78,18 @@ def test_split_k_leaves_counters_at_zero_and_repeats_itself(material: Any) -> No
 def test_division_among_programs(device: torch.device) -> None:
     """Three programs share 5 steps of K as 2, 2 and 1; there are no more programs than steps."""
     product = Product("linear", "Q8_0", 70, 100, 320)
-    shared = divide(product, replace(SMALL, splits=3), device)
-    assert (shared.tiles, shared.splits, shared.steps) == (3 * 2, 3, 2)
-    assert shared.partials is not None
-    assert shared.partials.shape == (3 * 6 * SMALL.block_m * SMALL.block_n,)
-    assert shared.counters is not None
-    assert not shared.counters.any()
-    assert divide(product, replace(SMALL, splits=9), device).splits == 5
-    whole = divide(product, SMALL, device)
-    assert (whole.splits, whole.steps, whole.partials) == (1, 5, None)
+    shared = divide(product, replace(SMALL, splits=3))
+    assert (shared.grid, shared.steps, shared.split) == ((3 * 2, 3), 2, True)
+    partials, counters = shared.shared(device)
+    assert partials is not None
+    assert partials.shape == (3 * 6 * SMALL.block_m * SMALL.block_n,)
+    assert counters is not None
+    assert not counters.any()
+    assert divide(product, replace(SMALL, splits=9)).splits == 5
+    whole = divide(product, SMALL)
+    assert (whole.splits, whole.steps, whole.shared(device)) == (1, 5, (None, None))
     with pytest.raises(ValueError, match="at most 4096 tiles, got 6250"):
-        divide(replace(product, m=100_000), replace(SMALL, splits=2), device)
+        divide(replace(product, m=100_000), replace(SMALL, splits=2))
 
 
 def test_k_that_64_does_not_divide(material: Any) -> None:
@@ -104,31 +107,32 @@ def test_one_block_at_a_time_with_distinct_values(material: Any, device: torch.d
 
 def test_choice_of_launch() -> None:
     deep, wide = Product("linear", "Q4_0", 256, 1280, 5120), Product("linear", "Q4_0", 8192, 2560, 320)
-    assert choose(deep, "wgmma", 132).splits > 1
-    assert choose(wide, "wgmma", 132).splits == 1
-    assert choose(Product("linear", "Q4_0", 1000, 320, 96), "mma", 80).block_k == 32
-    assert choose(Product("conv", "Q4_0", 1000, 320, 288, taps=9), "mma", 80).block_k == 32
+    assert choose(deep, HOPPER).splits > 1
+    assert choose(wide, HOPPER).splits == 1
+    assert choose(Product("linear", "Q4_0", 1000, 320, 96), AMPERE).block_k == 32
+    assert choose(Product("conv", "Q4_0", 1000, 320, 288, taps=9), AMPERE).block_k == 32
     assert best_splits(Product("linear", "Q4_0", 1, 64, 64), SMALL, 100) == 1  # one step cannot be split
 
 
 def test_measured_launches_come_first(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launches, "_measured", {})
+    launches.Prepared.forget()
     product, mine = Product("linear", "Q8_0", 77, 640, 2048), Launch(32, 32, 32, warps=2, stages=2, splits=2)
     result = Measured(mine, fused=3.0, dequantize=2.0, resident=1.0)
     launches.save_measured(tmp_path / "table.json", "a GPU", {product: result})
-    assert launches.measured(product) is None
-    assert launches.load_measured(tmp_path / "table.json") == 1
-    assert launches.measured(product) == result
+    assert launches.measured(product, AMPERE) is None
+    assert launches.load_measured(tmp_path / "table.json", AMPERE) == 1
+    assert launches.measured(product, AMPERE) == result
     assert result.fastest == "dequantize"
-    assert choose(product, "mma", 80) == mine
-    assert choose(replace(product, m=78), "mma", 80) != mine
+    assert choose(product, AMPERE) == mine
+    assert choose(replace(product, m=78), AMPERE) != mine
 
 
 def test_candidates_are_valid_and_hold_the_choice() -> None:
     for family in launches.UNTUNED:
         for product in (Product("linear", "Q4_0", 77, 1280, 2048), Product("conv", "Q8_0", 512, 640, 288, taps=9)):
             found = candidates(product, family, 80)
-            assert choose(product, family, 80) in found
+            assert choose(product, Gpu("", family, 80)) in found
             assert all(product.step_multiple % c.block_k == 0 and c.splits >= 1 for c in found)
 
 

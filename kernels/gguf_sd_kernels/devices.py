@@ -1,0 +1,68 @@
+"""What kernels need to know of a GPU, and how to make it the current one: through torch's module for its kind of
+device (``torch.cuda``, which is AMD's too, or ``torch.xpu``), none of them by name."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+# Compute capability * 10 -> family, see tuning.launch.UNTUNED.
+FAMILIES = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 103: "tcgen05", 120: "mma", 121: "mma"}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU: the ``name`` its measurements go by, the ``family`` its untuned launches come from (None: none
+    are there for it, decode and use the library), and its multiprocessors."""
+
+    name: str
+    family: str | None
+    processors: int
+
+
+def architecture_family(architecture: str) -> str | None:
+    """The family of "86" (compute capability * 10) or "gfx1100"; None for GPUs whose matrix instructions, if they have
+    any, Triton does not use: NVIDIA before sm_80, AMD before MI100 and the RX 7000 series."""
+    if not architecture.startswith("gfx"):
+        return FAMILIES.get(int(architecture))
+    if architecture.startswith(("gfx908", "gfx90a", "gfx94", "gfx95")):
+        return "mfma"
+    return "wmma" if architecture.startswith(("gfx11", "gfx12")) else None
+
+
+@cache
+def gpu_of(device: torch.device) -> Gpu:
+    """What ``device`` is. A CPU, where kernels run in Triton's interpreter, counts as "mma" with 4 multiprocessors, so
+    that K is split there at times."""
+    if device.type == "cpu":
+        return Gpu("cpu", "mma", 4)
+    properties = torch.get_device_module(device).get_device_properties(device)
+    if device.type != "cuda":
+        return Gpu(properties.name, None, properties.max_compute_units)
+    architecture = properties.gcnArchName if torch.version.hip else f"{properties.major}{properties.minor}"
+    return Gpu(properties.name, architecture_family(architecture), properties.multi_processor_count)
+
+
+def gpu_family(device: torch.device) -> str | None:
+    """The family of ``device``, see :class:`Gpu`."""
+    return gpu_of(device).family
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of ``device``."""
+    return gpu_of(device).processors
+
+
+def current_stream(device: torch.device) -> int:
+    """A number that tells the streams of ``device`` apart: of the one that work goes to now."""
+    return 0 if device.index is None else torch.get_device_module(device).current_stream(device).stream_id
+
+
+def as_current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes ``device`` the one that Triton launches on, within a ``with`` block; nothing for a device without index."""
+    if device.index is None:
+        return nullcontext()
+    return torch.get_device_module(device).device(device)

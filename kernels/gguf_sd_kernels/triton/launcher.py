@@ -1,0 +1,113 @@
+"""The one way to start a Triton kernel: on the operands' device, with every promise to the compiler kept.
+
+A launch is prepared once for operands of some shapes and dtypes and then only started: Triton's own dispatch, which
+finds the compiled kernel anew at each call, is gone through the first time alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gguf_sd_kernels.devices import as_current
+
+# Pointers are promised to the compiler as multiples of this many bytes.
+ALIGNMENT = 16
+
+
+class PreparedLaunch:
+    """A kernel with its grid, its numbers and its constants, to be started with operands alone.
+
+    ``kernel`` is a @triton.jit function whose arguments are operands, then ``numbers``, then ``constants``;
+    ``options`` are the compiler's, such as ``num_warps``. Operands are tensors on ``device``, or None for those the
+    kernel does without; the same ones are None, and each is of the same dtype, every time.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: Sequence[int],
+        device: torch.device,
+        numbers: Sequence[float],
+        constants: Mapping[str, Any],
+        **options: int,
+    ):
+        self.kernel, self.device = kernel, device
+        self.grid = (*grid, 1, 1)[:3]
+        self.names: list[str] = kernel.arg_names[: len(kernel.arg_names) - len(numbers) - len(constants)]
+        self.numbers, self.constants, self.options = tuple(numbers), dict(constants), options
+        self._after = (*numbers, *(constants[name] for name in kernel.arg_names[len(self.names) + len(numbers) :]))
+        self._number = -1 if device.index is None else device.index  # as Tensor.get_device gives it
+        self._current: Callable[[], int] | None = None  # the device that Triton launches on
+        self._start: Callable[..., object] | None = None  # past Triton's dispatch
+
+    def __call__(self, *operands: Tensor | None) -> None:
+        """Starts the kernel. Raises ValueError where an operand lies on another device, or unaligned."""
+        for operand in operands:
+            if operand is not None and (operand.get_device() != self._number or operand.data_ptr() % ALIGNMENT):
+                self._refuse(operands)
+        if self._start is None:
+            self._first(operands)
+        elif self._current is None or self._current() == self._number:
+            self._start(*operands, *self._after)
+        else:
+            with as_current(self.device):
+                self._start(*operands, *self._after)
+
+    def _first(self, operands: Sequence[Tensor | None]) -> None:
+        """Starts the kernel through Triton's dispatch, which compiles it, and keeps what came of that. In Triton's
+        interpreter nothing does, and every start is a first one."""
+        if len(operands) != len(self.names):
+            raise ValueError(f"{self.kernel.__name__} takes {len(self.names)} operands, got {len(operands)}")
+        with as_current(self.device):
+            compiled = self.kernel[self.grid](*operands, *self.numbers, **self.constants, **self.options)
+            if hasattr(compiled, "__getitem__"):
+                self._current = _current_device(self.device)
+                self._start = compiled[self.grid]
+
+    def _refuse(self, operands: Sequence[Tensor | None]) -> None:
+        for name, operand in zip(self.names, operands, strict=True):
+            if operand is None:
+                continue
+            where = f"{name} of {self.kernel.__name__}"
+            if operand.get_device() != self._number:
+                raise ValueError(f"{where} is on {operand.device}, the other operands are on {self.device}")
+            if operand.data_ptr() % ALIGNMENT:
+                raise ValueError(f"{where} starts at {operand.data_ptr():#x}, which is no multiple of {ALIGNMENT}")
+
+
+def _current_device(device: torch.device) -> Callable[[], int] | None:
+    """What asks Triton's driver for the device it launches on; None where there is but one."""
+    if device.index is None:
+        return None
+    from triton.runtime import driver
+
+    return driver.active.get_current_device
+
+
+def in_order(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, contiguous and aligned; copied where it is not."""
+    if tensor is None:
+        return None
+    if tensor.is_contiguous():
+        return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+    return tensor.contiguous()
+
+
+def channels_last(pictures: Tensor | None) -> Tensor | None:
+    """Pictures ``[B, C, H, W]`` with their channels innermost, aligned; copied where they are not."""
+    if pictures is None:
+        return None
+    if pictures.is_contiguous(memory_format=torch.channels_last):
+        return pictures if pictures.data_ptr() % ALIGNMENT == 0 else pictures.clone()
+    return pictures.contiguous(memory_format=torch.channels_last)
+
+
+def with_rows(rows: Tensor | None) -> Tensor | None:
+    """``[B, N]`` whose rows are contiguous, whatever lies between them, and aligned; copied where they are not."""
+    if rows is None or (rows.stride(1) == 1 and rows.data_ptr() % ALIGNMENT == 0):
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
