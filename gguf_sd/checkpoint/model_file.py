@@ -1,4 +1,7 @@
-"""A GGUF file seen as a Stable Diffusion model: its configuration, and its parts by canonical name."""
+"""A GGUF file seen as a Stable Diffusion model: its configuration, and its parts by canonical name.
+
+What it takes to open one needs no torch: it is imported, with the modules that use it, when a part is loaded.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,24 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from gguf_sd.checkpoint.assign import Source, assign
 from gguf_sd.checkpoint.gguf_file import GGUFFile
 from gguf_sd.checkpoint.identify import identify
-from gguf_sd.checkpoint.quant_tensor import QuantTensor
 from gguf_sd.checkpoint.tensor_names import SAFETY, TEXT, UNET, VAE, canonical_names
 from gguf_sd.config import ModelConfig
 from gguf_sd.errors import GgufSdError
-from gguf_sd.models.safety import SafetyChecker
-from gguf_sd.models.text import TextEncoder
-from gguf_sd.models.unet import UNet
-from gguf_sd.models.vae import Autoencoder
-from gguf_sd.prompt.find_tokenizer import find_tokenizer
-from gguf_sd.prompt.tokenizer import METADATA_KEY, Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from gguf_sd.checkpoint.assign import Source
+    from gguf_sd.models.safety import SafetyChecker
+    from gguf_sd.models.text import TextEncoder
+    from gguf_sd.models.unet import UNet
+    from gguf_sd.models.vae import Autoencoder
+    from gguf_sd.prompt.tokenizer import Tokenizer
 
 CONFIG_KEY = "gguf_sd.config"
 FORMAT_KEY = "gguf_sd.format_version"
@@ -89,6 +93,8 @@ class ModelFile:
         """As :meth:`part`, for tensors that are converted at once: their pages go back one by one, so that a part is
         never in memory twice."""
 
+        from gguf_sd.checkpoint.quant_tensor import QuantTensor
+
         def read(source: Source) -> Tensor:
             stored = source()
             full = stored.dequantize(dtype) if isinstance(stored, QuantTensor) else stored.to(dtype)
@@ -108,12 +114,22 @@ class ModelFile:
 
     def load_unet(self, dtype: torch.dtype) -> UNet:
         """The UNet, quantised weights still in blocks, everything else in ``dtype``."""
+        import torch
+
+        from gguf_sd.checkpoint.assign import assign
+        from gguf_sd.models.unet import UNet
+
         with torch.device("meta"):
             unet = UNet(self.config.unet)
         assign(unet, self.part(UNET), dtype, str(self.path))
         return unet.eval()
 
     def load_vae(self, dtype: torch.dtype) -> Autoencoder:
+        import torch
+
+        from gguf_sd.checkpoint.assign import assign
+        from gguf_sd.models.vae import Autoencoder
+
         with torch.device("meta"):
             vae = Autoencoder(self.config.vae)
         assign(vae, self._copied(VAE, dtype), dtype, str(self.path), keep_quantized=False)
@@ -121,6 +137,8 @@ class ModelFile:
 
     def load_text(self, index: int, dtype: torch.dtype) -> TextEncoder:
         """The model's text encoder number ``index``."""
+        from gguf_sd.models.text import TextEncoder
+
         if len(self.config.text) == 1:
             tensors = self._copied(TEXT, dtype)
         else:  # the second is OpenCLIP's ("model."), or transformers' in the files of other tools
@@ -129,6 +147,8 @@ class ModelFile:
 
     def load_safety(self, dtype: torch.dtype) -> SafetyChecker:
         """The model's safety checker. Raises GgufSdError where the file carries none (``config.safety`` is None)."""
+        from gguf_sd.models.safety import SafetyChecker
+
         if self.config.safety is None:
             raise GgufSdError(
                 f"{self.path} carries no safety checker; convert a diffusers folder that has one, or do without"
@@ -140,6 +160,9 @@ class ModelFile:
     def tokenizer(self, chosen: Path | None = None) -> Tokenizer:
         """The file's own tokenizer; ``chosen`` (a tokenizer folder or a BPE merges file), or one that can be found, for
         files of other tools, which carry none."""
+        from gguf_sd.prompt.find_tokenizer import find_tokenizer
+        from gguf_sd.prompt.tokenizer import METADATA_KEY, Tokenizer
+
         text = self.file.metadata.get(METADATA_KEY)
         if chosen is not None or text is None:
             text = find_tokenizer(chosen, None, self.config.text[0]).json

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from gguf_sd.checkpoint.assign import Source, assign
 from gguf_sd.config import SafetyConfig
@@ -48,6 +47,9 @@ class SafetyChecker(nn.Module):
     made in float32."""
 
     def __init__(self, config: SafetyConfig):
+        # Here, as importing it takes longer than starting to paint: few models carry a checker.
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
         super().__init__()
         self.config = config
         self.vision = CLIPVisionModelWithProjection(

@@ -1,20 +1,26 @@
-"""The CLIP text encoders: transformers' implementation, our names and configuration."""
+"""The CLIP text transformers of Stable Diffusion: CLIP ViT-L/14's (SD 1.x, SDXL) and OpenCLIP ViT-bigG/14's (SDXL).
+
+Radford et al. 2021 (arXiv:2103.00020): a causal transformer with a LayerNorm before each attention and MLP. Module
+names are those of transformers' CLIPTextModel.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from torch.nn import functional as F
 
 from gguf_sd.checkpoint.assign import Source, assign
 from gguf_sd.checkpoint.quant_tensor import QuantTensor
 from gguf_sd.checkpoint.tensor_names import OPENCLIP, OPENCLIP_LAYER
 from gguf_sd.config import TextConfig
+from gguf_sd.errors import GgufSdError
+from gguf_sd.models.layers import LayerNorm, Linear
 
 OPENCLIP_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)")
 OPENCLIP_QKV = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")
@@ -27,29 +33,89 @@ class Encoded(NamedTuple):
     pooled: Tensor | None  # [B, projection_dim], the projected end-of-text token, of encoders with a projection
 
 
-class TextEncoder(nn.Module):
-    """Prompts as token ids to the hidden states that the UNet attends to."""
+def quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI's approximation of GELU: x * sigmoid(1.702 x)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+class Embeddings(nn.Module):
+    """Tokens and their positions."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """int64 [B, N] -> [B, N, hidden_size]."""
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+
+
+class CausalAttention(nn.Module):
+    """Multi-head self-attention in which no token sees a later one."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj = (Linear(dim, dim) for _ in "qkv")
+        self.out_proj = Linear(dim, dim)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x and residual [B, N, dim] -> [B, N, dim]."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for projection in projections)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(attended.transpose(1, 2).flatten(2), residual)
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int, inner: int, activation: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.fc1, self.fc2, self.activation = Linear(dim, inner), Linear(inner, dim), activation
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)), residual)
+
+
+class Layer(nn.Module):
+    """Self-attention and an MLP, each with a LayerNorm before it and around it a skip connection."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        dim = config.hidden_size
+        self.layer_norm1, self.layer_norm2 = LayerNorm(dim), LayerNorm(dim)
+        self.self_attn = CausalAttention(dim, config.num_attention_heads)
+        self.mlp = MLP(dim, config.intermediate_size, ACTIVATIONS[config.hidden_act])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.self_attn(self.layer_norm1(x), x)
+        return self.mlp(self.layer_norm2(x), x)
+
+
+class Encoder(nn.Module):
+    """The layers, under the name that they have in checkpoints."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+
+
+class TextEncoder(nn.Module):
+    """Prompts as token ids to the hidden states that the UNet attends to. Raises GgufSdError for a configuration that
+    is no CLIP text transformer's."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        _check(config)
         self.config = config
-        kind = CLIPTextModelWithProjection if config.projection_dim else CLIPTextModel
-        self.model = kind(
-            CLIPTextConfig(
-                vocab_size=config.vocab_size,
-                hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
-                num_hidden_layers=config.num_hidden_layers,
-                num_attention_heads=config.num_attention_heads,
-                max_position_embeddings=config.max_position_embeddings,
-                hidden_act=config.hidden_act,
-                projection_dim=config.projection_dim or config.hidden_size,
-                bos_token_id=config.bos_token_id,
-                eos_token_id=config.eos_token_id,
-                pad_token_id=config.pad_token_id,
-                attn_implementation="sdpa",
-            )
-        )
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.final_layer_norm = LayerNorm(config.hidden_size)
+        if config.projection_dim:
+            self.text_projection = Linear(config.hidden_size, config.projection_dim, bias=False)
 
     @classmethod
     def load(cls, config: TextConfig, tensors: Mapping[str, Source], dtype: torch.dtype, where: str) -> TextEncoder:
@@ -60,25 +126,38 @@ class TextEncoder(nn.Module):
         if "positional_embedding" in tensors:
             tensors = from_openclip(tensors)
         bare = {name.removeprefix("text_model."): source for name, source in tensors.items()}
-        names = {name.removeprefix("text_model."): name for name, _ in encoder.model.named_parameters()}
-        assign(encoder.model, {names.get(k, k): source for k, source in bare.items()}, dtype, where, False)
-        for name, buffer in list(encoder.model.named_buffers()):
-            owner, _, leaf = name.rpartition(".")
-            if leaf != "position_ids":
-                raise RuntimeError(f"transformers' CLIP has a buffer {name} that is not known here")
-            setattr(encoder.model.get_submodule(owner), leaf, torch.arange(buffer.shape[-1])[None])
+        assign(encoder, bare, dtype, where, keep_quantized=False)
         return encoder.eval()
 
     @torch.inference_mode()
     def encode(self, ids: Tensor, clip_skip: int, normalise: bool) -> Encoded:
-        """Token ids [B, N], N = ``config.max_position_embeddings``, to the states after the last layer (``clip_skip``
-        1), the last but one (2) and so on; with the final LayerNorm where ``normalise``, as SD 1.x has it."""
-        output = self.model(input_ids=ids, output_hidden_states=True)
-        states = output.hidden_states[-clip_skip]
-        if normalise:
-            transformer = getattr(self.model, "text_model", self.model)  # transformers 5 dropped the level
-            states = transformer.final_layer_norm(states)
-        return Encoded(states, output.text_embeds if self.config.projection_dim else None)
+        """Token ids [B, N], N at most ``config.max_position_embeddings``, to the states after the last layer
+        (``clip_skip`` 1), the last but one (2) and so on; with the final LayerNorm where ``normalise``, as SD 1.x has
+        it."""
+        x = states = self.embeddings(ids)
+        wanted = len(self.encoder.layers) - clip_skip
+        for index, layer in enumerate(self.encoder.layers):
+            if index > wanted and not self.config.projection_dim:
+                break
+            x = layer(x)
+            states = x if index == wanted else states
+        pooled = self._pooled(x, ids) if self.config.projection_dim else None
+        return Encoded(self.final_layer_norm(states) if normalise else states, pooled)
+
+    def _pooled(self, last: Tensor, ids: Tensor) -> Tensor:
+        """The last layer's states [B, N, hidden_size] at each text's first end token, projected [B, projection_dim]."""
+        end = (ids == self.config.eos_token_id).int().argmax(dim=-1)
+        at_end = last[torch.arange(len(ids), device=ids.device), end]
+        return self.text_projection(self.final_layer_norm(at_end))
+
+
+def _check(config: TextConfig) -> None:
+    if config.hidden_act not in ACTIVATIONS:
+        raise GgufSdError(f"no text encoder with activation {config.hidden_act!r}; there are {', '.join(ACTIVATIONS)}")
+    if config.hidden_size % config.num_attention_heads:
+        raise GgufSdError(
+            f"a text encoder's width {config.hidden_size} does not split into {config.num_attention_heads} heads"
+        )
 
 
 def from_openclip(tensors: Mapping[str, Source]) -> dict[str, Source]:

@@ -1,0 +1,64 @@
+"""The data of a GGUF file as tensors. It stays memory-mapped: what is never touched is never read."""
+
+from __future__ import annotations
+
+import mmap
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gguf_sd.checkpoint.gguf_header import TensorInfo
+from gguf_sd.checkpoint.quant_tensor import QuantTensor
+from gguf_sd.errors import GgufSdError
+from gguf_sd_kernels.formats import FORMATS
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+class MappedTensors:
+    """The tensors of one file. Raises GgufSdError where it cannot be mapped."""
+
+    def __init__(self, path: Path, size: int):
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                # A private mapping: torch wants writable memory, nothing ever writes to it.
+                self._mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:  # ValueError: shorter than it was
+            raise GgufSdError(f"cannot read {path}: {error}; is it still being written?") from error
+        self._data = torch.frombuffer(self._mapping, dtype=torch.uint8)
+
+    def tensor(self, info: TensorInfo, shape: tuple[int, ...], tap_major: bool) -> Tensor | QuantTensor:
+        """A tensor in its logical ``shape``, backed by the mapped file. Types outside gguf_sd_kernels.formats.FORMATS,
+        and shapes whose rows are no whole number of blocks, are dequantised to F16 here."""
+        raw = self._bytes(info)
+        if not info.quantized:
+            return raw.view(DTYPES[info.type.name]).view(shape)
+        kind = FORMATS.get(info.type.name)
+        if kind is None or len(shape) < 2 or prod(shape[1:]) % kind.block_size:
+            return self._dequantized(info, raw).view(shape)
+        return QuantTensor(raw.view(shape[0], -1), kind.name, shape, tap_major)
+
+    def forget_pages(self) -> None:
+        """Gives the memory behind everything read so far back; what is touched again is read again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._mapping.madvise(mmap.MADV_DONTNEED)
+
+    def _bytes(self, info: TensorInfo) -> Tensor:
+        raw = self._data[info.offset : info.offset + info.nbytes]
+        return raw if info.offset % 8 == 0 else raw.clone()
+
+    def _dequantized(self, info: TensorInfo, raw: Tensor) -> Tensor:
+        """Any type gguf-py can decode, as F16."""
+        import gguf
+        import numpy as np
+
+        try:
+            values = gguf.quants.dequantize(raw.numpy(), gguf.GGMLQuantizationType[info.type.name])
+        except (NotImplementedError, KeyError):
+            raise GgufSdError(
+                f"{self.path} holds tensor {info.name} as {info.type.name}, which cannot be read"
+            ) from None
+        return torch.from_numpy(np.ascontiguousarray(values)).to(torch.float16)
