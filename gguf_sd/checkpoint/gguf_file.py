@@ -8,10 +8,8 @@ memory-mapped: what is never touched is never read.
 
 from __future__ import annotations
 
-import json
 import mmap
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,8 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gguf_sd.checkpoint.metadata_keys import COMFY_SHAPE, SHAPES
 from gguf_sd.checkpoint.quant_tensor import QuantTensor
 from gguf_sd.errors import GgufSdError
+from gguf_sd.field_checks import shown
+from gguf_sd.json_text import MAX_TABLE, json_object
 from gguf_sd_kernels.formats import FORMATS
 
 MAX_DIMS = 4
@@ -47,8 +48,6 @@ _SCALARS = {
     gguf.GGUFValueType.INT64: "q",
     gguf.GGUFValueType.FLOAT64: "d",
 }
-COMFY_SHAPE = "comfy.gguf.orig_shape."
-OUR_SHAPES = "gguf_sd.shapes"
 
 
 @dataclass(frozen=True)
@@ -136,8 +135,8 @@ class GGUFFile:
     def _logical_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of tensors that lie reshaped in the file, from our metadata and ComfyUI-GGUF's."""
         shapes: dict[str, Any] = {}
-        if OUR_SHAPES in self.metadata:
-            shapes.update(self.json(OUR_SHAPES))
+        if SHAPES in self.metadata:
+            shapes.update(self.json(SHAPES))
             self._tap_major = frozenset(shapes)
         shapes.update({k.removeprefix(COMFY_SHAPE): v for k, v in self.metadata.items() if k.startswith(COMFY_SHAPE)})
         result = {}
@@ -145,21 +144,15 @@ class GGUFFile:
             info = self.tensors.get(name)
             if info is None:
                 continue
-            whole = isinstance(shape, Sequence) and all(isinstance(n, int) and n > 0 for n in shape)
+            whole = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
             if not whole or prod(shape) != prod(info.shape):
-                raise self._error(f"is damaged: {name} lies as {list(info.shape)} but claims shape {shape}")
+                raise self._error(f"is damaged: {name} lies as {list(info.shape)} but claims shape {shown(shape)}")
             result[name] = tuple(shape)
         return result
 
     def json(self, key: str) -> dict[str, Any]:
         """The JSON object stored as text under ``key``."""
-        try:
-            value = json.loads(self.metadata[key])
-        except (TypeError, ValueError):
-            value = None
-        if not isinstance(value, dict):
-            raise self._error(f"has damaged metadata: {key} is no JSON object")
-        return value
+        return json_object(self.metadata[key], f"{self.path} has damaged metadata: {key}", MAX_TABLE)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's logical shape, torch order."""
