@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.lib.random_weights import weight_std
+from gguf_sd.checkpoint.inventory import expected_tensors
 from gguf_sd.config import SD15, SD15_INPAINT, SDXL, ModelConfig
-from gguf_sd_convert.sources.inventory import expected_tensors
 from gguf_sd_convert.workers import in_order, workers
 
 MODELS: dict[str, ModelConfig] = {"sd15": SD15, "sd15-inpaint": SD15_INPAINT, "sdxl": SDXL}

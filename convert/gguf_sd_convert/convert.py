@@ -19,20 +19,22 @@ import gguf
 import torch
 from torch import Tensor
 
+from gguf_sd.checkpoint import inventory
+from gguf_sd.checkpoint import metadata_keys as keys
+from gguf_sd.checkpoint.check_tensors import strays_note
 from gguf_sd.config import SD15, SDXL, SDXL_TURBO, ModelConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd.prompt.find_tokenizer import ClipTokenizer, find_tokenizer, read_tokenizer
 from gguf_sd_convert.progress import Progress, progress_bar
-from gguf_sd_convert.quantize.policy import LAYOUTS, TYPES, Stored, plan
+from gguf_sd_convert.quantize.policy import LAYOUTS, Stored, plan, type_name
 from gguf_sd_convert.quantize.quantizers import F16_MAX, quantize
 from gguf_sd_convert.sources.checkpoints import Entry
-from gguf_sd_convert.sources.inventory import expected_tensors
+from gguf_sd_convert.sources.diffusers_config import checked_config, read_model_config
 from gguf_sd_convert.sources.source import Source, fitted, open_source
 from gguf_sd_convert.workers import in_order, workers
 from gguf_sd_convert.writer import GGUFSink, check_target
 from gguf_sd_kernels.formats import FORMATS
 
-FORMAT_VERSION = 1
 WIDE = (torch.float64, torch.float32, torch.bfloat16)  # dtypes with values that F16 cannot hold
 PENDING_HASH = "0123456789abcdef" * 4  # stands in the header until the source is hashed
 PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -40,23 +42,25 @@ PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """``config`` describes a single file that is none of the known models; ``threads`` 0 = one a core."""
+    """``config``, a configuration or a diffusers folder that has one, describes a single file that is none of the known
+    models; ``threads`` 0 = one a core."""
 
-    type: str = "q8_0"
+    type: str = "q8_0"  # one of quantize.policy.TYPES, in any case
     layout: str = "native"
     ema: bool = False
     tokenizer: Path | None = None
-    config: ModelConfig | None = None
+    config: ModelConfig | Path | None = None
     force: bool = False
     threads: int = 0
     preset: str | None = None  # a key of PRESETS: whose schedule and defaults the file gets
+    safety: bool = True  # takes the source's safety checker over, if it has one
 
 
 PRESETS = {"sd15": SD15, "sdxl": SDXL, "sdxl-turbo": SDXL_TURBO}
 
 
 @dataclass(frozen=True)
-class Report:
+class ConvertReport:
     """What was written. Sizes in bytes; pairs are (tensors, bytes)."""
 
     source: str
@@ -90,18 +94,16 @@ def convert(
     options: ConvertOptions | None = None,
     progress: Progress | None = None,
     quiet: bool = True,
-) -> Report:
+) -> ConvertReport:
     """Converts a .safetensors or .ckpt file or a diffusers folder to the GGUF file ``output``.
 
     The target appears whole or not at all. ``progress`` is called after each tensor; without it, and not ``quiet``,
     a bar is shown on stderr. Raises GgufSdError for every source, target and option that does not do.
     """
     options, output, started = options or ConvertOptions(), Path(output), time.perf_counter()
-    if options.type not in TYPES:
-        raise GgufSdError(f"no type {options.type!r}; choose from {', '.join(TYPES)}")
-    if options.layout not in LAYOUTS:
-        raise GgufSdError(f"no layout {options.layout!r}; choose from {', '.join(LAYOUTS)}")
-    check_target(output, options.force)
+    options = check_options(options)
+    inputs = [Path(source), options.tokenizer, options.config]
+    check_target(output, options.force, [path for path in inputs if isinstance(path, Path)])
     job = _prepare(Path(source), options)
     with ExitStack() as stack:
         if progress is None and not quiet:
@@ -110,10 +112,39 @@ def convert(
     return _report(job, output, stored, nbytes, digest, time.perf_counter() - started)
 
 
+def check_options(options: ConvertOptions) -> ConvertOptions:
+    """The options with their names as the file will have them. Raises GgufSdError for what does not depend on the
+    source."""
+    if options.layout not in LAYOUTS:
+        raise GgufSdError(f"no layout {options.layout!r}; choose from {', '.join(LAYOUTS)}")
+    if options.preset is not None and options.preset not in PRESETS:
+        raise GgufSdError(f"no preset {options.preset!r}; choose from {', '.join(PRESETS)}")
+    if options.threads < 0:
+        raise GgufSdError(f"threads is {options.threads}; it takes 1 or more, or 0 for one a core")
+    return replace(options, type=type_name(options.type))
+
+
+def source_config(path: Path, options: ConvertOptions) -> ModelConfig:
+    """The configuration that the conversion of ``path`` will carry, but for token ids: headers are read, no weights.
+    Raises GgufSdError where ``path`` is no model that can be converted."""
+    return _source(path, check_options(options)).config
+
+
+def _source(path: Path, options: ConvertOptions) -> Source:
+    config = options.config
+    if isinstance(config, Path):
+        if path.is_dir():
+            raise GgufSdError(f"--config is for single files; the folder {path} has a configuration")
+        config, _ = read_model_config(config, options.safety)
+        config = replace(config, safety=None)  # of which a single file has no weights
+    return _preset(open_source(path, options.ema, config, options.safety), options.preset)
+
+
 def _prepare(path: Path, options: ConvertOptions) -> _Job:
-    source = _preset(open_source(path, options.ema, options.config), options.preset)
+    source = _source(path, options)
     tokenizer, config = _tokenizer(source, options)
-    tensors, unused = fitted(source, expected_tensors(config))
+    config = checked_config(config, path)
+    tensors, unused = fitted(source, inventory.tensors(config))
     return _Job(source, config, tokenizer, tensors, unused, options)
 
 
@@ -126,8 +157,6 @@ def _preset(source: Source, preset: str | None) -> Source:
             return source
         hint = "its name speaks of Turbo, nothing else does: --preset sdxl-turbo gives the file 1 step without guidance"
         return replace(source, notes=(*source.notes, hint))
-    if preset not in PRESETS:
-        raise GgufSdError(f"no preset {preset!r}; choose from {', '.join(PRESETS)}")
     chosen = PRESETS[preset]
     if chosen.name != config.name:
         raise GgufSdError(f"preset {preset} is for {chosen.name} models; {source.path} is {config.name}")
@@ -222,22 +251,22 @@ def encode(tensor: Stored, entry: Entry) -> Tensor:
 def _metadata(job: _Job, stored: list[Stored]) -> dict[str, Any]:
     path, options = job.source.path.resolve(), job.options
     metadata: dict[str, Any] = {
-        "general.name": path.name if path.is_dir() else path.stem,
-        "general.file_type": int(gguf.LlamaFileType[f"MOSTLY_{options.type.upper()}"]),
-        "general.quantization_version": gguf.GGML_QUANT_VERSION,
-        "gguf_sd.format_version": FORMAT_VERSION,
-        "gguf_sd.layout": options.layout,
-        "gguf_sd.type": options.type,
-        "gguf_sd.config": json.dumps(asdict(job.config)),
-        "gguf_sd.source.name": path.name,
-        "gguf_sd.source.sha256": PENDING_HASH,
-        "tokenizer.huggingface.json": job.tokenizer.json,
+        keys.NAME: path.name if path.is_dir() else path.stem,
+        keys.FILE_TYPE: int(gguf.LlamaFileType[f"MOSTLY_{options.type.upper()}"]),
+        keys.QUANTIZATION_VERSION: gguf.GGML_QUANT_VERSION,
+        keys.FORMAT: keys.FORMAT_VERSION,
+        keys.LAYOUT: options.layout,
+        keys.TYPE: options.type,
+        keys.CONFIG: json.dumps(asdict(job.config)),
+        keys.SOURCE_NAME: path.name,
+        keys.SOURCE_HASH: PENDING_HASH,
+        keys.TOKENIZER: job.tokenizer.json,
     }
     reshaped = {tensor.name: list(tensor.logical) for tensor in stored if tensor.reshaped}
     if options.layout == "native":
-        metadata["gguf_sd.shapes"] = json.dumps(reshaped)
+        metadata[keys.SHAPES] = json.dumps(reshaped)
     else:
-        metadata |= {f"comfy.gguf.orig_shape.{name}": shape for name, shape in reshaped.items()}
+        metadata |= {keys.COMFY_SHAPE + name: shape for name, shape in reshaped.items()}
     return metadata
 
 
@@ -251,13 +280,13 @@ def hash_files(paths: Iterable[Path], stop: threading.Event | None = None) -> st
     return digest.hexdigest()
 
 
-def _report(job: _Job, output: Path, stored: list[Stored], nbytes: int, digest: str, seconds: float) -> Report:
+def _report(job: _Job, output: Path, stored: list[Stored], nbytes: int, digest: str, seconds: float) -> ConvertReport:
     options, notes = job.options, list(job.source.notes)
     if job.unused:
-        notes.append(f"{len(job.unused)} tensors of the source are no part of the model, the first is {job.unused[0]}")
+        notes.append(strays_note(job.unused, str(job.source.path)))
     wide = {tensor.name for tensor in stored if tensor.type == "F32"}
     as_f16 = sum(tensor.nbytes for tensor in plan(_shapes(job.tensors), "f16", options.layout, wide))
-    return Report(
+    return ConvertReport(
         source=str(job.source.path),
         output=str(output),
         architecture=job.config.name,

@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
@@ -28,10 +28,13 @@ ALIGNMENT = 32
 MAX_NAME = 127  # bytes; ggml's limit
 
 
-def check_target(path: Path, force: bool) -> None:
-    """Raises GgufSdError where ``path`` cannot be written, or exists and ``force`` does not allow to replace it."""
+def check_target(path: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
+    """Raises GgufSdError where ``path`` cannot be written, is one of the files or in the folders that are read
+    (``inputs``), or exists and ``force`` does not allow to replace it."""
     if path.is_dir():
         raise GgufSdError(f"{path} is a folder; name a .gguf file")
+    if (read := _same(path, inputs)) is not None:
+        raise GgufSdError(f"{path} would replace {read}, which is read; choose another output")
     if path.exists() and not force:
         raise GgufSdError(f"{path} exists; --force replaces it")
     folder = path.parent
@@ -39,6 +42,20 @@ def check_target(path: Path, force: bool) -> None:
         raise GgufSdError(f"{folder} is no folder; create it first")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise GgufSdError(f"cannot write to {folder}: permission denied")
+
+
+def _same(path: Path, inputs: Iterable[Path]) -> Path | None:
+    """The input that ``path`` is, by whatever name, link or hard link."""
+    try:
+        own = path.stat()
+    except OSError:  # nothing there, or a link to nothing
+        return None
+    for source in inputs:
+        for file in source.rglob("*") if source.is_dir() else (source,):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(file.stat(), own):
+                    return file
+    return None
 
 
 class GGUFSink:

@@ -8,6 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from gguf_sd.checkpoint.check_tensors import warn_of_strays
+from gguf_sd.checkpoint.finite import cast, check_blocks
 from gguf_sd.checkpoint.quant_tensor import QuantTensor
 from gguf_sd.errors import GgufSdError
 from gguf_sd.models.layers import quantized
@@ -21,39 +23,41 @@ def assign(
     dtype: torch.dtype,
     where: str,
     keep_quantized: bool = True,
+    prefix: str = "",
 ) -> None:
     """Gives every parameter of ``model`` its tensor: quantised linears and convolutions become quantised layers
     (unless ``keep_quantized`` is false), everything else becomes ``dtype``.
 
-    Strict: raises GgufSdError, naming the tensor and the file (``where``), for missing, unknown or wrongly
-    shaped tensors.
+    Raises GgufSdError, naming the tensor (behind ``prefix``) and the file (``where``), for tensors that are missing,
+    wrongly shaped, or hold what is no number in ``dtype``. Tensors that the model does not have are left out with one
+    warning that names them.
     """
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    _check_names(expected, sources, where)
+    _check_names(expected, sources, where, prefix)
     for name, shape in expected.items():
         owner_name, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_name)
-        stored = _shaped(name, shape, sources[name](), where)
+        stored = _shaped(prefix + name, shape, sources[name](), where)
         if isinstance(stored, QuantTensor) and keep_quantized and isinstance(owner, nn.Linear | nn.Conv2d):
+            check_blocks(stored, prefix + name, where)
             model.set_submodule(owner_name, quantized(owner, stored))
             continue
-        owner._parameters[leaf] = nn.Parameter(_plain(stored, dtype), requires_grad=False)
+        owner._parameters[leaf] = nn.Parameter(_plain(stored, dtype, prefix + name, where), requires_grad=False)
 
 
-def _plain(stored: Tensor | QuantTensor, dtype: torch.dtype) -> Tensor:
-    full = stored.dequantize(dtype) if isinstance(stored, QuantTensor) else stored.to(dtype)
+def _plain(stored: Tensor | QuantTensor, dtype: torch.dtype, name: str, where: str) -> Tensor:
+    full = cast(stored, dtype, name, where)
     # Convolutions run channels-last; a weight that lies so already need not be reordered at every call.
     return full.contiguous(memory_format=torch.channels_last) if full.dim() == 4 else full
 
 
-def _check_names(expected: Mapping[str, object], sources: Mapping[str, Source], where: str) -> None:
+def _check_names(expected: Mapping[str, object], sources: Mapping[str, Source], where: str, prefix: str) -> None:
     if missing := [name for name in expected if name not in sources]:
         raise GgufSdError(
-            f"{where} lacks {len(missing)} of {len(expected)} tensors, the first is {missing[0]}; "
+            f"{where} lacks {len(missing)} of {len(expected)} tensors, the first is {prefix}{missing[0]}; "
             "it is incomplete: download or convert it again"
         )
-    if unknown := [name for name in sources if name not in expected]:
-        raise GgufSdError(f"{where} holds {len(unknown)} tensors that do not belong, the first is {unknown[0]}")
+    warn_of_strays([prefix + name for name in sources if name not in expected], where)
 
 
 def _shaped(name: str, shape: tuple[int, ...], stored: Tensor | QuantTensor, where: str) -> Tensor | QuantTensor:

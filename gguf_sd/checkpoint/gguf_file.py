@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gguf_sd.checkpoint.gguf_header import MAX_DIMS, read_header
+from gguf_sd.checkpoint.metadata_keys import COMFY_SHAPE, SHAPES
 from gguf_sd.errors import GgufSdError
+from gguf_sd.field_checks import shown
+from gguf_sd.json_text import MAX_TABLE, json_object
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gguf_sd.checkpoint.gguf_tensors import MappedTensors
     from gguf_sd.checkpoint.quant_tensor import QuantTensor
-
-COMFY_SHAPE = "comfy.gguf.orig_shape."
-OUR_SHAPES = "gguf_sd.shapes"
 
 
 class GGUFFile:
@@ -28,7 +27,7 @@ class GGUFFile:
         self.path = Path(path)
         header = read_header(self.path)
         self.size, self.metadata, self.tensors = header.size, header.metadata, header.tensors
-        ours = self._claimed(self.json(OUR_SHAPES) if OUR_SHAPES in self.metadata else {})
+        ours = self._claimed(self.json(SHAPES) if SHAPES in self.metadata else {})
         theirs = {k.removeprefix(COMFY_SHAPE): v for k, v in self.metadata.items() if k.startswith(COMFY_SHAPE)}
         self._shapes = ours | self._claimed(theirs)
         self._tap_major = frozenset(name for name, shape in ours.items() if len(shape) == 4)
@@ -45,20 +44,13 @@ class GGUFFile:
             whole = isinstance(shape, list) and 1 <= len(shape) <= MAX_DIMS
             whole = whole and all(type(n) is int and n > 0 for n in shape)
             if not whole or prod(shape) != prod(info.shape):
-                claim = str(shape)[:100]
-                raise self._error(f"is damaged: {name} lies as {list(info.shape)} but claims shape {claim}")
+                raise self._error(f"is damaged: {name} lies as {list(info.shape)} but claims shape {shown(shape)}")
             result[name] = tuple(shape)
         return result
 
     def json(self, key: str) -> dict[str, Any]:
         """The JSON object stored as text under ``key``."""
-        try:
-            value = json.loads(self.metadata[key])
-        except (TypeError, ValueError, RecursionError):
-            value = None
-        if not isinstance(value, dict):
-            raise self._error(f"has damaged metadata: {key} is no JSON object")
-        return value
+        return json_object(self.metadata[key], f"{self.path} has damaged metadata: {key}", MAX_TABLE)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's logical shape, torch order."""

@@ -1,22 +1,25 @@
 """A GGUF file seen as a Stable Diffusion model: its configuration, and its parts by canonical name.
 
-What it takes to open one needs no torch: it is imported, with the modules that use it, when a part is loaded.
+Opening one needs no torch, which is imported when a part is loaded.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gguf_sd.checkpoint import metadata_keys as keys
+from gguf_sd.checkpoint.check_tensors import XL_TEXTS, check_tensors, text_names, warn_of_strays
 from gguf_sd.checkpoint.gguf_file import GGUFFile
-from gguf_sd.checkpoint.identify import identify
+from gguf_sd.checkpoint.identify import MARKERS, identify
 from gguf_sd.checkpoint.tensor_names import SAFETY, TEXT, UNET, VAE, canonical_names
 from gguf_sd.config import ModelConfig
 from gguf_sd.errors import GgufSdError
+from gguf_sd.field_checks import shown
+from gguf_sd.sampling.names import resolve_sampler, resolve_schedule
 
 if TYPE_CHECKING:
     import torch
@@ -28,13 +31,6 @@ if TYPE_CHECKING:
     from gguf_sd.models.unet import UNet
     from gguf_sd.models.vae import Autoencoder
     from gguf_sd.prompt.tokenizer import Tokenizer
-
-CONFIG_KEY = "gguf_sd.config"
-FORMAT_KEY = "gguf_sd.format_version"
-FORMAT_VERSION = 1
-XL_TEXTS = ("conditioner.embedders.0.", "conditioner.embedders.1.")
-XL_WRAPPER = re.compile(r"^(model|transformer(?=\.text_model))\.")
-SOURCE_HASH_KEY = "gguf_sd.source.sha256"
 
 
 def part_of(canonical: str) -> str:
@@ -51,25 +47,26 @@ class ModelFile:
     file: GGUFFile
     config: ModelConfig
     names: dict[str, str]  # canonical name -> name in the file
+    strays: frozenset[str] = frozenset()  # canonical names of tensors that belong to no part
 
     @classmethod
     def open(cls, path: Path | str) -> ModelFile:
-        """Raises GgufSdError for files that are no GGUF, no Stable Diffusion, or newer than this program."""
+        """Checks configuration and tensors against each other. Raises GgufSdError for files that are no GGUF, no Stable
+        Diffusion, damaged, or newer than this program; tensors that do not belong are one warning."""
         file = GGUFFile(path)
-        names = canonical_names(file.tensors)
-        version = file.metadata.get(FORMAT_KEY, FORMAT_VERSION)
-        if version != FORMAT_VERSION:
+        version = file.metadata.get(keys.FORMAT, keys.FORMAT_VERSION)
+        if version != keys.FORMAT_VERSION:
             raise GgufSdError(
-                f"{path} has gguf-sd format version {version}, this program reads {FORMAT_VERSION}; update gguf-sd"
+                f"{path} has gguf-sd format version {shown(version)}, this program reads {keys.FORMAT_VERSION}; "
+                "update gguf-sd"
             )
+        names = canonical_names(file.tensors)
         shapes = {canonical: file.shape(name) for canonical, name in names.items()}
-        if CONFIG_KEY not in file.metadata:
-            return cls(file, identify(shapes, str(path)), names)
-        try:
-            config = ModelConfig.from_dict(file.json(CONFIG_KEY))
-        except (TypeError, ValueError, AttributeError) as error:
-            raise GgufSdError(f"{path} has damaged metadata: {CONFIG_KEY}: {error}") from error
-        return cls(file, config, names)
+        own = keys.CONFIG in file.metadata
+        config = own_config(file) if own else identify(shapes, str(path))
+        strays = [name for name in check_tensors(config, shapes, str(path)) if name not in MARKERS]
+        warn_of_strays([names[name] for name in strays], str(path))
+        return cls(file, config, names, frozenset(strays))
 
     @property
     def path(self) -> Path:
@@ -80,7 +77,7 @@ class ModelFile:
         sources: dict[str, Source] = {
             canonical.removeprefix(prefix): partial(self.file.tensor, name)
             for canonical, name in self.names.items()
-            if canonical.startswith(prefix)
+            if canonical.startswith(prefix) and canonical not in self.strays
         }
         if not sources:
             raise GgufSdError(
@@ -89,24 +86,28 @@ class ModelFile:
             )
         return sources
 
-    def _copied(self, prefix: str, dtype: torch.dtype) -> dict[str, Source]:
-        """As :meth:`part`, for tensors that are converted at once: their pages go back one by one, so that a part is
-        never in memory twice."""
+    def _copied(self, names: dict[str, str], dtype: torch.dtype) -> dict[str, Source]:
+        """Readers of tensors, given by the name for the reader and their canonical one, that are converted at once:
+        their pages go back one by one, so that a part is never in memory twice."""
 
-        from gguf_sd.checkpoint.quant_tensor import QuantTensor
+        from gguf_sd.checkpoint.finite import cast
 
-        def read(source: Source) -> Tensor:
-            stored = source()
-            full = stored.dequantize(dtype) if isinstance(stored, QuantTensor) else stored.to(dtype)
+        def read(name: str) -> Tensor:
+            full = cast(self.file.tensor(name), dtype, name, str(self.path))
             self.file.forget_pages()
             return full
 
-        return {name: partial(read, source) for name, source in self.part(prefix).items()}
+        known = {local: canonical for local, canonical in names.items() if canonical not in self.strays}
+        return {local: partial(read, self.names[canonical]) for local, canonical in known.items()}
+
+    def _under(self, prefix: str) -> dict[str, str]:
+        """Name behind the prefix -> canonical name; raises GgufSdError where there is none."""
+        return {local: prefix + local for local in self.part(prefix)}
 
     @property
     def source_hash(self) -> str:
         """SHA-256 of the checkpoint the file was made from, as hex; empty where it is not known."""
-        return str(self.file.metadata.get(SOURCE_HASH_KEY, ""))
+        return str(self.file.metadata.get(keys.SOURCE_HASH, ""))
 
     def unet_values(self) -> int:
         """Number of weights in the UNet."""
@@ -121,7 +122,7 @@ class ModelFile:
 
         with torch.device("meta"):
             unet = UNet(self.config.unet)
-        assign(unet, self.part(UNET), dtype, str(self.path))
+        assign(unet, self.part(UNET), dtype, str(self.path), prefix=UNET)
         return unet.eval()
 
     def load_vae(self, dtype: torch.dtype) -> Autoencoder:
@@ -132,27 +133,26 @@ class ModelFile:
 
         with torch.device("meta"):
             vae = Autoencoder(self.config.vae)
-        assign(vae, self._copied(VAE, dtype), dtype, str(self.path), keep_quantized=False)
+        assign(vae, self._copied(self._under(VAE), dtype), dtype, str(self.path), keep_quantized=False, prefix=VAE)
         return vae.eval()
 
     def load_text(self, index: int, dtype: torch.dtype) -> TextEncoder:
         """The model's text encoder number ``index``."""
         from gguf_sd.models.text import TextEncoder
 
-        if len(self.config.text) == 1:
-            tensors = self._copied(TEXT, dtype)
-        else:  # the second is OpenCLIP's ("model."), or transformers' in the files of other tools
-            tensors = {XL_WRAPPER.sub("", name): s for name, s in self._copied(XL_TEXTS[index], dtype).items()}
-        return TextEncoder.load(self.config.text[index], tensors, dtype, str(self.path))
+        texts = self.config.text
+        self.part(TEXT if len(texts) == 1 else XL_TEXTS[index])  # raises where there is none
+        tensors = self._copied(text_names(self.names, len(texts), index), dtype)
+        return TextEncoder.load(texts[index], tensors, dtype, str(self.path))
 
     def load_safety(self, dtype: torch.dtype) -> SafetyChecker:
         """The model's safety checker. Raises GgufSdError where the file carries none (``config.safety`` is None)."""
-        from gguf_sd.models.safety import SafetyChecker
-
         if self.config.safety is None:
             raise GgufSdError(
                 f"{self.path} carries no safety checker; convert a diffusers folder that has one, or do without"
             )
+        from gguf_sd.models.safety import SafetyChecker
+
         checker = SafetyChecker.load(self.config.safety, self.part(SAFETY), dtype, str(self.path))
         self.file.forget_pages()
         return checker
@@ -161,9 +161,24 @@ class ModelFile:
         """The file's own tokenizer; ``chosen`` (a tokenizer folder or a BPE merges file), or one that can be found, for
         files of other tools, which carry none."""
         from gguf_sd.prompt.find_tokenizer import find_tokenizer
-        from gguf_sd.prompt.tokenizer import METADATA_KEY, Tokenizer
+        from gguf_sd.prompt.tokenizer import Tokenizer
 
-        text = self.file.metadata.get(METADATA_KEY)
+        text = self.file.metadata.get(keys.TOKENIZER)
         if chosen is not None or text is None:
             text = find_tokenizer(chosen, None, self.config.text[0]).json
         return Tokenizer(str(text), str(self.path))
+
+
+def own_config(file: GGUFFile) -> ModelConfig:
+    """The configuration that a file of ours carries. Raises GgufSdError: file, key, value and what is allowed."""
+    where = f"{file.path} has damaged metadata: {keys.CONFIG}"
+    try:
+        config = ModelConfig.from_dict(file.json(keys.CONFIG))
+    except ValueError as error:
+        raise GgufSdError(f"{where}: {error}") from error
+    try:
+        sampler, _ = resolve_sampler(config.defaults.sampler)
+        resolve_schedule(config.defaults.schedule, sampler)
+    except GgufSdError as error:
+        raise GgufSdError(f"{where}: defaults: {error}") from error
+    return config

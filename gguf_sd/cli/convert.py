@@ -8,10 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gguf_sd.errors import GgufSdError
-
 if TYPE_CHECKING:
-    from gguf_sd_convert.convert import Report
+    from gguf_sd_convert.convert import ConvertReport
 
 
 def add_parser(subparsers: Any) -> None:
@@ -32,6 +30,7 @@ def add_parser(subparsers: Any) -> None:
         "source that has none")  # fmt: skip
     add("--config", type=Path, help="diffusers folder whose JSON files describe a single-file SOURCE")
     add("--preset", help="whose schedule and defaults the file gets: sd15, sdxl or sdxl-turbo (what the source says)")
+    add("--no-safety", action="store_false", dest="safety", help="leave the source's safety checker out")
     add("--threads", type=int, default=0, help="tensors worked on at once (one a core)")
     add("--force", action="store_true", help="replace an existing file")
     add("--quiet", action="store_true", help="no progress bar and no table")
@@ -42,17 +41,17 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Converts and reports; raises GgufSdError for bad input."""
     from gguf_sd_convert.convert import ConvertOptions, convert
-    from gguf_sd_convert.sources.diffusers_config import read_model_config
 
-    if args.threads < 0:
-        raise GgufSdError(f"--threads is {args.threads}; it takes 1 or more, or 0 for one a core")
-    config = None
-    if args.config is not None:
-        if args.source.is_dir():
-            raise GgufSdError(f"--config is for single files; the folder {args.source} has a configuration")
-        config, _ = read_model_config(args.config)
     options = ConvertOptions(
-        args.type, args.layout, args.ema, args.tokenizer, config, args.force, args.threads, args.preset
+        type=args.type,
+        layout=args.layout,
+        ema=args.ema,
+        tokenizer=args.tokenizer,
+        config=args.config,
+        force=args.force,
+        threads=args.threads,
+        preset=args.preset,
+        safety=args.safety,
     )
     report = convert(args.source, args.output, options, quiet=args.quiet or args.json)
     if args.json:
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def table(report: Report) -> str:
+def table(report: ConvertReport) -> str:
     """The report for people."""
     lines = [f"note: {note}" for note in report.notes]
     lines += [f"{'type':6} {'tensors':>8} {'bytes':>14}"]

@@ -8,11 +8,10 @@ import tokenizers
 import torch
 from torch import Tensor
 
+from gguf_sd.checkpoint.metadata_keys import TOKENIZER
 from gguf_sd.config import TextConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd.prompt.prompts import parse
-
-METADATA_KEY = "tokenizer.huggingface.json"
 
 
 class Tokens(NamedTuple):
@@ -36,7 +35,7 @@ class Tokenizer:
         try:
             self._bpe = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises plain Exception
-            raise GgufSdError(f"{where} carries a damaged tokenizer ({METADATA_KEY}): {error}") from error
+            raise GgufSdError(f"{where} carries a damaged tokenizer ({TOKENIZER}): {error}") from error
 
     def encode(self, prompt: str, config: TextConfig) -> Tokens:
         """The prompt's tokens with their weights (:mod:`gguf_sd.prompt.prompts`), in at least one chunk."""

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from gguf_sd.checkpoint.identify import identify
+from gguf_sd.checkpoint.inventory import expected_tensors
 from gguf_sd.checkpoint.tensor_names import UNET, canonical_names, inverted, rename, unet_modules, vae_modules
 from gguf_sd.config import SD15, SD15_INPAINT, SDXL, ModelConfig
 from gguf_sd.errors import GgufSdError
-from gguf_sd_convert.sources.inventory import expected_tensors
 
 MODELS = {"sd15": SD15, "inpainting": SD15_INPAINT, "sdxl": SDXL}
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from gguf_sd.checkpoint import metadata_keys
 from gguf_sd.checkpoint.assign import assign
-from gguf_sd.checkpoint.model_file import CONFIG_KEY, ModelFile
+from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.checkpoint.tensor_names import UNET
-from gguf_sd.config import ModelConfig, UNetConfig
+from gguf_sd.config import ModelConfig, TextConfig, UNetConfig
 from gguf_sd.models.layers import QuantConv2d, Quantized, QuantLinear, resident
 from gguf_sd.models.unet import UNet
 
@@ -59,7 +60,10 @@ def write(path: Path) -> set[str]:
     flattened as ComfyUI-GGUF does it. Returns the names of what is quantised."""
     rng = np.random.default_rng(11)
     writer = gguf.GGUFWriter(path, "sd1")
-    writer.add_string(CONFIG_KEY, json.dumps(asdict(ModelConfig(unet=CONFIG))))
+    writer.add_string(
+        metadata_keys.CONFIG,
+        json.dumps(asdict(ModelConfig(unet=CONFIG, text=(TextConfig(hidden_size=256, num_attention_heads=4),)))),
+    )
     quantised: set[str] = set()
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in UNet(CONFIG).named_parameters()}

@@ -21,7 +21,7 @@ from gguf_sd.cli.inspect import describe
 from gguf_sd.config import ModelConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd.models.safety import SafetyChecker, blurred, preprocessed
-from gguf_sd_convert.convert import Report, convert
+from gguf_sd_convert.convert import ConvertReport, convert
 
 SIZES = [(64, 64), (40, 72), (73, 41), (37, 37), (20, 30), (128, 37)]
 VISION = "vision_model."
@@ -40,13 +40,13 @@ def folder(tiny_pipeline: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def written(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+def written(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ConvertReport]:
     path = tmp_path_factory.mktemp("safety") / "model.gguf"
     return path, convert(folder, path)
 
 
 @pytest.fixture(scope="module")
-def ours(written: tuple[Path, Report]) -> SafetyChecker:
+def ours(written: tuple[Path, ConvertReport]) -> SafetyChecker:
     return ModelFile.open(written[0]).load_safety(torch.float32)
 
 
@@ -127,14 +127,14 @@ def test_scores_are_rounded_to_three_decimals_before_they_count(ours: SafetyChec
     assert found == [False, True, False, False, True]
 
 
-def test_values_that_are_not_finite_do_not_pass(written: tuple[Path, Report]) -> None:
+def test_values_that_are_not_finite_do_not_pass(written: tuple[Path, ConvertReport]) -> None:
     checker = ModelFile.open(written[0]).load_safety(torch.float32)
     checker.vision.visual_projection.weight.data[0, 0] = float("nan")
     with pytest.raises(GgufSdError, match="not finite; try --dtype"):
         checker.flagged(random_pictures(1, seed=3))
 
 
-def test_sixteen_bits(written: tuple[Path, Report], ours: SafetyChecker) -> None:
+def test_sixteen_bits(written: tuple[Path, ConvertReport], ours: SafetyChecker) -> None:
     """The transformer computes in 16 bits, thresholds and concepts keep theirs."""
     checker = ModelFile.open(written[0]).load_safety(torch.bfloat16)
     assert checker.vision.visual_projection.weight.dtype == torch.bfloat16
@@ -146,7 +146,7 @@ def test_sixteen_bits(written: tuple[Path, Report], ours: SafetyChecker) -> None
     assert len(checker.flagged(pictures)) == 4
 
 
-def test_the_file_holds_it(folder: Path, written: tuple[Path, Report]) -> None:
+def test_the_file_holds_it(folder: Path, written: tuple[Path, ConvertReport]) -> None:
     path, report = written
     model, source = ModelFile.open(path), load_file(folder / "safety_checker" / "model.safetensors")
     assert model.config.safety is not None
@@ -166,7 +166,7 @@ def test_the_file_holds_it(folder: Path, written: tuple[Path, Report]) -> None:
     assert (parts["F16"]["tensors"], parts["F32"]["tensors"]) == (len(matrices), len(source) - len(matrices))
 
 
-def test_names_of_both_transformers(folder: Path, written: tuple[Path, Report], tmp_path: Path) -> None:
+def test_names_of_both_transformers(folder: Path, written: tuple[Path, ConvertReport], tmp_path: Path) -> None:
     """vision_model. twice (version 4, with its position_ids) or once (version 5): the same file, and both load."""
     copy = shutil.copytree(folder, tmp_path / "other")
     weights = copy / "safety_checker" / "model.safetensors"
@@ -251,7 +251,7 @@ def test_settings_that_do_not_fit_are_refused(
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_early_files_settings(folder: Path, written: tuple[Path, Report], tmp_path: Path) -> None:
+def test_early_files_settings(folder: Path, written: tuple[Path, ConvertReport], tmp_path: Path) -> None:
     """The published folders' JSON: sizes as plain numbers, the vision model's settings twice."""
     copy = shutil.copytree(folder, tmp_path / "early")
     vision = json.loads((copy / "safety_checker" / "config.json").read_text())["vision_config"]
@@ -266,7 +266,7 @@ def test_early_files_settings(folder: Path, written: tuple[Path, Report], tmp_pa
 @pytest.mark.parametrize(
     ("name", "count"), [("visual_projection.weight", 40), ("concept_embeds", 4), ("special_care_embeds_weights", 4)]
 )
-def test_missing_tensors(written: tuple[Path, Report], name: str, count: int) -> None:
+def test_missing_tensors(written: tuple[Path, ConvertReport], name: str, count: int) -> None:
     model = ModelFile.open(written[0])
     assert model.names.pop(SAFETY + name)
     with pytest.raises(GgufSdError) as caught:

@@ -7,11 +7,20 @@ from dataclasses import dataclass
 from math import prod
 
 from gguf_sd.checkpoint.tensor_names import SAFETY, UNET
+from gguf_sd.errors import GgufSdError
 from gguf_sd_kernels.formats import FORMATS, row_bytes
 
 TYPES = ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 LAYOUTS = ("native", "comfy", "linear")
 PLAIN_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+def type_name(name: str) -> str:
+    """The type called so in any case; raises GgufSdError for a name that is none of TYPES."""
+    if (found := str(name).lower()) not in TYPES:
+        raise GgufSdError(f"no type {name!r}; choose from {', '.join(TYPES)}")
+    return found
+
 
 # Parts of the UNet that stay in 16 bits whatever the type, and why.
 PROTECTED = {

@@ -7,7 +7,6 @@ torch's weights-only unpickler, and what has been read does not stay in memory.
 from __future__ import annotations
 
 import ctypes
-import json
 import mmap
 import pickle
 import re
@@ -22,8 +21,10 @@ import torch
 from torch import Tensor
 
 from gguf_sd.errors import GgufSdError
+from gguf_sd.field_checks import shown
+from gguf_sd.json_text import MAX_TABLE, json_object, read_json_object
 
-MAX_HEADER = 100_000_000  # bytes, the limit that the safetensors library sets
+MAX_HEADER = MAX_TABLE  # bytes
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -92,16 +93,16 @@ def open_safetensors(path: Path) -> Checkpoint:
                     f"{path} is truncated or no safetensors file: its header claims {length} bytes, "
                     f"the file has {size}; download it again"
                 )
-            header = json.loads(file.read(length))
+            header = json_object(file.read(length), f"{path} is damaged: its safetensors header", MAX_HEADER)
     except OSError as error:
         raise GgufSdError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise GgufSdError(f"{path} is damaged: its safetensors header is no JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise GgufSdError(f"{path} is damaged: its safetensors header is no JSON object")
     metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise GgufSdError(
+            f"{path} is damaged: __metadata__ in its header is {shown(metadata)}; it takes an object of texts"
+        )
     entries = {name: _safetensors_entry(path, name, row, 8 + length, size) for name, row in header.items()}
-    return Checkpoint(entries, (path,), {str(k): str(v) for k, v in dict(metadata).items()})
+    return Checkpoint(entries, (path,), metadata)
 
 
 def _safetensors_entry(path: Path, name: str, row: Any, start: int, size: int) -> Entry:
@@ -110,9 +111,12 @@ def _safetensors_entry(path: Path, name: str, row: Any, start: int, size: int) -
         sane = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
         item = ITEM_SIZES[kind]
     except (KeyError, TypeError, ValueError):
-        raise GgufSdError(f"{path} is damaged or too new: tensor {name} is described as {str(row)[:200]}") from None
+        raise GgufSdError(f"{path} is damaged or too new: tensor {name} is described as {shown(row)}") from None
     if not sane or len(shape) > 8 or end - begin != prod(shape) * item:
-        raise GgufSdError(f"{path} is damaged: tensor {name} {kind} {list(shape)} has data offsets {begin} to {end}")
+        raise GgufSdError(
+            f"{path} is damaged: tensor {name} {kind} {shown(list(shape))} has data offsets {shown(begin)} "
+            f"to {shown(end)}"
+        )
     if start + end > size:
         raise GgufSdError(
             f"{path} is truncated: tensor {name} ends at byte {start + end}, the file at {size}; download it again"
@@ -136,10 +140,14 @@ def _read(path: Path, offset: int, nbytes: int) -> Tensor:
 def open_sharded(index: Path) -> Checkpoint:
     """The shards that a ``*.safetensors.index.json`` names, which lie beside it."""
     try:
-        places = json.loads(index.read_text())["weight_map"]
-        shards = sorted(set(places.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise GgufSdError(f"{index} is no index of safetensors shards: {error}") from error
+        places = read_json_object(index, MAX_TABLE).get("weight_map")
+    except OSError as error:
+        raise GgufSdError(f"cannot read {index}: {error.strerror}") from error
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        raise GgufSdError(
+            f"{index} is no index of safetensors shards: its weight_map is {shown(places)}; it takes an object of texts"
+        )
+    shards = sorted(set(places.values()))
     if any(Path(shard).name != shard for shard in shards):
         raise GgufSdError(f"{index} names a shard outside its folder")
     opened = {shard: open_safetensors(index.parent / shard) for shard in shards}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from gguf_sd.config import Defaults, ModelConfig, TextConfig, UNetConfig, VAEConfig
 from gguf_sd.errors import GgufSdError
-from gguf_sd_convert.sources.json_settings import check_fixed, integer, integers, read_json, refusal
+from gguf_sd_convert.sources.json_settings import boolean, check_fixed, integer, integers, read_json, refusal
 from gguf_sd_convert.sources.safety_config import safety_config
 from gguf_sd_convert.sources.scheduler_config import scheduler_config
 
@@ -59,10 +59,12 @@ VAE_FIXED: dict[str, tuple[Any, ...]] = {
 TEXT_FIXED: dict[str, tuple[Any, ...]] = {"layer_norm_eps": (1e-5,)}
 
 
-def read_model_config(folder: Path) -> tuple[ModelConfig, list[str]]:
-    """The model that a diffusers folder describes, and notes on what was not taken over.
+def read_model_config(folder: Path, safety: bool = True) -> tuple[ModelConfig, list[str]]:
+    """The model that a diffusers folder describes, with its safety checker unless ``safety`` is false, and notes on
+    what was not taken over.
 
-    Token ids are those of the text encoder's JSON; the tokenizer knows better (:mod:`gguf_sd_convert.sources.source`).
+    Token ids are where CLIP has them, at the end of the vocabulary; those of the tokenizer take their place
+    (:mod:`gguf_sd_convert.convert`).
     Raises GgufSdError, naming file, setting and value, for models that the engine cannot run.
     """
     unet_json = read_json(folder / "unet" / "config.json")
@@ -78,10 +80,19 @@ def read_model_config(folder: Path) -> tuple[ModelConfig, list[str]]:
     index = read_json(folder / "model_index.json")
     defaults = _own_defaults(index, replace(defaults, width=width, height=height))
     if name == "sdxl":
-        vae = replace(vae, overflows_float16=bool(vae_json.get("force_upcast", True)))
-    zero = name == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True))
-    safety, more = safety_config(folder)
-    return ModelConfig(name, unet, vae, tuple(texts), scheduler, defaults, zero, safety), notes + more
+        vae = replace(vae, overflows_float16=boolean(vae_json, "force_upcast", True))
+    zero = name == "sdxl" and boolean(index, "force_zeros_for_empty_prompt", True)
+    checker, more = safety_config(folder) if safety else (None, [])
+    config = ModelConfig(name, unet, vae, tuple(texts), scheduler, defaults, zero, checker)
+    return checked_config(config, folder), notes + more
+
+
+def checked_config(config: ModelConfig, where: Path) -> ModelConfig:
+    """The configuration, as a file that carries it would be checked. Raises GgufSdError."""
+    try:
+        return ModelConfig.from_dict(asdict(config))
+    except ValueError as error:
+        raise GgufSdError(f"{where}: {error}") from error
 
 
 def _own_defaults(index: dict[str, Any], defaults: Defaults) -> Defaults:
@@ -103,24 +114,28 @@ def _channels(values: dict[str, Any], default: tuple[int, ...]) -> tuple[int, ..
     return tuple(channels)
 
 
+def _texts(value: object, count: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == count and all(isinstance(item, str) for item in value)
+
+
 def _unet(values: dict[str, Any]) -> UNetConfig:
     check_fixed(values, UNET_FIXED)
     channels = _channels(values, (320, 640, 1280, 1280))
     levels = len(channels)
     down = values.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
     up = values.get("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3)
-    if len(down) != levels or not set(down) <= {"CrossAttnDownBlock2D", "DownBlock2D"}:
+    if not _texts(down, levels) or not set(down) <= {"CrossAttnDownBlock2D", "DownBlock2D"}:
         raise refusal(values, "down_block_types", f"{levels} of CrossAttnDownBlock2D and DownBlock2D")
     mirrored = [kind.replace("Down", "Up") for kind in reversed(down)]
-    if list(up) != mirrored:
+    if up not in (mirrored, tuple(mirrored)):
         raise refusal(values, "up_block_types", f"the mirror image of down_block_types, {mirrored}")
     depths = integers(values, "transformer_layers_per_block", 1, levels)
     # diffusers' attention_head_dim of these UNets is, for historical reasons, the number of heads.
     heads = integers(values, "attention_head_dim", 8, levels)
     if any(width % count for width, count in zip(channels, heads, strict=True)):
         raise refusal(values, "attention_head_dim", f"numbers of heads that divide {list(channels)}")
-    if (time_dim := values.get("time_embedding_dim")) not in (None, 4 * channels[0]):
-        raise GgufSdError(f"{values['_path']}: time_embedding_dim is {time_dim}; gguf-sd takes {4 * channels[0]}")
+    if values.get("time_embedding_dim") not in (None, 4 * channels[0]):
+        raise refusal(values, "time_embedding_dim", str(4 * channels[0]))
     vector = 0
     if values.get("addition_embed_type") == "text_time":
         if values.get("addition_time_embed_dim", 256) != 256:
@@ -135,7 +150,7 @@ def _unet(values: dict[str, Any]) -> UNetConfig:
         mid_transformer_layers=depths[-1],
         num_heads=heads,
         context_dim=integer(values, "cross_attention_dim", 1280, levels),
-        linear_projection=bool(values.get("use_linear_projection", False)),
+        linear_projection=boolean(values, "use_linear_projection", False),
         vector_dim=vector,
         norm_groups=integer(values, "norm_num_groups", 32),
     )
@@ -145,12 +160,12 @@ def _vae(values: dict[str, Any]) -> VAEConfig:
     check_fixed(values, VAE_FIXED)
     channels = _channels(values, (64,))
     for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        if list(values.get(key, [kind])) != [kind] * len(channels):
+        if values.get(key, [kind]) not in ([kind] * len(channels), (kind,) * len(channels)):
             raise refusal(values, key, f"{len(channels)} of {kind}")
     if values.get("out_channels", 3) != values.get("in_channels", 3):
         raise refusal(values, "out_channels", "the value of in_channels")
     scaling = values.get("scaling_factor", 0.18215)
-    if not isinstance(scaling, int | float) or not scaling > 0:
+    if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not scaling > 0:
         raise refusal(values, "scaling_factor", "a positive number")
     return VAEConfig(
         in_channels=integer(values, "in_channels", 3),
@@ -158,7 +173,7 @@ def _vae(values: dict[str, Any]) -> VAEConfig:
         block_out_channels=channels,
         layers_per_block=integer(values, "layers_per_block", 1),
         norm_groups=integer(values, "norm_num_groups", 32),
-        scaling_factor=float(scaling),
+        scaling_factor=scaling,
     )
 
 
@@ -172,8 +187,9 @@ def _text(path: Path, projected: bool = False) -> TextConfig:
         raise refusal(values, "model_type", "'clip_text_model'")
     if (act := values.get("hidden_act", "quick_gelu")) not in ("quick_gelu", "gelu"):
         raise refusal(values, "hidden_act", "'quick_gelu' or 'gelu'")
+    vocabulary = integer(values, "vocab_size", 49408)
     return TextConfig(
-        vocab_size=integer(values, "vocab_size", 49408),
+        vocab_size=vocabulary,
         hidden_size=integer(values, "hidden_size", 512),
         intermediate_size=integer(values, "intermediate_size", 2048),
         num_hidden_layers=integer(values, "num_hidden_layers", 12),
@@ -181,6 +197,9 @@ def _text(path: Path, projected: bool = False) -> TextConfig:
         max_position_embeddings=integer(values, "max_position_embeddings", 77),
         hidden_act=act,
         projection_dim=integer(values, "projection_dim", 512) if projected else 0,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=vocabulary - 1,
     )
 
 

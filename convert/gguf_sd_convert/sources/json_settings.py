@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from gguf_sd.errors import GgufSdError
+from gguf_sd.field_checks import shown
+from gguf_sd.json_text import read_json_object
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The settings in a JSON file, and under "_path" where they come from."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return {**read_json_object(path), "_path": path}
     except OSError as error:
         raise GgufSdError(f"{path.parent.parent} is no whole diffusers folder: cannot read {path}") from error
-    except ValueError as error:
-        raise GgufSdError(f"{path} is no JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise GgufSdError(f"{path} is no JSON object")
-    return {"_path": path, **values}
 
 
 def refusal(values: dict[str, Any], key: str, takes: str) -> GgufSdError:
-    return GgufSdError(f"{values['_path']}: {key} is {values.get(key)!r}; gguf-sd takes {takes}")
+    return GgufSdError(f"{values['_path']}: {key} is {shown(values.get(key))}; gguf-sd takes {takes}")
 
 
 def check_fixed(values: dict[str, Any], fixed: dict[str, tuple[Any, ...]]) -> None:
@@ -46,3 +43,10 @@ def integer(values: dict[str, Any], key: str, default: Any, count: int = 1) -> i
     if len(set(numbers)) != 1:
         raise refusal(values, key, "the same value at every level")
     return numbers[0]
+
+
+def boolean(values: dict[str, Any], key: str, default: bool) -> bool:
+    value = values.get(key, default)
+    if not isinstance(value, bool):
+        raise refusal(values, key, "true or false")
+    return value

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf_sd.config import SafetyConfig
+from gguf_sd.field_checks import shown
 from gguf_sd_convert.sources.json_settings import check_fixed, integer, read_json, refusal
 
 KIND = "StableDiffusionSafetyChecker"
@@ -32,7 +33,7 @@ def safety_config(folder: Path) -> tuple[SafetyConfig | None, list[str]]:
     if not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
         return None, []
     if entry[1] != KIND:
-        return None, [f"its safety checker is a {entry[1]}, not a {KIND}, and was left out"]
+        return None, [f"its safety checker is a {shown(entry[1])}, not a {KIND}, and was left out"]
     if not any((folder / FOLDER).glob("model*.safetensors*")):
         return None, [f"its safety checker has no weights in {folder / FOLDER} (model.safetensors) and was left out"]
     values = read_json(folder / FOLDER / "config.json")
@@ -89,7 +90,7 @@ def _processor(path: Path, image_size: int) -> tuple[dict[str, Any], list[str]]:
         raise refusal(values, "image_mean", "three numbers")
     if not isinstance(std, list) or len(std) != 3 or not all(map(_positive, std)):
         raise refusal(values, "image_std", "three positive numbers")
-    return {"resize": resize, "rescale": float(rescale), "mean": tuple(mean), "std": tuple(std)}, []
+    return {"resize": resize, "rescale": rescale, "mean": tuple(mean), "std": tuple(std)}, []
 
 
 def _positive(value: object) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 
-from gguf_sd.checkpoint.identify import identify
+from gguf_sd.checkpoint.check_tensors import squeezed
+from gguf_sd.checkpoint.identify import MARKERS, identify, marked
+from gguf_sd.checkpoint.inventory import Tensors
 from gguf_sd.checkpoint.tensor_names import (
     OPENCLIP,
     OPENCLIP_LAYER,
@@ -26,12 +28,22 @@ from gguf_sd.checkpoint.tensor_names import (
 )
 from gguf_sd.config import SDXL_TURBO, ModelConfig
 from gguf_sd.errors import GgufSdError
+from gguf_sd.field_checks import shown
 from gguf_sd_convert.sources.checkpoints import Checkpoint, Entry, open_checkpoint, open_safetensors, open_sharded
 from gguf_sd_convert.sources.diffusers_config import read_model_config
-from gguf_sd_convert.sources.inventory import Shape
+from gguf_sd_convert.sources.json_settings import read_json
 from gguf_sd_convert.sources.safety_config import FOLDER as SAFETY_FOLDER
 
 EMA = "model_ema."
+PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionInpaint",
+    "StableDiffusionImg2Img",
+    "StableDiffusionXL",
+    "LatentConsistencyModel",
+)
+# What modelspec.prediction_type may say, and diffusers' word for it.
+PREDICTS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 
 
 @dataclass(frozen=True)
@@ -46,11 +58,12 @@ class Source:
     notes: tuple[str, ...]
 
 
-def open_source(path: Path, ema: bool = False, config: ModelConfig | None = None) -> Source:
+def open_source(path: Path, ema: bool = False, config: ModelConfig | None = None, safety: bool = True) -> Source:
     """Opens a checkpoint file or a diffusers folder.
 
     ``ema`` takes a full checkpoint's averaged UNet; ``config`` is the model of a single file that is none of the
-    recognised ones. Raises GgufSdError where the source is no Stable Diffusion, or not one that the engine runs.
+    recognised ones; ``safety`` takes a folder's safety checker. Raises GgufSdError where the source is no Stable
+    Diffusion, or not one that the engine runs.
     """
     if not path.exists():
         raise GgufSdError(f"{path} does not exist")
@@ -58,7 +71,7 @@ def open_source(path: Path, ema: bool = False, config: ModelConfig | None = None
         return _open_file(path, ema, config)
     if ema:
         raise GgufSdError(f"--ema is for single-file checkpoints; {path} is a folder, whose weights are what they are")
-    return _open_folder(path)
+    return _open_folder(path, safety)
 
 
 def _open_file(path: Path, ema: bool, config: ModelConfig | None) -> Source:
@@ -74,9 +87,10 @@ def _open_file(path: Path, ema: bool, config: ModelConfig | None) -> Source:
     tensors = {canonical: checkpoint.entries[name] for canonical, name in names.items()}
     if config is None:
         shapes = {name: entry.shape for name, entry in tensors.items()}
-        config, more = _single_file_config(identify(shapes, str(path)), checkpoint)
-        notes += more
-    return Source(path, config, tensors, checkpoint.files, (), tuple(notes))
+        config = identify(shapes, str(path))
+    config, more = _said_of_itself(config, checkpoint, path)
+    tensors = {name: entry for name, entry in tensors.items() if name not in MARKERS}
+    return Source(path, config, tensors, checkpoint.files, (), (*notes, *more))
 
 
 def _ema_names(names: Mapping[str, str], averaged: set[str], path: Path) -> dict[str, str]:
@@ -94,25 +108,36 @@ def _ema_names(names: Mapping[str, str], averaged: set[str], path: Path) -> dict
     return found
 
 
-def _single_file_config(config: ModelConfig, checkpoint: Checkpoint) -> tuple[ModelConfig, list[str]]:
-    """What a single file says about itself beyond its shapes: its modelspec header, and the marker tensors that
-    trainers leave in SDXL checkpoints."""
-    notes = []
-    architecture = checkpoint.metadata.get("modelspec.architecture", "")
+def _said_of_itself(config: ModelConfig, checkpoint: Checkpoint, path: Path) -> tuple[ModelConfig, list[str]]:
+    """What a single file says about itself beyond its shapes: in its header (modelspec,
+    https://github.com/Stability-AI/ModelSpec, and kohya's ss_ keys), and by the marker tensors of trainers."""
+    notes, header = [], checkpoint.metadata
+    architecture = header.get("modelspec.architecture", "")
     if config.name == "sdxl" and "turbo" in architecture:
         config = replace(config, scheduler=SDXL_TURBO.scheduler, defaults=SDXL_TURBO.defaults)
         notes.append(f"its header says {architecture}: sampled as SDXL-Turbo")
-    if "v_pred" in checkpoint.entries or checkpoint.metadata.get("modelspec.prediction_type") == "v":
-        config = replace(config, scheduler=replace(config.scheduler, prediction_type="v_prediction"))
+    markers = {name for name in MARKERS if name in checkpoint.entries or _says_yes(header.get(name))}
+    markers |= {"ztsnr"} if _says_yes(header.get("ss_zero_terminal_snr")) else set()
+    predicts = header.get("modelspec.prediction_type", "epsilon")
+    if predicts not in PREDICTS:
+        raise GgufSdError(
+            f"{path}: modelspec.prediction_type in its header is {shown(predicts)}; gguf-sd takes {', '.join(PREDICTS)}"
+        )
+    markers |= {"v_pred"} if PREDICTS[predicts] == "v_prediction" else set()
+    if "v_pred" in markers:
         notes.append("the source says that it predicts v")
-    return config, notes
+    return marked(config, markers, str(path)), notes
 
 
-def _open_folder(path: Path) -> Source:
+def _says_yes(value: str | None) -> bool:
+    return value is not None and value.strip().lower() not in ("", "false", "0", "no", "none")
+
+
+def _open_folder(path: Path, safety: bool) -> Source:
     if not (path / "model_index.json").is_file():
         raise GgufSdError(f"{path} is no diffusers folder: it has no model_index.json")
     _check_pipeline(path)
-    config, notes = read_model_config(path)
+    config, notes = read_model_config(path, safety)
     parts = ["unet", "vae", "text_encoder", *(["text_encoder_2"] if config.name == "sdxl" else [])]
     parts += [SAFETY_FOLDER] if config.safety else []
     weights = {part: _weights(path / part) for part in parts}
@@ -130,14 +155,10 @@ def _open_folder(path: Path) -> Source:
 
 
 def _check_pipeline(path: Path) -> None:
-    try:
-        kind = json.loads((path / "model_index.json").read_text(encoding="utf-8")).get("_class_name", "")
-    except (OSError, ValueError, AttributeError) as error:
-        raise GgufSdError(f"{path / 'model_index.json'} is no JSON object: {error}") from error
-    if not str(kind).startswith(("StableDiffusionPipeline", "StableDiffusionInpaint", "StableDiffusionImg2Img",
-                                 "StableDiffusionXL", "LatentConsistencyModel")):  # fmt: skip
+    kind = read_json(path / "model_index.json").get("_class_name", "")
+    if not isinstance(kind, str) or not kind.startswith(PIPELINES):
         raise GgufSdError(
-            f"{path} is a {kind}; gguf-sd takes StableDiffusionPipeline, StableDiffusionXLPipeline "
+            f"{path} is a {shown(kind)}; gguf-sd takes StableDiffusionPipeline, StableDiffusionXLPipeline "
             "and their image-to-image and inpainting variants"
         )
 
@@ -156,13 +177,8 @@ def _weights(folder: Path) -> Checkpoint:
 
 
 def _renamed(weights: Checkpoint, prefix: str, modules: Mapping[str, str]) -> dict[str, Entry]:
-    result = {}
-    for name, entry in weights.entries.items():
-        new = rename(name, modules)
-        if new is None:
-            raise GgufSdError(f"{weights.files[0]} holds a tensor {name} that does not belong to its config.json")
-        result[prefix + new] = entry
-    return result
+    """Names that fit no module stay as they are, to be named as what does not belong."""
+    return {prefix + (rename(name, modules) or name): entry for name, entry in weights.entries.items()}
 
 
 def _clip(weights: Checkpoint, prefix: str) -> dict[str, Entry]:
@@ -205,7 +221,11 @@ def _openclip(weights: Checkpoint, prefix: str) -> dict[str, Entry]:
                 names = [f"encoder.layers.{index}.self_attn.{x}_proj.{leaf}" for x in "qkv"]
                 if missing := [n for n in names if n not in entries]:
                     raise GgufSdError(f"{weights.files[0]} holds no tensor {missing[0]}")
-                result[f"{block}attn.in_proj_{leaf}"] = _stacked([entries[n] for n in names])
+                result[f"{block}attn.in_proj_{leaf}"] = _stacked({n: entries[n] for n in names}, weights.files[0])
+            elif module not in ("self_attn.k_proj", "self_attn.v_proj"):
+                result[prefix + name] = entry  # for the caller to name
+        elif not name.endswith("position_ids"):
+            result[prefix + name] = entry
     return result
 
 
@@ -213,34 +233,40 @@ def _transposed(entry: Entry) -> Entry:
     return Entry(entry.shape[::-1], entry.dtype, lambda: entry.load().t().contiguous())
 
 
-def _stacked(entries: list[Entry]) -> Entry:
-    shape = (sum(entry.shape[0] for entry in entries), *entries[0].shape[1:])
-    return Entry(shape, entries[0].dtype, lambda: torch.cat([entry.load() for entry in entries]))
+def _stacked(parts: dict[str, Entry], where: Path) -> Entry:
+    """One below the other, in a dtype that holds the values of all."""
+    entries = list(parts.values())
+    shape, dtypes = entries[0].shape, {entry.dtype for entry in entries}
+    for name, entry in parts.items():
+        if entry.shape != shape or not shape:
+            raise GgufSdError(
+                f"{where}: tensor {name} has shape {list(entry.shape)}, {next(iter(parts))} {list(shape)}"
+            )
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    dtype = dtypes.pop() if len(dtypes) == 1 else wide
+    return Entry((3 * shape[0], *shape[1:]), dtype, lambda: torch.cat([entry.load().to(dtype) for entry in entries]))
 
 
-def fitted(source: Source, expected: Mapping[str, Shape]) -> tuple[dict[str, Entry], list[str]]:
+def fitted(source: Source, expected: Tensors) -> tuple[dict[str, Entry], list[str]]:
     """The tensors that the model takes, in the order of ``expected`` and with its shapes, and the names left over.
 
     1x1 convolutions may come as matrices and the other way round. Raises GgufSdError for what is missing, has
-    another shape or is no floating-point tensor.
+    another shape or is no floating-point tensor. No more of ``expected`` is drawn than the source can have.
     """
-    if missing := [name for name in expected if name not in source.tensors]:
+    wanted = dict(islice(expected, 2 * len(source.tensors) + 1))
+    if missing := [name for name in wanted if name not in source.tensors]:
         raise GgufSdError(
-            f"{source.path} lacks {len(missing)} of {len(expected)} tensors, the first is {missing[0]}; "
+            f"{source.path} lacks {len(missing)} of {len(wanted)} tensors, the first is {missing[0]}; "
             "a whole checkpoint or diffusers folder is needed: UNet, autoencoder and text encoder"
         )
     result = {}
-    for name, shape in expected.items():
+    for name, shape in wanted.items():
         entry = source.tensors[name]
-        if _squeezed(entry.shape) != _squeezed(shape):
+        if squeezed(entry.shape) != squeezed(shape):
             raise GgufSdError(
                 f"{source.path}: tensor {name} has shape {list(entry.shape)}, the model takes {list(shape)}"
             )
         if not entry.dtype.is_floating_point:
             raise GgufSdError(f"{source.path}: tensor {name} is {entry.dtype}; floating-point weights are needed")
         result[name] = replace(entry, shape=shape)
-    return result, [name for name in source.tensors if name not in expected]
-
-
-def _squeezed(shape: Shape) -> Shape:
-    return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
+    return result, [name for name in source.tensors if name not in wanted]

@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from gguf_sd.checkpoint.inventory import expected_tensors
 from gguf_sd.config import SD15, SDXL
 from gguf_sd.errors import GgufSdError
 from gguf_sd_convert.convert import ConvertOptions, convert
 from gguf_sd_convert.sources.checkpoints import open_checkpoint
-from gguf_sd_convert.sources.inventory import expected_tensors
 from gguf_sd_convert.sources.source import open_source
 
 Make = Callable[..., Any]
@@ -186,7 +186,7 @@ def test_unknown_tensors_are_left_out_and_named(single_file: Make, tmp_path: Pat
     original.state["alphas_cumprod"] = torch.zeros(1000)  # known, and not needed
     path = original.save(tmp_path / "m.safetensors")
     report = convert(path, tmp_path / "x.gguf", ConvertOptions(**original.options))
-    assert report.notes == ["1 tensors of the source are no part of the model, the first is lora_te_something"]
+    assert report.notes == [f"{path} holds a tensor that does not belong and is left out: lora_te_something"]
 
 
 def stub(tmp_path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
@@ -253,7 +253,7 @@ def test_modelspec_turbo(tmp_path: Path) -> None:
     assert source.config.scheduler.timestep_spacing == "trailing"
 
 
-@pytest.mark.parametrize("option", [{"type": "q3_k"}, {"type": "Q4_0"}, {"layout": "flat"}])
+@pytest.mark.parametrize("option", [{"type": "q3_k"}, {"type": "Q4_0.gguf"}, {"layout": "flat"}])
 def test_unknown_options(tiny_pipeline: Make, tmp_path: Path, option: dict[str, str]) -> None:
     with pytest.raises(GgufSdError, match="choose from"):
         convert(tiny_pipeline(), tmp_path / "x.gguf", ConvertOptions(**option))
@@ -291,7 +291,7 @@ def test_bad_shard_index(tiny_pipeline: Make, tmp_path: Path) -> None:
     stem.rename(folder / "unet" / "shard.safetensors")
     index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     for content, match in [
-        ("{", "no index"),
+        ("{", "no JSON"),
         ('{"weight_map": 7}', "no index"),
         ('{"weight_map": {"a": "../shard.safetensors"}}', "outside"),
         ('{"weight_map": {"a": "shard.safetensors"}}', "does not hold it"),
@@ -309,4 +309,4 @@ def test_foreign_tensor_in_a_folder(tiny_pipeline: Make, tmp_path: Path) -> None
     folder = tmp_path / "odd"
     shutil.copytree(tiny_pipeline(), folder)
     save_file({"adapter.weight": torch.zeros(2)}, folder / "unet" / "diffusion_pytorch_model.safetensors")
-    refused(folder, "adapter.weight that does not belong")
+    refused(folder, r"lacks \d+ of \d+ tensors, the first is model.diffusion_model.time_embed")

@@ -1,0 +1,41 @@
+"""JSON from files that a stranger may have written: bounded in size and depth, without NaN and infinity."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gguf_sd.errors import GgufSdError
+from gguf_sd.field_checks import shown
+
+MAX_SETTINGS = 1 << 20  # characters of a configuration file
+MAX_TABLE = 16 << 20  # characters of a table of tensors
+
+
+def json_object(text: object, what: str, most: int = MAX_SETTINGS) -> dict[str, Any]:
+    """The JSON object that ``text`` (str, or bytes of UTF-8) holds. ``what`` names it at the start of the GgufSdError
+    raised for anything else, for more than ``most`` characters, and for NaN and infinity, which JSON does not have."""
+    if not isinstance(text, str | bytes):
+        raise GgufSdError(f"{what} is no JSON: it is {shown(text)}")
+    if len(text) > most:
+        raise GgufSdError(f"{what} is {len(text):,} characters long; gguf-sd takes up to {most:,}")
+    try:
+        value = json.loads(text, parse_constant=_no_number)
+    except RecursionError:
+        raise GgufSdError(f"{what} is no JSON that can be read: it is nested too deeply") from None
+    except ValueError as error:
+        raise GgufSdError(f"{what} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise GgufSdError(f"{what} is no JSON object but {shown(value)}")
+    return value
+
+
+def read_json_object(path: Path, most: int = MAX_SETTINGS) -> dict[str, Any]:
+    """The JSON object in a file, as :func:`json_object`; raises OSError where the file cannot be read."""
+    with open(path, "rb") as file:
+        return json_object(file.read(most + 1), str(path), most)
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON's")
