@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.checkpoint.vae_file import VAEFile
 from gguf_sd.errors import GgufSdError
-from gguf_sd.imaging import images
+from gguf_sd.imaging import masks
 from gguf_sd.imaging.preview import family, previews
 from gguf_sd.models.safety import blurred
 from gguf_sd.models.text import Encoded, TextEncoder
@@ -118,7 +118,7 @@ class Pipeline:
     @torch.inference_mode()
     def encode(self, job: Job) -> Conditioning:
         """The job's prompts through the text encoders, one encoder at a time."""
-        prompts = [job.prompt, job.negative_prompt] if job.guided else [job.prompt]
+        prompts = [job.prompt, job.negative_prompt or ""] if job.guided else [job.prompt]
         encoded: list[list[Encoded]] = [[] for _ in prompts]
         for index, config in enumerate(self.model.config.text):
             encoder = self._part(f"text {index}")
@@ -260,7 +260,7 @@ def _finished(painted: Image.Image, job: Job) -> Image.Image:
     """With what lies outside the mask put back."""
     if job.picture is None or job.picture.mask is None or not job.paste:
         return painted
-    return images.pasted(painted, job.picture.image, job.picture.mask, job.mask_blur)
+    return masks.pasted(painted, job.picture.image, job.picture.mask, job.mask_blur)
 
 
 def _zeroed(encoded: Encoded) -> Encoded:

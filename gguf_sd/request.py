@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Iterator
@@ -11,12 +12,20 @@ from PIL import Image
 
 from gguf_sd.config import Defaults, ModelConfig
 from gguf_sd.errors import GgufSdError
-from gguf_sd.imaging import images
+from gguf_sd.imaging import images, masks
+from gguf_sd.prompt.prompts import unsupported
+from gguf_sd.request_fields import typed
 from gguf_sd.sampling import Schedule, make_schedule, resolve_sampler, resolve_schedule
 from gguf_sd.sampling.init_latents import InitImage
 
-MAX_SEED = 2**32 - 1
+MAX_SEED = 2**64 - 1  # what torch's generators take
+DRAWN_SEED = 2**32 - 1  # up to here where none is given: what every other program takes too
+RANDOM_SEED = -1  # other programs' word for one that is drawn
+MAX_COUNT = 100_000
+LARGE = 4  # times the model's own number of pixels
 SAFETY_MODES = ("blur", "warn", "off")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,13 +33,13 @@ class Request:
     """One call for pictures. ``None`` means the model's own default."""
 
     prompt: str = ""
-    negative_prompt: str = ""
+    negative_prompt: str | None = None  # None: there is none, which SDXL takes for zeros; "" is encoded
     steps: int | None = None
     guidance: float | None = None  # <= 1 runs the UNet without guidance, once a step
     sampler: str | None = None
     schedule: str | None = None
-    seed: int | None = None  # picture i has seed + i; None draws one
-    width: int | None = None
+    seed: int | None = None  # picture i has seed + i; None, or -1, draws one
+    width: int | None = None  # the size of the picture to start from, if there is one, else the model's own
     height: int | None = None
     batch: int = 1  # pictures painted at once
     count: int = 1  # pictures in all
@@ -51,7 +60,7 @@ class Job:
     """A checked request, every value filled in."""
 
     prompt: str
-    negative_prompt: str
+    negative_prompt: str | None
     steps: int
     guidance: float
     sampler: str
@@ -65,6 +74,7 @@ class Job:
     original_size: tuple[int, int]
     crop: tuple[int, int]
     strength: float | None
+    resize: str
     mask_blur: int
     schedule: Schedule = field(repr=False, compare=False)
     picture: InitImage | None = field(repr=False, compare=False)
@@ -88,53 +98,103 @@ class Job:
 
 
 def prepare(request: Request, config: ModelConfig) -> Job:
-    """Fills a request with the model's defaults; raises GgufSdError for values that cannot work."""
-    defaults = replace(
-        config.defaults,
-        **{
-            name: value
-            for name in ("steps", "guidance", "width", "height")
-            if (value := getattr(request, name)) is not None
-        },
-    )
-    _check(defaults, request, config)
-    picture, strength = _picture(request, defaults)
-    sampler, implied = resolve_sampler(request.sampler or defaults.sampler)
-    own_schedule = defaults.schedule if request.sampler is None else "model"
+    """Fills a request with the model's defaults; raises GgufSdError for values that cannot work.
+
+    What is asked for and has no effect is told in one line of the log each.
+    """
+    request = checked(request)
+    values = _filled(request, config)
+    _check(values, request, config)
+    sampler, implied = resolve_sampler(request.sampler or values.sampler)
+    own_schedule = values.schedule if request.sampler is None else "model"
     schedule_name = resolve_schedule(request.schedule or implied or own_schedule, sampler)
+    picture, strength = _picture(request, values)
+    for note in _without_effect(request, values, config):
+        log.warning("%s", note)
     return Job(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
-        steps=defaults.steps,
-        guidance=defaults.guidance,
+        steps=values.steps,
+        guidance=values.guidance,
         sampler=sampler,
         schedule_name=schedule_name,
-        seed=random.randint(0, MAX_SEED) if request.seed is None else request.seed,
-        width=defaults.width,
-        height=defaults.height,
+        seed=random.randint(0, DRAWN_SEED) if request.seed in (None, RANDOM_SEED) else request.seed,
+        width=values.width,
+        height=values.height,
         batch=request.batch,
         count=request.count,
         clip_skip=request.clip_skip,
-        original_size=request.original_size or (defaults.width, defaults.height),
+        original_size=request.original_size or (values.width, values.height),
         crop=request.crop,
         strength=strength,
+        resize=request.resize,
         mask_blur=request.mask_blur,
-        schedule=make_schedule(config.scheduler, sampler, schedule_name, defaults.steps),
+        schedule=make_schedule(config.scheduler, sampler, schedule_name, values.steps),
         picture=picture,
         paste=request.paste,
         safety=request.safety,
     )
 
 
+def checked(request: Request) -> Request:
+    """The request with values of the declared types, see :func:`gguf_sd.request_fields.typed`, in the ranges that hold
+    for every model. Raises GgufSdError, so that a wrong value is found before a model is looked at."""
+    request = typed(request)
+    for name, count, most in (("batch", request.batch, MAX_COUNT), ("count", request.count, MAX_COUNT)):
+        if not 1 <= count <= most:
+            raise GgufSdError(f"{name} must be at least 1 and at most {most}, got {count}")
+    if request.steps is not None and request.steps < 1:
+        raise GgufSdError(f"steps must be at least 1, got {request.steps}")
+    if request.guidance is not None and not 0 <= request.guidance <= 100:
+        raise GgufSdError(f"guidance must lie in 0 … 100, got {request.guidance}")
+    if request.seed is not None and not RANDOM_SEED <= request.seed <= MAX_SEED:
+        raise GgufSdError(f"seed must lie in 0 … {MAX_SEED}, or be -1 for a random one, got {request.seed}")
+    if request.strength is not None and not 0 < request.strength <= 1:
+        raise GgufSdError(f"strength must lie above 0 and at most at 1, got {request.strength:g}")
+    if min(*(request.original_size or (1, 1)), *(n + 1 for n in request.crop)) < 1:
+        raise GgufSdError(f"sizes and crops count pixels, got {request.original_size} and {request.crop}")
+    if not 0 <= request.mask_blur <= 256:
+        raise GgufSdError(f"mask blur must lie in 0 … 256 pixels, got {request.mask_blur}")
+    if request.safety not in SAFETY_MODES:
+        raise GgufSdError(f"unknown safety mode {request.safety!r}; choose from {', '.join(SAFETY_MODES)}")
+    if request.resize not in images.RESIZE_MODES:
+        raise GgufSdError(f"unknown resize mode {request.resize!r}; choose from {', '.join(images.RESIZE_MODES)}")
+    _check_names(request)
+    if request.mask is not None and request.image is None:
+        raise GgufSdError("a mask needs a picture to repaint: give it with --init-image")
+    return request
+
+
+def _check_names(request: Request) -> None:
+    if request.sampler is None:
+        return
+    sampler, _ = resolve_sampler(request.sampler)
+    if request.schedule is not None:
+        resolve_schedule(request.schedule, sampler)
+
+
+def _filled(request: Request, config: ModelConfig) -> Defaults:
+    """The model's defaults under the request's values; the size is that of the picture to start from, cut to whole
+    latents as diffusers does, unless one is asked for."""
+    names = ("steps", "guidance", "width", "height")
+    given = {name: value for name in names if (value := getattr(request, name)) is not None}
+    unit = config.vae.downscale
+    if request.image is not None:
+        if min(request.image.size) < unit:
+            raise GgufSdError(
+                f"the picture to start from has {request.image.width} x {request.image.height} pixels; it needs at "
+                f"least {unit} along each side"
+            )
+        width, height = (side - side % unit for side in request.image.size)
+        given = {"width": width, "height": height} | given
+    return replace(config.defaults, **given)
+
+
 def _picture(request: Request, values: Defaults) -> tuple[InitImage | None, float | None]:
     """The picture to start from and its strength; both None for text-to-image."""
     if request.image is None:
-        if request.mask is not None:
-            raise GgufSdError("a mask needs a picture to repaint: give it with --init-image")
         return None, None
     strength = request.strength if request.strength is not None else (0.8 if request.mask is None else 1.0)
-    if not 0 < strength <= 1:
-        raise GgufSdError(f"strength must lie above 0 and at most at 1, got {strength:g}")
     steps = min(int(values.steps * strength), values.steps)
     if steps < 1:
         raise GgufSdError(
@@ -143,7 +203,7 @@ def _picture(request: Request, values: Defaults) -> tuple[InitImage | None, floa
         )
     size = (values.width, values.height)
     image = images.resized(images.to_rgb(request.image), *size, request.resize)
-    mask = None if request.mask is None else images.resized(images.to_mask(request.mask), *size, request.resize)
+    mask = None if request.mask is None else masks.fitted_mask(request.mask, request.image.size, *size, request.resize)
     return InitImage(image, mask, values.steps - steps, mask is not None and strength == 1), strength
 
 
@@ -153,19 +213,35 @@ def _check(values: Defaults, request: Request, config: ModelConfig) -> None:
         if size < unit or size % unit:
             low = max(size // unit, 1) * unit
             raise GgufSdError(f"{name} {size} is no multiple of {unit}; the nearest are {low} and {low + unit}")
-    for name, count in (("batch", request.batch), ("count", request.count)):
-        if count < 1:
-            raise GgufSdError(f"{name} must be at least 1, got {count}")
+    if values.width * values.height > images.MAX_PIXELS:
+        raise GgufSdError(f"{values.width} x {values.height} is too large; the limit are {images.MAX_PIXELS} pixels")
     layers = min(text.num_hidden_layers for text in config.text)
     if request.clip_skip is not None and not 1 <= request.clip_skip <= layers:
         raise GgufSdError(f"clip skip must lie in 1 … {layers}, the text encoder's layers, got {request.clip_skip}")
-    if min(*(request.original_size or (1, 1)), *(n + 1 for n in request.crop)) < 1:
-        raise GgufSdError(f"sizes and crops count pixels, got {request.original_size} and {request.crop}")
-    if request.safety not in SAFETY_MODES:
-        raise GgufSdError(f"unknown safety mode {request.safety!r}; choose from {', '.join(SAFETY_MODES)}")
-    if not 0 <= request.mask_blur <= 256:
-        raise GgufSdError(f"mask blur must lie in 0 … 256 pixels, got {request.mask_blur}")
-    if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
-        raise GgufSdError(f"seed must lie in 0 … {MAX_SEED}, got {request.seed}")
-    if not 0 <= values.guidance <= 100:
-        raise GgufSdError(f"guidance must lie in 0 … 100, got {values.guidance}")
+
+
+def _without_effect(request: Request, values: Defaults, config: ModelConfig) -> Iterator[str]:
+    """What is asked for and does nothing here, or something unexpected: a sentence each."""
+    standard = Request()
+    if request.image is None:
+        for name in ("strength", "resize"):
+            if getattr(request, name) != getattr(standard, name):
+                yield f"{name} has no effect without a picture to start from (--init-image)"
+    elif request.width is None and request.height is None:
+        usual = config.defaults.width * config.defaults.height
+        if values.width * values.height > LARGE * usual:
+            yield (
+                f"the picture's own size {values.width}x{values.height} is painted, the model's is "
+                f"{config.defaults.width}x{config.defaults.height}; --width and --height set another"
+            )
+    if request.mask is None:
+        for name in ("mask_blur", "paste"):
+            if getattr(request, name) != getattr(standard, name):
+                yield f"{name.replace('_', ' ')} has no effect without a mask (--mask)"
+    if request.negative_prompt and values.guidance <= 1:
+        yield f"the negative prompt has no effect at guidance {values.guidance:g}; give --guidance above 1"
+    if not config.unet.vector_dim and (request.original_size or request.crop != standard.crop):
+        yield "original size and crop have no effect: only SDXL models take them"
+    yield from unsupported(request.prompt)
+    if request.negative_prompt and values.guidance > 1:
+        yield from unsupported(request.negative_prompt)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,17 +16,13 @@ from gguf_sd.errors import GgufSdError
 
 @contextlib.contextmanager
 def temporary_beside(target: Path) -> Iterator[Path]:
-    """A new empty file in the target's folder, removed at the end unless :func:`put_in_place` renamed it."""
+    """A new empty file in the target's folder, removed at the end unless it was renamed to its place."""
+    path = target.with_name(f".{target.name[:64]}.{secrets.token_hex(6)}.partial")
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except OSError as error:
         raise GgufSdError(f"cannot write to {target.parent}: {error.strerror}") from error
-    path = Path(name)
     try:
-        umask = os.umask(0)
-        os.umask(umask)
-        os.fchmod(descriptor, 0o666 & ~umask)  # mkstemp's files are for their owner only
-        os.close(descriptor)
         yield path
     finally:
         path.unlink(missing_ok=True)
@@ -34,25 +30,51 @@ def temporary_beside(target: Path) -> Iterator[Path]:
 
 def put_in_place(temporary: Path, target: Path) -> None:
     """Syncs a finished file and renames it to ``target``, durably, in place of what was there."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
+    _sync(temporary)
     os.replace(temporary, target)
-    folder = os.open(target.parent, os.O_RDONLY)
+    _sync_folder(target.parent)
+
+
+def put_if_free(temporary: Path, target: Path) -> None:
+    """As :func:`put_in_place`, but raises FileExistsError where there is something already; of several processes that
+    try the same name at once, one succeeds."""
+    _sync(temporary)
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: the name is taken first, then filled
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        os.replace(temporary, target)
+    _sync_folder(target.parent)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
 
 
-def save_png(image: Image.Image, target: Path, text: dict[str, str] | None = None) -> None:
-    """Writes a PNG with text chunks. Raises GgufSdError where that cannot be done."""
+def save_png(image: Image.Image, target: Path, text: dict[str, str] | None = None, replace: bool = True) -> None:
+    """Writes a PNG with text chunks. Raises GgufSdError where that cannot be done, and FileExistsError where there is
+    a file already that is not to be replaced."""
     info = PngInfo()
     for key, value in (text or {}).items():
         info.add_text(key, value)  # becomes iTXt, which is UTF-8, where Latin-1 does not do
+    put = put_in_place if replace else put_if_free
     try:
         with temporary_beside(target) as temporary:
             image.save(temporary, format="PNG", pnginfo=info)
-            put_in_place(temporary, target)
+            put(temporary, target)
+    except FileExistsError:
+        raise
     except OSError as error:
         raise GgufSdError(f"cannot write {target}: {error.strerror or error}") from error
 

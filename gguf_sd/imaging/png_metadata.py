@@ -1,102 +1,184 @@
-"""The settings that painted a picture, as the text other tools read and write, and back again.
-
-The format is AUTOMATIC1111's: the prompt, ``Negative prompt: …``, then one line of ``key: value`` pairs.
-"""
+"""The settings that painted a picture, as the text that other tools read and write, and back again."""
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 import gguf_sd
 from gguf_sd.errors import GgufSdError
-from gguf_sd.imaging.images import open_image
-from gguf_sd.pipeline import Picture
-from gguf_sd.sampling.names import SAMPLERS, resolve_sampler
+from gguf_sd.imaging.images import check_size, open_image
+from gguf_sd.imaging.infotext import compose, decompose, read_pairs
+from gguf_sd.sampling.names import SAMPLERS
+
+if TYPE_CHECKING:
+    from gguf_sd.pipeline import Picture
 
 PARAMETERS = "parameters"  # the PNG text chunk
-NEGATIVE = "Negative prompt: "
-SCHEDULE_LABELS = {"model": "Automatic"}
-PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+PROGRAM = "gguf-sd"
+SCHEDULE_LABELS = {"model": "Automatic", "sgm_uniform": "SGM Uniform", "ays": "Align Your Steps"}
+# What "Automatic" means to AUTOMATIC1111 where it is not the model's own schedule.
+AUTOMATIC = dict.fromkeys(("DPM++ 2M", "DPM++ SDE", "DPM++ 2S a", "DPM2", "DPM2 a"), "karras")
+AUTOMATIC |= dict.fromkeys(("DPM++ 2M SDE", "DPM++ 2M SDE Heun", "DPM++ 3M SDE"), "exponential")
+EXIF_IFD, USER_COMMENT = 0x8769, 0x9286  # where JPEG and WebP keep the text
 
 
-def parameters(picture: Picture, model: str, model_hash: str = "", dtype: str = "") -> str:
+def version() -> str:
+    """What the pictures that we write say of their origin."""
+    return f"{PROGRAM} {gguf_sd.__version__}"
+
+
+def parameters(
+    picture: Picture, model: str, model_hash: str = "", dtype: str = "", vae: str = "", vae_hash: str = ""
+) -> str:
     """The settings of a picture. ``model`` is the file's name without its suffix, ``model_hash`` the SHA-256 of the
-    checkpoint it was made from."""
+    checkpoint it was made from; ``vae`` and ``vae_hash`` are another autoencoder's name and SHA-256."""
     job = picture.job
+    size = (job.width, job.height)
+    begun, masked = job.picture is not None, job.picture is not None and job.picture.mask is not None
     pairs = {
         "Steps": job.steps,
         "Sampler": SAMPLERS[job.sampler].label,
         "Schedule type": SCHEDULE_LABELS.get(job.schedule_name, job.schedule_name.capitalize()),
-        "CFG scale": f"{job.guidance:g}",
+        "CFG scale": _shortest(job.guidance),
         "Seed": picture.seed,
-        "Size": f"{job.width}x{job.height}",
+        "Size": _times(size),
         "Model hash": model_hash[:10],
-        "Model": _quoted(model),
-        "Clip skip": job.clip_skip or "",
-        "Denoising strength": "" if job.strength is None else f"{job.strength:g}",
+        "Model": model,
+        "VAE hash": vae_hash[:10],
+        "VAE": vae,
+        "Clip skip": job.clip_skip,
+        "Original size": _times(job.original_size) if job.original_size != size else None,
+        "Crop": _times(job.crop) if job.crop != (0, 0) else None,
+        "Denoising strength": None if job.strength is None else _shortest(job.strength),
+        "Resize mode": job.resize if begun else None,
+        "Mask blur": job.mask_blur if masked else None,
+        "Paste original": job.paste if masked else None,
         "Precision": dtype,
-        "Version": f"gguf-sd {gguf_sd.__version__}",
+        "Version": version(),
     }
-    lines = [job.prompt]
-    if job.negative_prompt:
-        lines.append(NEGATIVE + job.negative_prompt)
-    lines.append(", ".join(f"{key}: {value}" for key, value in pairs.items() if value != ""))
-    return "\n".join(lines)
+    return compose(job.prompt, job.negative_prompt, pairs)
 
 
-def _quoted(value: str) -> str:
-    """Values that hold a separator stand in double quotes, as JSON."""
-    return json.dumps(value, ensure_ascii=False) if set(value) & set(',:\n"') else value
+def _shortest(number: float) -> str:
+    """As few digits as give the same number again."""
+    return repr(float(number)).removesuffix(".0")
+
+
+def _times(pair: tuple[int, int]) -> str:
+    return f"{pair[0]}x{pair[1]}"
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
-    """The settings in a PNG as keywords of :class:`gguf_sd.request.Request`, and ``dtype``, ``model`` and
-    ``model_hash`` where they are given. Raises GgufSdError where the picture has none, or none that make sense."""
-    text = open_image(path).info.get(PARAMETERS)
-    if not isinstance(text, str) or not text.strip():
+    """The settings in a picture, see :func:`parse_parameters`. Raises GgufSdError where it has none, or none that make
+    sense."""
+    text = _text(open_image(path))
+    if not text.strip():
         raise GgufSdError(
             f"{path} carries no settings (no PNG text called {PARAMETERS!r}); was it saved by another program?"
         )
     try:
         return parse_parameters(text)
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         raise GgufSdError(f"{path} carries settings that cannot be read: {error}") from error
 
 
+def _text(image: Image.Image) -> str:
+    """PNG's text chunk, else the user comment of a JPEG's or WebP's EXIF data."""
+    if isinstance(text := image.info.get(PARAMETERS), str):
+        return text
+    comment = image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT)
+    if not isinstance(comment, bytes):
+        return comment if isinstance(comment, str) else ""
+    kind, body = comment[:8], comment[8:]
+    return body.decode("utf-16-be" if kind == b"UNICODE\0" else "utf-8", errors="replace")
+
+
 def parse_parameters(text: str) -> dict[str, Any]:
-    """As :func:`read_parameters`, from the text. Raises ValueError or KeyError for values of the wrong kind."""
-    *lines, last = text.strip().split("\n")
-    pairs = dict(PAIR.findall(last))
-    if "Steps" not in pairs:
-        raise ValueError(f"its last line has no 'Steps': {last[:80]!r}")
-    prompt, _, negative = "\n".join(lines).partition("\n" + NEGATIVE)
-    if prompt.startswith(NEGATIVE):
-        prompt, negative = "", prompt.removeprefix(NEGATIVE)
-    settings: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative, "steps": int(pairs["Steps"])}
-    settings |= _numbers(pairs)
-    if "Sampler" in pairs:
-        settings["sampler"], schedule = resolve_sampler(pairs["Sampler"])
-        label = pairs.get("Schedule type", schedule or "Automatic").lower()
-        settings["schedule"] = "model" if label == "automatic" else label
-    for key, name in (("Precision", "dtype"), ("Model", "model"), ("Model hash", "model_hash")):
+    """The settings in a text of AUTOMATIC1111's form: keywords of :class:`gguf_sd.request.Request`, where it has them.
+
+    Sampler and schedule are as the text names them, ours or not. Besides: ``dtype``, ``model``, ``model_hash``,
+    ``vae``, ``vae_hash``; ``masked`` is true where a mask was in use, ``hires`` where a larger picture was painted
+    from a first one, whose settings these are. Raises ValueError for values of the wrong kind.
+    """
+    prompt, negative, pairs = decompose(text)
+    ours = pairs.get("Version", "").startswith(PROGRAM)
+    # Without the line, other programs encode an empty text.
+    settings: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative if ours else negative or ""}
+    settings |= {name: pairs[key] for key, name in TEXTS.items() if key in pairs}
+    for key, (name, kind) in NUMBERS.items():
         if key in pairs:
-            value = pairs[key]
-            settings[name] = json.loads(value) if value.startswith('"') else value
-    return settings
-
-
-def _numbers(pairs: dict[str, str]) -> dict[str, Any]:
-    kinds = {
-        "CFG scale": ("guidance", float),
-        "Seed": ("seed", int),
-        "Clip skip": ("clip_skip", int),
-        "Denoising strength": ("strength", float),
-    }
-    numbers: dict[str, Any] = {name: kind(pairs[key]) for key, (name, kind) in kinds.items() if key in pairs}
+            settings[name] = _value(key, pairs[key], kind)
     if "Size" in pairs:
-        width, _, height = pairs["Size"].partition("x")
-        numbers |= {"width": int(width), "height": int(height)}
-    return numbers
+        settings["width"], settings["height"] = _value("Size", pairs["Size"], _pair)
+    if settings.get("schedule", "").lower() == "automatic":
+        settings["schedule"] = "model" if ours else AUTOMATIC.get(settings.get("sampler", ""), "model")
+    if ours and "Resize mode" in pairs:  # others' words for it mean other things
+        settings["resize"] = pairs["Resize mode"]
+    if "Mask blur" in pairs:
+        settings["masked"] = True
+    return settings | _first_pass(pairs, settings)
+
+
+def _first_pass(pairs: dict[str, str], settings: dict[str, Any]) -> dict[str, Any]:
+    """AUTOMATIC1111's hires fix paints from the prompt first; the strength is that of the second pass."""
+    if not any(key.startswith(("Hires ", "First pass")) for key in pairs):
+        return {}
+    settings.pop("strength", None)
+    width, height = _value("First pass size", pairs.get("First pass size", "0x0"), _pair)  # of its older versions
+    return {"hires": True} | ({"width": width, "height": height} if width and height else {})
+
+
+def _value(key: str, text: str, kind: Any) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{key} is {text[:40]!r}") from None
+
+
+def _pair(text: str) -> tuple[int, int]:
+    first, _, second = text.partition("x")
+    return int(first), int(second)
+
+
+def _truth(text: str) -> bool:
+    if text not in ("True", "False"):
+        raise ValueError(text)
+    return text == "True"
+
+
+TEXTS = {
+    "Sampler": "sampler",
+    "Schedule type": "schedule",
+    "Precision": "dtype",
+    "Model": "model",
+    "Model hash": "model_hash",
+    "VAE": "vae",
+    "VAE hash": "vae_hash",
+}
+NUMBERS: dict[str, tuple[str, Any]] = {
+    "Steps": ("steps", int),
+    "CFG scale": ("guidance", float),
+    "Seed": ("seed", int),
+    "Clip skip": ("clip_skip", int),
+    "Denoising strength": ("strength", float),
+    "Original size": ("original_size", _pair),
+    "Crop": ("crop", _pair),
+    "Mask blur": ("mask_blur", int),
+    "Paste original": ("paste", _truth),
+}
+
+
+def written_by_us(path: Path) -> bool:
+    """Whether a file is a PNG that gguf-sd wrote, as its text says; the picture in it is not decoded."""
+    if not path.is_file():
+        return False
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            check_size(image, str(path))
+            text = image.info.get(PARAMETERS)
+    except Exception:  # whatever a stranger's file makes the decoder raise: it is not ours
+        return False
+    return isinstance(text, str) and read_pairs(text.rsplit("\n", 1)[-1]).get("Version", "").startswith(PROGRAM)

@@ -7,6 +7,7 @@ plain text. ``BREAK`` begins a new chunk.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 ROUND, SQUARE = 1.1, 1 / 1.1  # what a pair of brackets multiplies weights by
@@ -62,3 +63,23 @@ def _joined(parts: list[Part]) -> list[Part]:
         else:
             result.append(part)
     return result
+
+
+TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")
+SQUARE_PART = re.compile(r"(?<!\\)\[([^\[\]]*)\]")
+NUMBER = re.compile(r"\s*(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*")
+
+
+def unsupported(prompt: str) -> Iterator[str]:
+    """A sentence for each kind of syntax of other programs in a prompt that is read as plain text here."""
+    if tag := TAG.search(prompt):
+        yield f"{_short(tag[0])} in the prompt loads nothing, it is read as text"
+    inner = [(part[0], part[1]) for part in SQUARE_PART.finditer(prompt)]
+    if edited := next((whole for whole, text in inner if ":" in text and NUMBER.fullmatch(text.rsplit(":")[-1])), None):
+        yield f"{_short(edited)} in the prompt does not change it while it is painted, it is read as text"
+    if alternating := next((whole for whole, text in inner if "|" in text), None):
+        yield f"{_short(alternating)} in the prompt does not alternate, it is read as text"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:59] + "…"

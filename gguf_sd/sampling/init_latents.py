@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from gguf_sd.config import ModelConfig
-from gguf_sd.imaging.images import mask_tensor, to_tensor
+from gguf_sd.imaging.images import to_tensor
+from gguf_sd.imaging.masks import latent_mask, mask_tensor
 from gguf_sd.models.vae import Autoencoder
 from gguf_sd.sampling import NoiseSource, Schedule, add_noise
 from gguf_sd.sampling.samplers import Blend
@@ -78,7 +78,7 @@ def from_picture(
     start = picture.start_step if whole is not None and not picture.from_noise else None
     latents = eps if whole is None or start is None else add_noise(whole, eps, run, start)
     hole = mask_tensor(picture.mask)
-    mask = F.interpolate(hole, size=shape[2:]).to(eps)
+    mask = latent_mask(hole, (shape[2], shape[3])).to(eps)
     masked_noise = noise(shape)  # diffusers draws it for every inpainting, whether or not the UNet takes the result
     if whole is None or inpaints:
         masked = encoder(pixels * (1 - hole), masked_noise)

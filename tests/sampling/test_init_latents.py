@@ -14,7 +14,8 @@ from PIL import Image
 
 from gguf_sd import Pipeline
 from gguf_sd.errors import GgufSdError
-from gguf_sd.imaging.images import open_image, pasted, resized, to_mask, to_rgb
+from gguf_sd.imaging.images import open_image, resized, to_rgb
+from gguf_sd.imaging.masks import pasted, to_mask
 from gguf_sd.quality import psnr
 from gguf_sd.request import Request
 from gguf_sd.runtime.memory import DTYPES
