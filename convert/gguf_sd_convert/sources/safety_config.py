@@ -33,7 +33,8 @@ def safety_config(folder: Path) -> tuple[SafetyConfig | None, list[str]]:
     if not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
         return None, []
     if entry[1] != KIND:
-        return None, [f"its safety checker is a {shown(entry[1])}, not a {KIND}, and was left out"]
+        kind = entry[1] if isinstance(entry[1], str) else shown(entry[1])
+        return None, [f"its safety checker is a {kind}, not a {KIND}, and was left out"]
     if not any((folder / FOLDER).glob("model*.safetensors*")):
         return None, [f"its safety checker has no weights in {folder / FOLDER} (model.safetensors) and was left out"]
     values = read_json(folder / FOLDER / "config.json")
