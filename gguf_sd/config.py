@@ -83,16 +83,19 @@ class TextConfig(_Config):
 
 @dataclass(frozen=True)
 class SchedulerConfig(_Config):
-    """The training noise schedule and how the model expects to be sampled, in diffusers' words."""
+    """The training noise schedule and how the model expects to be sampled, in diffusers' words.
+
+    What its source did not name is None; the published configuration of SD 1.5 and single files name no spacing.
+    """
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"  # or "linear", "squaredcos_cap_v2"
     prediction_type: str = "epsilon"  # or "v_prediction", "sample"
-    timestep_spacing: str = "leading"  # or "trailing", "linspace"
+    timestep_spacing: str | None = None  # "leading", "trailing", "linspace"; None: each sampler's own
     steps_offset: int = 1
-    set_alpha_to_one: bool = False
+    set_alpha_to_one: bool | None = False  # None: each sampler's own
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,7 @@ SDXL = ModelConfig(
     ),
     vae=VAEConfig(scaling_factor=0.13025, overflows_float16=True),
     text=(TextConfig(), OPENCLIP_G),
+    scheduler=SchedulerConfig(timestep_spacing="leading"),
     defaults=Defaults(sampler="euler", guidance=5.0, width=1024, height=1024),
     zero_empty_negative=True,
 )

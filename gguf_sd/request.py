@@ -119,7 +119,7 @@ def prepare(request: Request, config: ModelConfig) -> Job:
         crop=request.crop,
         strength=strength,
         mask_blur=request.mask_blur,
-        schedule=make_schedule(config.scheduler, sampler, schedule_name, defaults.steps),
+        schedule=make_schedule(config.scheduler, sampler, schedule_name, defaults.steps, config.name),
         picture=picture,
         paste=request.paste,
         safety=request.safety,
