@@ -7,11 +7,14 @@ activations too: never "auto"'s choice, as it changes the result.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gguf_sd_kernels.checks import DTYPES, conv_product, linear_product
+from gguf_sd_kernels.checks import DTYPES, conv_product, linear_key, linear_product
 from gguf_sd_kernels.cpu.activation import geglu as apply_geglu
 from gguf_sd_kernels.cpu.scratch import borrow
 from gguf_sd_kernels.devices import gpu_of
@@ -40,20 +43,40 @@ def linear_packed(
     "dequantize" for float32, and GPUs without tensor cores that Triton uses.
     Raises ValueError for another mode, or shapes that do not fit.
     """
-    key = mode, geglu, weight.kind, x.device, x.dtype, x.shape
-    way = _ways.get(key) or _ways.keep(key, _way(x, weight, linear_product(x, weight, geglu), mode))
+    key = mode, geglu, *linear_key(x, weight, bias, residual)
+    run = _linears.get(key)
+    if run is None:
+        run = _linears.keep(key, _prepare_linear(x, weight, bias, residual, geglu, mode))
+    return run(x, weight, bias, residual)
+
+
+LinearRun = Callable[[Tensor, PackedWeight, Tensor | None, Tensor | None], Tensor]
+_linears: Prepared[LinearRun] = Prepared()
+
+
+def _prepare_linear(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None, geglu: bool, mode: str
+) -> LinearRun:
+    """What makes such products from now on."""
+    way = _way(x, weight, linear_product(x, weight, geglu), mode)
     if way == "int8":
         from gguf_sd_kernels.triton.int8 import linear_int8
 
-        return linear_int8(x, weight, bias, residual, geglu=geglu)
+        return partial(linear_int8, geglu=geglu)
     if way == "fused":
-        from gguf_sd_kernels.triton.linear import linear_fused
+        from gguf_sd_kernels.triton.linear import PreparedLinear
 
-        return linear_fused(x, weight, bias, residual, geglu=geglu)
-    from gguf_sd_kernels.triton.dequantize import dequantize_packed
-
+        return PreparedLinear(x, weight, bias, residual, geglu)
     if geglu and residual is not None:
         raise ValueError("GEGLU takes no residual")
+    return partial(_linear_decoded, geglu=geglu)
+
+
+def _linear_decoded(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None, geglu: bool
+) -> Tensor:
+    from gguf_sd_kernels.triton.dequantize import dequantize_packed
+
     rows, cols = weight.rows, weight.cols
     with borrow((rows, cols), x.dtype, x.device) as buffer:
         full = dequantize_packed(weight, x.dtype, buffer)
