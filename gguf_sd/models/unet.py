@@ -97,7 +97,8 @@ class Attention(nn.Module):
             else:
                 both = projected[..., self.place]
                 k, v = both.view(batch, both.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
-        return self.to_out[0](ops.attention(q, k, v).transpose(1, 2).flatten(2), residual)
+        (out,) = self.to_out
+        return out(ops.attention(q, k, v).transpose(1, 2).flatten(2), residual)
 
     def _by_heads(self, x: Tensor) -> Tensor:
         """[B, N, dim] -> [B, heads, N, dim / heads], a view."""

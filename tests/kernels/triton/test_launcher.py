@@ -100,7 +100,7 @@ def test_the_operands_device_is_current(monkeypatch: pytest.MonkeyPatch) -> None
             driver.current = self.before
 
     monkeypatch.setattr(launcher, "as_current", Current)
-    monkeypatch.setattr(launcher, "_current_device", lambda device: lambda: driver.current)
+    monkeypatch.setattr(launcher, "current_device", lambda: driver.current)
     start = PreparedLaunch(driver, (7,), torch.device("cuda", 1), (5,), {"WIDTH": 8}, num_warps=4)
     there, elsewhere = OnGpu(1), OnGpu(0)
     for current in (0, 0, 1):
