@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +55,14 @@ def _added(y: Tensor, emb: Tensor | None, residual: Tensor | None) -> Tensor:
     return y if residual is None else y.add_(residual)
 
 
+@cache
+def _triton_norms() -> Any:
+    """The module of the norms that run in Triton, which is imported when the first of them does."""
+    from gguf_sd_kernels.triton import norm
+
+    return norm
+
+
 class GroupNorm(nn.GroupNorm):
     """Group normalisation of [B, C, H, W], with SiLU applied to its result where ``silu``."""
 
@@ -64,9 +74,9 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused:
-            from gguf_sd_kernels.triton.norm import group_norm_silu_triton
-
-            return group_norm_silu_triton(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
+            return _triton_norms().group_norm_silu_triton(
+                x, self.num_groups, self.weight, self.bias, self.eps, self.silu
+            )
         return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
 
 
@@ -77,9 +87,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused:
-            from gguf_sd_kernels.triton.norm import layer_norm_triton
-
-            return layer_norm_triton(x, self.weight, self.bias, self.eps)
+            return _triton_norms().layer_norm_triton(x, self.weight, self.bias, self.eps)
         return super().forward(x)
 
 

@@ -24,7 +24,7 @@ def tokens(x: Tensor) -> Tensor:
 
 def feature_map(x: Tensor, height: int, width: int) -> Tensor:
     """[B, H*W, C] -> channels-last [B, C, H, W], a view."""
-    return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+    return x.view(x.shape[0], height, width, -1).permute(0, 3, 1, 2)
 
 
 class ResBlock(nn.Module):
@@ -87,14 +87,22 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, residual: Tensor, projected: Tensor | None = None) -> Tensor:
         """x and residual [B, N, dim] -> [B, N, dim]; for cross-attention ``projected`` [B, M, …] holds its keys and
         values at ``place``."""
+        batch, tokens, _ = x.shape
         if self.to_qkv is not None:
-            q, k, v = self.to_qkv(x).chunk(3, dim=-1)
-        elif projected is None:
-            q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
+            q, k, v = self.to_qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
         else:
-            q, (k, v) = self.to_q(x), projected[..., self.place].chunk(2, dim=-1)
-        heads = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
-        return self.to_out[0](ops.attention(*heads).transpose(1, 2).flatten(2), residual)
+            q = self._by_heads(self.to_q(x))
+            if projected is None:
+                k, v = self._by_heads(self.to_k(x)), self._by_heads(self.to_v(x))
+            else:
+                both = projected[..., self.place]
+                k, v = both.view(batch, both.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
+        (out,) = self.to_out
+        return out(ops.attention(q, k, v).transpose(1, 2).flatten(2), residual)
+
+    def _by_heads(self, x: Tensor) -> Tensor:
+        """[B, N, dim] -> [B, heads, N, dim / heads], a view."""
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
 
 class GEGLU(nn.Module):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -56,9 +57,21 @@ def multiprocessors(device: torch.device) -> int:
     return gpu_of(device).processors
 
 
+@cache
+def _triton_driver() -> Any:
+    from triton.runtime import driver
+
+    return driver.active
+
+
+def current_device() -> int:
+    """The number of the device that Triton launches on."""
+    return _triton_driver().get_current_device()  # type: ignore[no-any-return]
+
+
 def current_stream(device: torch.device) -> int:
-    """A number that tells the streams of ``device`` apart: of the one that work goes to now."""
-    return 0 if device.index is None else torch.get_device_module(device).current_stream(device).stream_id
+    """A number that tells the streams of ``device`` apart: of the one that Triton launches on."""
+    return 0 if device.index is None else _triton_driver().get_current_stream(device.index)
 
 
 def as_current(device: torch.device) -> AbstractContextManager[object]:

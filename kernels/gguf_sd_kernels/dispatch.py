@@ -7,11 +7,16 @@ activations too: never "auto"'s choice, as it changes the result.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
+from importlib import import_module
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gguf_sd_kernels.checks import DTYPES, conv_product, linear_product
+from gguf_sd_kernels.checks import DTYPES, conv_product, linear_key, linear_product
 from gguf_sd_kernels.cpu.activation import geglu as apply_geglu
 from gguf_sd_kernels.cpu.scratch import borrow
 from gguf_sd_kernels.devices import gpu_of
@@ -23,6 +28,12 @@ MODES = ("auto", "fused", "dequantize", "int8")
 # What "auto" does with a product that nobody measured. Not itself measured: arithmetic says that decoding first
 # costs a quarter of an SD 1.5 step and three quarters of an SDXL step at 512 pixels on the fastest cards.
 UNMEASURED = "fused"
+
+
+@cache
+def _triton(name: str) -> Any:
+    """One of our modules of Triton kernels; Triton is imported when the first product needs it."""
+    return import_module(f"gguf_sd_kernels.triton.{name}")
 
 
 def linear_packed(
@@ -40,23 +51,37 @@ def linear_packed(
     "dequantize" for float32, and GPUs without tensor cores that Triton uses.
     Raises ValueError for another mode, or shapes that do not fit.
     """
-    key = mode, geglu, weight.kind, x.device, x.dtype, x.shape
-    way = _ways.get(key) or _ways.keep(key, _way(x, weight, linear_product(x, weight, geglu), mode))
+    key = mode, geglu, *linear_key(x, weight, bias, residual)
+    run = _linears.get(key)
+    if run is None:
+        run = _linears.keep(key, _prepare_linear(x, weight, bias, residual, geglu, mode))
+    return run(x, weight, bias, residual)
+
+
+LinearRun = Callable[[Tensor, PackedWeight, Tensor | None, Tensor | None], Tensor]
+_linears: Prepared[LinearRun] = Prepared()
+
+
+def _prepare_linear(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None, geglu: bool, mode: str
+) -> LinearRun:
+    """What makes such products from now on."""
+    way = _way(x, weight, linear_product(x, weight, geglu), mode)
     if way == "int8":
-        from gguf_sd_kernels.triton.int8 import linear_int8
-
-        return linear_int8(x, weight, bias, residual, geglu=geglu)
+        return partial(_triton("int8").linear_int8, geglu=geglu)
     if way == "fused":
-        from gguf_sd_kernels.triton.linear import linear_fused
-
-        return linear_fused(x, weight, bias, residual, geglu=geglu)
-    from gguf_sd_kernels.triton.dequantize import dequantize_packed
-
+        return _triton("linear").PreparedLinear(x, weight, bias, residual, geglu)
     if geglu and residual is not None:
         raise ValueError("GEGLU takes no residual")
+    return partial(_linear_decoded, geglu=geglu)
+
+
+def _linear_decoded(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None, geglu: bool
+) -> Tensor:
     rows, cols = weight.rows, weight.cols
     with borrow((rows, cols), x.dtype, x.device) as buffer:
-        full = dequantize_packed(weight, x.dtype, buffer)
+        full = _triton("dequantize").dequantize_packed(weight, x.dtype, buffer)
         y = F.linear(x, full.reshape(rows, cols), None if bias is None else bias.to(x.dtype))
     if geglu:
         return apply_geglu(y)
@@ -82,18 +107,12 @@ def conv2d_packed(
     key = mode, stride, padding, weight.kind, x.device, x.dtype, x.shape
     way = _ways.get(key) or _ways.keep(key, _way(x, weight, conv_product(x, weight, stride, padding), mode))
     if way == "int8":
-        from gguf_sd_kernels.triton.int8 import conv2d_int8
-
-        return conv2d_int8(x, weight, bias, stride, padding, residual=residual, emb=emb)
+        return _triton("int8").conv2d_int8(x, weight, bias, stride, padding, residual=residual, emb=emb)
     if way == "fused":
-        from gguf_sd_kernels.triton.conv import conv2d_fused
-
-        return conv2d_fused(x, weight, bias, stride, padding, residual=residual, emb=emb)
-    from gguf_sd_kernels.triton.dequantize import dequantize_packed
-
+        return _triton("conv").conv2d_fused(x, weight, bias, stride, padding, residual=residual, emb=emb)
     x = x.contiguous(memory_format=torch.channels_last)
     with borrow((weight.rows, weight.cols), x.dtype, x.device) as buffer:
-        full = dequantize_packed(weight, x.dtype, buffer)
+        full = _triton("dequantize").dequantize_packed(weight, x.dtype, buffer)
         y = F.conv2d(x, full, None if bias is None else bias.to(x.dtype), stride, padding)
     if emb is not None:
         y += emb[:, :, None, None]

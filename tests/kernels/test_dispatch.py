@@ -56,7 +56,7 @@ def test_conv(mode: str, tap_major: bool, channels: int, material: Any) -> None:
 
 def test_auto_takes_the_measured_mode(material: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
-    for module, name in (("triton.linear", "linear_fused"), ("triton.dequantize", "dequantize_packed")):
+    for module, name in (("triton.linear", "PreparedLinear"), ("triton.dequantize", "dequantize_packed")):
         real = getattr(__import__(f"gguf_sd_kernels.{module}", fromlist=[name]), name)
 
         def spy(*args: Any, real: Any = real, name: str = name, **options: Any) -> Any:
@@ -71,7 +71,7 @@ def test_auto_takes_the_measured_mode(material: Any, monkeypatch: pytest.MonkeyP
     for fused, dequantize in ((1.0, 2.0), (2.0, 1.0)):
         launches.add_measured(gpu_of(x.device), {product: Measured(launch, fused, dequantize, resident=0.5)})
         linear_packed(x, weight)
-    assert taken == ["linear_fused", "dequantize_packed"]
+    assert taken == ["PreparedLinear", "dequantize_packed"]
     assert dispatch.UNMEASURED in MODES
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gguf_sd_kernels.devices import as_current
+from gguf_sd_kernels.devices import as_current, current_device
 
 # Pointers are promised to the compiler as multiples of this many bytes.
 ALIGNMENT = 16
@@ -41,7 +41,6 @@ class PreparedLaunch:
         self.numbers, self.constants, self.options = tuple(numbers), dict(constants), options
         self._after = (*numbers, *(constants[name] for name in kernel.arg_names[len(self.names) + len(numbers) :]))
         self._number = -1 if device.index is None else device.index  # as Tensor.get_device gives it
-        self._current: Callable[[], int] | None = None  # the device that Triton launches on
         self._start: Callable[..., object] | None = None  # past Triton's dispatch
 
     def __call__(self, *operands: Tensor | None) -> None:
@@ -51,7 +50,7 @@ class PreparedLaunch:
                 self._refuse(operands)
         if self._start is None:
             self._first(operands)
-        elif self._current is None or self._current() == self._number:
+        elif self.device.index is None or current_device() == self._number:
             self._start(*operands, *self._after)
         else:
             with as_current(self.device):
@@ -65,7 +64,6 @@ class PreparedLaunch:
         with as_current(self.device):
             compiled = self.kernel[self.grid](*operands, *self.numbers, **self.constants, **self.options)
             if hasattr(compiled, "__getitem__"):
-                self._current = _current_device(self.device)
                 self._start = compiled[self.grid]
 
     def _refuse(self, operands: Sequence[Tensor | None]) -> None:
@@ -77,15 +75,6 @@ class PreparedLaunch:
                 raise ValueError(f"{where} is on {operand.device}, the other operands are on {self.device}")
             if operand.data_ptr() % ALIGNMENT:
                 raise ValueError(f"{where} starts at {operand.data_ptr():#x}, which is no multiple of {ALIGNMENT}")
-
-
-def _current_device(device: torch.device) -> Callable[[], int] | None:
-    """What asks Triton's driver for the device it launches on; None where there is but one."""
-    if device.index is None:
-        return None
-    from triton.runtime import driver
-
-    return driver.active.get_current_device
 
 
 def in_order(tensor: Tensor | None) -> Tensor | None:

@@ -16,7 +16,7 @@ from gguf_sd_kernels.repack import PackedWeight
 from gguf_sd_kernels.triton.launcher import PreparedLaunch, in_order
 from gguf_sd_kernels.triton.tiles import decode_tile, finish_tile, multiply, split_range, tile_position, weight_rows
 from gguf_sd_kernels.triton.workspace import divide
-from gguf_sd_kernels.tuning.launch import Launch, Prepared, Product, choose
+from gguf_sd_kernels.tuning.launch import Launch, Prepared, choose
 
 
 @triton.jit(do_not_specialize=["M", "steps"])  # one compilation serves every size
@@ -65,11 +65,25 @@ def linear_kernel(
 
 
 class PreparedLinear:
-    """A linear layer whose result has the shape ``result``, ready for operands of the dtypes it was prepared with."""
+    """A linear layer, ready for operands of the shapes and dtypes of those it was prepared with; ``launch`` is the
+    chosen one by default.
 
-    def __init__(self, result: tuple[int, ...], product: Product, x: Tensor, launch: Launch | None):
-        self.result, self.dtype, self.device = result, x.dtype, x.device
+    Raises ValueError as :func:`linear_fused` does.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: PackedWeight,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        geglu: bool,
+        launch: Launch | None = None,
+    ):
+        self.result = linear_shape(x, weight, bias, residual, geglu)
+        self.dtype, self.device = x.dtype, x.device
         self.start: PreparedLaunch | None = None
+        product = linear_product(x, weight, geglu)
         if not product.m:
             return
         launch = launch or choose(product, gpu_of(x.device))
@@ -79,7 +93,7 @@ class PreparedLinear:
             self.programs.grid,
             x.device,
             (product.m, product.n, product.k, self.programs.steps),
-            {"QTYPE": product.qtype, "GEGLU": product.op == "geglu", "SPLIT": self.programs.split}
+            {"QTYPE": product.qtype, "GEGLU": geglu, "SPLIT": self.programs.split}
             | launch.decoding(x.device, x.dtype)
             | launch.tile,
             **launch.options,
@@ -112,8 +126,5 @@ def linear_fused(
     Raises ValueError for other dtypes, or shapes that do not fit.
     """
     key = launch, geglu, *linear_key(x, weight, bias, residual)
-    run = _prepared.get(key)
-    if run is None:
-        result = linear_shape(x, weight, bias, residual, geglu)
-        run = _prepared.keep(key, PreparedLinear(result, linear_product(x, weight, geglu), x, launch))
+    run = _prepared.get(key) or _prepared.keep(key, PreparedLinear(x, weight, bias, residual, geglu, launch))
     return run(x, weight, bias, residual)

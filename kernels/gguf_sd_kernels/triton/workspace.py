@@ -12,6 +12,7 @@ from gguf_sd_kernels.tuning.launch import Launch, Product
 from gguf_sd_kernels.tuning.launch import tiles as count_tiles
 
 MAX_TILES = 4096  # counters kept; a grid of more tiles has no reason to split K
+_NOTHING = None, None
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
@@ -42,7 +43,7 @@ class Programs:
         of their own.
         """
         if self.splits == 1:
-            return None, None
+            return _NOTHING
         key = device, current_stream(device)
         counters = _counters.get(key)
         if counters is None:
