@@ -64,6 +64,15 @@ def read_header(path: Path) -> Header:
         raise GgufSdError(f"cannot read {path}: {error.strerror}") from error
 
 
+def is_gguf(path: Path) -> bool:
+    """Told by the file's first bytes; what cannot be read is none."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
 def _header(reader: _Reader) -> Header:
     if (magic := reader.start()) != b"GGUF":
         raise reader.error(f"is not a GGUF file: it starts with {magic!r} instead of b'GGUF'")

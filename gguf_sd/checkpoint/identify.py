@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from gguf_sd.checkpoint.tensor_names import UNET
+from gguf_sd.checkpoint.what_is_it import what_is
 from gguf_sd.config import SD15, SDXL, ModelConfig
 from gguf_sd.errors import GgufSdError
 
@@ -14,14 +15,6 @@ SD1_CONTEXT = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 SDXL_CONTEXT = UNET + "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
 XL_VECTOR = UNET + "label_emb.0.0.weight"
 MARKERS = ("v_pred", "ztsnr")  # tensors that trainers leave in single files, empty: what the weights do not show
-FOREIGN = {  # a tensor that gives another architecture away
-    "double_blocks.0.img_attn.qkv.weight": "Flux",
-    "joint_blocks.0.x_block.attn.qkv.weight": "Stable Diffusion 3",
-    "blocks.0.cross_attn.q.weight": "a video or DiT model",
-    "model.embed_tokens.weight": "a language model",
-    "token_embd.weight": "a language model",
-    "blk.0.attn_q.weight": "a language model",
-}
 
 
 def identify(shapes: Mapping[str, Sequence[int]], source: str) -> ModelConfig:
@@ -69,10 +62,8 @@ def _columns(shape: Sequence[int]) -> int:
 
 
 def _foreign(shapes: Mapping[str, Sequence[int]], source: str) -> str:
-    for name in shapes:
-        for tail, kind in FOREIGN.items():
-            if name.endswith(tail):
-                return f"{source} is a checkpoint of {kind}; gguf-sd takes Stable Diffusion 1.x and XL"
+    if (kind := what_is(shapes)) is not None:
+        return f"{source} is {kind.name}; {kind.advice}"
     return (
         f"{source} holds no Stable Diffusion UNet (no tensor {FIRST_CONV.removeprefix(UNET)}); "
         "gguf-sd takes Stable Diffusion 1.x and XL checkpoints"

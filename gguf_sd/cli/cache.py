@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from gguf_sd.cli.progress import progress_bar
 from gguf_sd.errors import GgufSdError
 from gguf_sd.imaging.atomic_write import cache_folder
 
@@ -66,7 +65,7 @@ def content_hash(model: Path, folder: Path, quiet: bool = False) -> str:
         return str(known[signature])
     digest = hashlib.sha256()
     total = sum(size for _, size, _ in stats)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=quiet) as bar:
+    with progress_bar(total, quiet, unit="B", unit_scale=True, desc="reading") as bar:
         for file, (name, size, _) in zip(files, stats, strict=True):
             digest.update(f"{name}\0{size}\0".encode())
             with open(file, "rb") as stream:

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gguf_sd.cli.preflight import check_source
+
 if TYPE_CHECKING:
     from gguf_sd_convert.convert import ConvertReport
 
@@ -40,6 +42,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Converts and reports; raises GgufSdError for bad input."""
+    check_source(args.source)
     from gguf_sd_convert.convert import ConvertOptions, convert
 
     options = ConvertOptions(

@@ -88,9 +88,8 @@ def run(args: argparse.Namespace) -> int:
 
 def compare(args: argparse.Namespace) -> tuple[list[Row], dict[str, list[Image.Image]]]:
     """Converts, paints and judges; the rows of the table and the pictures by type."""
-    from tqdm import tqdm
-
     from gguf_sd.cli.inspect import describe
+    from gguf_sd.cli.progress import progress_bar
     from gguf_sd.demo import model_folder
     from gguf_sd.demo.world import parse
     from gguf_sd.pipeline import Pipeline
@@ -99,7 +98,7 @@ def compare(args: argparse.Namespace) -> tuple[list[Row], dict[str, list[Image.I
     scenes = [*(parse(prompt) for prompt in SHOWN), *_more_scenes(args.pictures - len(SHOWN), args.seed)]
     rows: list[Row] = []
     pictures: dict[str, list[Image.Image]] = {}
-    with tqdm(total=len(TYPES) * len(scenes), unit="picture", disable=args.quiet) as bar:
+    with progress_bar(len(TYPES) * len(scenes), args.quiet, unit="picture") as bar:
         for kind in TYPES:
             bar.set_description(kind)
             path = args.output / f"demo-{kind}.gguf"

@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gguf_sd.cli.preflight import check_model
 from gguf_sd.errors import GgufSdError
 
 if TYPE_CHECKING:
@@ -84,14 +85,16 @@ _pair.__name__ = "pair, such as 1024x768"
 
 
 def run(args: argparse.Namespace) -> int:
+    _check_output(args.output)
+    if args.preview < 0:
+        raise GgufSdError(f"--preview is {args.preview}; it takes a number of steps, or 0 for none")
+    if args.model is not None:
+        check_model(args.model)
     from gguf_sd.cli.cache import model_path
     from gguf_sd.demo import model_folder
     from gguf_sd.imaging.png_metadata import read_parameters
     from gguf_sd.pipeline import Pipeline
 
-    _check_output(args.output)
-    if args.preview < 0:
-        raise GgufSdError(f"--preview is {args.preview}; it takes a number of steps, or 0 for none")
     recorded = read_parameters(args.settings) if args.settings else {}
     request = _request(args, recorded)
     path = model_path(args.model or model_folder(), args.type, args.tokenizer, quiet=args.quiet)
@@ -138,8 +141,7 @@ def _check_model(pipeline: Pipeline, recorded: dict[str, Any]) -> None:
 
 def paint(pipeline: Pipeline, job: Job, args: argparse.Namespace) -> dict[str, Any]:
     """Paints and saves; returns what `--json` prints: settings, files, seconds."""
-    from tqdm import tqdm
-
+    from gguf_sd.cli.progress import progress_bar
     from gguf_sd.imaging.atomic_write import save_png
     from gguf_sd.imaging.png_metadata import PARAMETERS, parameters
 
@@ -147,7 +149,7 @@ def paint(pipeline: Pipeline, job: Job, args: argparse.Namespace) -> dict[str, A
         print(note, file=sys.stderr)
     dtype = str(pipeline.dtype).removeprefix("torch.")
     files, started = [], time.perf_counter()
-    with tqdm(total=job.steps_run * len(list(job.batches())), unit="step", disable=args.quiet) as bar:
+    with progress_bar(job.steps_run * len(list(job.batches())), args.quiet, unit="step") as bar:
         if pipeline.kernels != "torch":
             bar.set_description("compiling kernels")  # on first use; Triton keeps them on disk
 

@@ -1,18 +1,26 @@
-"""The command line: `gguf-sd COMMAND …`."""
+"""The command line: `gguf-sd COMMAND …`. Only the command that is asked for is imported."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-import gguf_sd
-from gguf_sd.cli import convert, demo, generate, inspect
+from gguf_sd.cli.parse_errors import sentence
+from gguf_sd.cli.terminal import printable
 from gguf_sd.errors import GgufSdError
 
-COMMANDS = (demo, convert, generate, inspect)
+# The module gguf_sd.cli.NAME of each command, and what its parser calls itself.
+COMMANDS = {
+    "demo": "convert the built-in model to four types and compare them",
+    "convert": "make a GGUF file from a checkpoint",
+    "generate": "paint pictures from a prompt",
+    "inspect": "show what a model file or folder holds",
+}
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141  # as a shell reports a program that SIGPIPE ended
@@ -20,19 +28,12 @@ EXIT_BROKEN_PIPE = 141  # as a shell reports a program that SIGPIPE ended
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
-    parser = argparse.ArgumentParser(prog="gguf-sd", description="Stable Diffusion in one quantised GGUF file.")
-    parser.add_argument("--version", action="version", version=f"gguf-sd {gguf_sd.__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.add_parser(subparsers)
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    logging.captureWarnings(True)
+    arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        code: int = args.run(args)
+        code = _run(arguments)
         sys.stdout.flush()
     except GgufSdError as error:
-        print(f"gguf-sd: {error}", file=sys.stderr)
+        print(f"gguf-sd: {printable(str(error))}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except BrokenPipeError:  # the reader of our output has gone, `| head` for one
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -41,6 +42,61 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("gguf-sd: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     return code
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        args = _parser(arguments).parse_args(arguments)
+    except SystemExit as done:  # --help and --version have printed what was asked for
+        return int(done.code or 0)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Printable("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.captureWarnings(True)
+    code: int = args.run(args)
+    return code
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """With the arguments of the command that is asked for, and no more than the names of the others."""
+    parser = _Parser(prog="gguf-sd", description="Stable Diffusion in one quantised GGUF file.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the program's version and exit")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    wanted = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        if name == wanted:
+            parser.command = name
+            importlib.import_module(f"gguf_sd.cli.{name}").add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=summary)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad arguments are bad input as any other: one sentence, no usage."""
+
+    command = ""  # that is asked for: argparse lets the topmost parser complain of what its command does not know
+
+    def error(self, message: str) -> NoReturn:
+        program = f"{self.prog} {self.command}" if self.command else self.prog
+        raise GgufSdError(sentence(message, program, list(COMMANDS)))
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: object) -> NoReturn:
+        import gguf_sd
+
+        print(f"gguf-sd {gguf_sd.__version__}")
+        parser.exit()
+
+
+class _Printable(logging.Formatter):
+    """What warnings quote from files cannot steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 if __name__ == "__main__":

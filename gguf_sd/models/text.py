@@ -41,13 +41,20 @@ def quick_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
+class Embedding(nn.Embedding):
+    """Rows to be loaded."""
+
+    def reset_parameters(self) -> None:
+        """Draws nothing: on the meta device torch imports its compiler to draw normal numbers, for seconds."""
+
+
 class Embeddings(nn.Module):
     """Tokens and their positions."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
         """int64 [B, N] -> [B, N, hidden_size]."""

@@ -1,0 +1,101 @@
+"""What a weight file is that is no Stable Diffusion model, told from the names and shapes of its tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+class Kind(NamedTuple):
+    """``name`` goes behind "FILE is", ``advice`` is what to do with it."""
+
+    name: str
+    advice: str
+
+
+MODELS = "gguf-sd takes Stable Diffusion 1.x and XL"
+WHOLE = "a whole model is needed: UNet, autoencoder and text encoder in one checkpoint, or a diffusers folder"
+LORA = Kind("a LoRA", "merge it into the checkpoint that it was made for, and convert that")
+CONTROLNET = Kind("a ControlNet", f"gguf-sd does not run these; {WHOLE}")
+EMBEDDING = Kind("a textual-inversion embedding", f"gguf-sd does not read these; {WHOLE}")
+TINY_VAE = Kind("a tiny autoencoder (TAESD)", "give it to generate as --vae, beside a model")
+VAE = Kind("a VAE alone", "give it to generate as --vae, beside a model")
+UNET = Kind("a UNet alone", WHOLE)
+TEXT_ENCODER = Kind("a text encoder alone", WHOLE)
+
+LORA_NAME = re.compile(
+    r"(^|\.)lora_(unet|te\d?|transformer)_|[._]lora[._](A|B|a|b|down|up)([._]|$)|\.(hada_w1_a|lokr_w1|oft_blocks)$"
+)
+CONTROLNET_NAME = re.compile(
+    r"^(control_model|controlnet_cond_embedding|controlnet_down_blocks|lllite_unet|adapter\.body)[._]"
+)
+EMBEDDING_WIDTHS = (768, 1024, 1280)
+EMBEDDING_NAME = re.compile(r"emb_params|clip_[lg]|<[^>]*>|\*|string_to_param\..*|[^.]*")
+TINY_NAME = re.compile(
+    r"((encoder|decoder)\.(layers\.)?)?[0-9]{1,3}\.(weight|bias|(conv|skip)(\.[0-9])?\.(weight|bias))"
+)
+# Tensors that give another architecture away, by the end of their names.
+FOREIGN = {
+    "double_blocks.0.img_attn.qkv.weight": "Flux",
+    "single_transformer_blocks.0.proj_mlp.weight": "Flux",
+    "double_blocks.0.img_attn_qkv.weight": "HunyuanVideo",
+    "joint_blocks.0.x_block.attn.qkv.weight": "Stable Diffusion 3",
+    "transformer_blocks.0.attn.add_q_proj.weight": "Stable Diffusion 3 or a like transformer",
+    "transformer_blocks.0.img_mod.1.weight": "Qwen-Image",
+    "adaln_single.linear.weight": "PixArt or LTX-Video",
+    "down_blocks.0.motion_modules.0.proj_in.weight": "an AnimateDiff motion module",
+    "blocks.0.cross_attn.q.weight": "a video or DiT model",
+    "effnet_mapper.0.weight": "Stable Cascade",
+    "model.embed_tokens.weight": "a language model",
+    "model.layers.0.self_attn.q_proj.weight": "a language model",
+    "transformer.h.0.attn.c_attn.weight": "a language model",
+    "token_embd.weight": "a language model",
+    "blk.0.attn_q.weight": "a language model",
+    "encoder.block.0.layer.0.SelfAttention.q.weight": "T5, a text encoder",
+    "model.1.sub.0.RDB1.conv1.0.weight": "an upscaler",
+    "body.0.rdb1.conv1.weight": "an upscaler",
+}
+PARTS = {  # the part of Stable Diffusion that tensors belong to, under the original and diffusers' names
+    "unet": re.compile(r"(model\.diffusion_model\.|unet\.)?(input_blocks\.0\.0\.|time_embedding\.linear_1\.)"),
+    "vae": re.compile(r"(first_stage_model\.|vae\.)?(encoder|decoder)\.(conv_in\.|mid\.|mid_block\.)"),
+    "text": re.compile(
+        r"(cond_stage_model|conditioner\.embedders|te)\.|(text_model\.)?(encoder\.layers|embeddings\.token_embedding)\."
+        r"|(model\.)?transformer\.resblocks\."
+    ),
+}
+
+
+def what_is(shapes: Shapes) -> Kind | None:
+    """What tensors of these names and shapes are; None for a whole Stable Diffusion model, and for what is not known.
+    Names may be canonical or as they stand in the file."""
+    parts = {part for part, pattern in PARTS.items() if any(pattern.match(name) for name in shapes)}
+    if len(parts) == len(PARTS):
+        return None  # whatever else there is
+    if any(LORA_NAME.search(name) for name in shapes):
+        return LORA
+    if any(CONTROLNET_NAME.match(name) for name in shapes):
+        return CONTROLNET
+    if (foreign := _foreign(shapes)) is not None:
+        return foreign
+    if _is_embedding(shapes):
+        return EMBEDDING
+    if shapes and all(TINY_NAME.fullmatch(name) for name in shapes):
+        return TINY_VAE
+    return {"unet": UNET, "vae": VAE, "text": TEXT_ENCODER}[parts.pop()] if len(parts) == 1 else None
+
+
+def _foreign(names: Iterable[str]) -> Kind | None:
+    for name in names:
+        for tail, what in FOREIGN.items():
+            if name == tail or name.endswith("." + tail):
+                return Kind(f"a checkpoint of {what}", MODELS)
+    return None
+
+
+def _is_embedding(shapes: Shapes) -> bool:
+    """One vector, or a few, a text encoder."""
+    vectors = all(1 <= len(shape) <= 2 and shape[-1] in EMBEDDING_WIDTHS for shape in shapes.values())
+    return 1 <= len(shapes) <= 2 and vectors and all(EMBEDDING_NAME.fullmatch(name) for name in shapes)

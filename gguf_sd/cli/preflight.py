@@ -1,0 +1,30 @@
+"""What can be refused at once, from headers alone: before torch is imported, and before anything is read or written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gguf_sd.checkpoint.gguf_header import is_gguf
+from gguf_sd.checkpoint.weights import refuse_other_files
+from gguf_sd.errors import GgufSdError
+
+
+def check_model(path: Path) -> None:
+    """Raises GgufSdError for what `generate` cannot paint with."""
+    if not path.exists():
+        raise GgufSdError(f"{path} does not exist; give a .gguf file, a checkpoint or a diffusers folder")
+    if is_gguf(path) or path.suffix.lower() == ".gguf":
+        from gguf_sd.checkpoint.model_file import ModelFile
+
+        ModelFile.open(path)
+    else:
+        refuse_other_files(path)
+
+
+def check_source(path: Path) -> None:
+    """Raises GgufSdError for what `convert` cannot take."""
+    if not path.exists():
+        raise GgufSdError(f"{path} does not exist")
+    if is_gguf(path):
+        raise GgufSdError(f"{path} is a GGUF file already; convert takes .safetensors, .ckpt or a diffusers folder")
+    refuse_other_files(path)
