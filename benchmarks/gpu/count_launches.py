@@ -56,7 +56,8 @@ def count(work: Workload, mode: str) -> dict[str, Any]:
         unet = random_unet(work.config.unet, "Q4_0", DTYPE, META)
         use_kernels(unet, mode)
         projected = unet.project(context)
-        launches.clear(), operators.clear()
+        launches.clear()
+        operators.clear()
         unet.step(latents, timesteps, projected, *vector)
         triton, others = Counter(launches), Counter(operators)
     return {

@@ -66,7 +66,7 @@ def _triton_driver() -> Any:
 
 def current_device() -> int:
     """The number of the device that Triton launches on."""
-    return _triton_driver().get_current_device()  # type: ignore[no-any-return]
+    return _triton_driver().get_current_device()
 
 
 def current_stream(device: torch.device) -> int:

@@ -143,7 +143,7 @@ def test_many_large_values_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
         (text("general.alignment") + struct.pack("<IB", TYPE.BOOL, 1), "alignment 'True'"),
         (text("general.alignment") + struct.pack("<II", TYPE.UINT32, 0), "alignment '0'"),
         (string_key("general.alignment", "32"), "alignment '32'"),
-        (string_key("gguf_sd.shapes", "[" * 100_000), "gguf_sd.shapes is no JSON that can be read"),
+        (string_key("gguf_sd.shapes", "[" * 100_000), "gguf_sd.shapes is no JSON object that can be read"),
         (string_key("gguf_sd.shapes", "null"), "gguf_sd.shapes is no JSON object"),
     ],
 )
