@@ -48,7 +48,7 @@ def test_many_at_once_lose_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch
     runs = [Outputs(None, count=4) for _ in range(4)]
     saved: list[str] = []
     threads = [
-        threading.Thread(target=lambda run=run: saved.extend(run.save(RED, i, OURS).name for i in range(4)))
+        threading.Thread(target=lambda run=run: saved.extend(run.save(RED.copy(), i, OURS).name for i in range(4)))
         for run in runs
     ]
     for thread in threads:
