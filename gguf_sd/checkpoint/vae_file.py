@@ -22,11 +22,15 @@ from torch import Tensor
 from gguf_sd.checkpoint.assign import Source, assign
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.checkpoint.tensor_names import VAE, canonical_names, rename, vae_modules
+from gguf_sd.checkpoint.tiny_family import tiny_family
 from gguf_sd.config import SD15, VAEConfig
 from gguf_sd.errors import GgufSdError
+from gguf_sd.imaging.preview import family
 from gguf_sd.models.tiny_vae import TinyAutoencoder, tiny_config
 from gguf_sd.models.vae import Autoencoder
 
+FAMILY_NAMES = {"sd1": "Stable Diffusion 1.x", "sdxl": "SDXL"}
+TINY_FILES = {"sd1": "TAESD", "sdxl": "TAESDXL"}
 TAKES = "--vae takes TAESD or a full VAE as .safetensors, a diffusers folder of either, or a .gguf model"
 DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
 MODULES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
@@ -216,7 +220,6 @@ def _load_full(path: Path, places: Places, config: VAEConfig, dtype: torch.dtype
 
 
 def _check_family(opened: VAEFile, model: VAEConfig) -> None:
-    """TAESD and TAESDXL cannot be told apart: they have the same tensors, and say nothing about themselves."""
     config = opened.config
     for what in ("latent_channels", "downscale"):
         got, takes = getattr(config, what), getattr(model, what)
@@ -225,11 +228,24 @@ def _check_family(opened: VAEFile, model: VAEConfig) -> None:
                 f"{opened.path} is the VAE of another model family: its {what} is {got}, this model's {takes}; "
                 "choose a VAE made for this model"
             )
-    tiny = config == tiny_config(config.latent_channels)
-    if not tiny and not math.isclose(config.scaling_factor, model.scaling_factor, rel_tol=1e-3):
+    if config == tiny_config(config.latent_channels):
+        _check_tiny_family(opened, model)
+    elif not math.isclose(config.scaling_factor, model.scaling_factor, rel_tol=1e-3):
         raise GgufSdError(
             f"{opened.path} is the VAE of another model family: it scales latents by {config.scaling_factor:g}, "
             f"this model by {model.scaling_factor:g}; choose a VAE made for this model"
+        )
+
+
+def _check_tiny_family(opened: VAEFile, model: VAEConfig) -> None:
+    """Its tensors have the same names and shapes in every family: what it makes of latents tells."""
+    if (wanted := family(model)) is None:
+        return
+    decoder = opened.load(torch.float32)
+    if isinstance(decoder, TinyAutoencoder) and (got := tiny_family(decoder)) not in (None, wanted):
+        raise GgufSdError(
+            f"{opened.path} is the tiny autoencoder of another model family: it is made for {FAMILY_NAMES[got]}, this "
+            f"model is of {FAMILY_NAMES[wanted]}'s; choose {TINY_FILES[wanted]}"
         )
 
 

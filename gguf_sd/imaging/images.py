@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,9 @@ def open_image(path: Path) -> Image.Image:
     Image.init()
     formats = [name for name in FORMATS if name in Image.OPEN]
     try:
-        with Image.open(path, formats=formats) as image:
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+            opened = Image.open(path, formats=formats)
+        with opened as image:
             check_size(image, f"the picture {path}")
             turned = ImageOps.exif_transpose(image)
             turned.load()

@@ -54,7 +54,9 @@ def decompose(text: str) -> tuple[str, str | None, dict[str, str]]:
     negative = None
     if begin is not None:
         negative = "\n".join([lines[begin].removeprefix(NEGATIVE).removeprefix(" "), *lines[begin + 1 : last]])
-    return pairs.get(OWN_PROMPT, prompt), pairs.get(OWN_NEGATIVE, negative), pairs
+    if OWN_PROMPT in pairs:
+        return pairs[OWN_PROMPT], pairs.get(OWN_NEGATIVE), pairs
+    return prompt, negative, pairs
 
 
 def read_pairs(line: str) -> dict[str, str]:

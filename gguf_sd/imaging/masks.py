@@ -34,9 +34,7 @@ def fitted_mask(image: Image.Image, picture: tuple[int, int], width: int, height
     """
     mask = to_mask(image)
     if np.asarray(mask).max() < REPAINT:
-        raise GgufSdError(
-            "the mask selects nothing: it is neither white nor transparent anywhere; make white what to change"
-        )
+        raise GgufSdError("the mask selects nothing: no part is white or transparent; make white what to change")
     fitted = resized_like(mask, picture, width, height, mode)
     if np.asarray(fitted).max() < REPAINT:
         raise GgufSdError(

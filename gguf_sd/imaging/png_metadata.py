@@ -117,6 +117,8 @@ def parse_parameters(text: str) -> dict[str, Any]:
         settings["schedule"] = "model" if ours else AUTOMATIC.get(settings.get("sampler", ""), "model")
     if ours and "Resize mode" in pairs:  # others' words for it mean other things
         settings["resize"] = pairs["Resize mode"]
+    if not ours:
+        settings.pop("dtype", None)
     if "Mask blur" in pairs:
         settings["masked"] = True
     return settings | _first_pass(pairs, settings)
