@@ -129,16 +129,19 @@ class TextConfig(_Config):
 
 @dataclass(frozen=True)
 class SchedulerConfig(_Config):
-    """The training noise schedule and how the model expects to be sampled, in diffusers' words."""
+    """The training noise schedule and how the model expects to be sampled, in diffusers' words.
+
+    What its source did not name is None; the published configuration of SD 1.5 and single files name no spacing.
+    """
 
     num_train_timesteps: Annotated[int, Between(2, 100_000)] = 1000
     beta_start: Fraction = 0.00085
     beta_end: Fraction = 0.012
     beta_schedule: Annotated[str, OneOf("scaled_linear", "linear", "squaredcos_cap_v2")] = "scaled_linear"
     prediction_type: Annotated[str, OneOf("epsilon", "v_prediction", "sample")] = "epsilon"
-    timestep_spacing: Annotated[str, OneOf("leading", "trailing", "linspace")] = "leading"
+    timestep_spacing: Annotated[str, OneOf("leading", "trailing", "linspace")] | None = None  # None: each sampler's own
     steps_offset: Annotated[int, Between(0, 100)] = 1
-    set_alpha_to_one: bool = False
+    set_alpha_to_one: bool | None = False  # None: each sampler's own
 
 
 @dataclass(frozen=True)
@@ -237,6 +240,7 @@ SDXL = ModelConfig(
     ),
     vae=VAEConfig(scaling_factor=0.13025, overflows_float16=True),
     text=(TextConfig(), OPENCLIP_G),
+    scheduler=SchedulerConfig(timestep_spacing="leading"),
     defaults=Defaults(sampler="euler", guidance=5.0, width=1024, height=1024),
     zero_empty_negative=True,
 )

@@ -129,7 +129,7 @@ def prepare(request: Request, config: ModelConfig) -> Job:
         strength=strength,
         resize=request.resize,
         mask_blur=request.mask_blur,
-        schedule=make_schedule(config.scheduler, sampler, schedule_name, values.steps),
+        schedule=make_schedule(config.scheduler, sampler, schedule_name, values.steps, config.name),
         picture=picture,
         paste=request.paste,
         safety=request.safety,

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from gguf_sd.errors import GgufSdError
 
 SPACINGS = ("leading", "trailing", "linspace")
-SCHEDULES = ("model", *SPACINGS, "karras", "exponential")
+GRID_SCHEDULES = ("model", *SPACINGS)  # of samplers that step on the training timesteps
+RAMPS = ("karras", "exponential", "beta")
+SCHEDULES = (*GRID_SCHEDULES, *RAMPS, "normal", "simple", "sgm_uniform", "ays")
 
 
 @dataclass(frozen=True)
@@ -22,56 +24,75 @@ class SamplerInfo:
     """
 
     label: str  # as AUTOMATIC1111 shows it
-    scheduler: str  # the diffusers class whose results it equals
+    scheduler: str | None  # the diffusers class whose results it equals; None: k-diffusion's function is followed
     sigma_space: bool = False
     stochastic: bool = False  # draws noise while it runs
+    evaluations: int = 1  # of the model a step; where 2, the last step does with 1
+    spacing: str = "linspace"  # of timesteps where neither the model nor the user names one, as that class has it
+    ends_clean: bool = False  # the last step goes to no noise where the model does not say where to
     schedules: tuple[str, ...] = SCHEDULES
     aliases: tuple[str, ...] = ()
 
 
+def _sigma_space(label: str, scheduler: str | None, *aliases: str, noise: bool = False, order: int = 1) -> SamplerInfo:
+    return SamplerInfo(label, scheduler, sigma_space=True, stochastic=noise, evaluations=order, aliases=aliases)
+
+
 SAMPLERS: dict[str, SamplerInfo] = {
-    "pndm": SamplerInfo("PLMS", "PNDMScheduler", schedules=("model", *SPACINGS)),
-    "ddim": SamplerInfo("DDIM", "DDIMScheduler", schedules=("model", *SPACINGS)),
-    "euler": SamplerInfo("Euler", "EulerDiscreteScheduler", sigma_space=True),
-    "euler_a": SamplerInfo(
-        "Euler a",
-        "EulerAncestralDiscreteScheduler",
-        sigma_space=True,
-        stochastic=True,
-        aliases=("euler_ancestral",),
+    "pndm": SamplerInfo("PLMS", "PNDMScheduler", spacing="leading", schedules=GRID_SCHEDULES),
+    "ddim": SamplerInfo("DDIM", "DDIMScheduler", spacing="leading", ends_clean=True, schedules=GRID_SCHEDULES),
+    "ddpm": SamplerInfo("DDPM", "DDPMScheduler", stochastic=True, spacing="leading", schedules=GRID_SCHEDULES),
+    "euler": _sigma_space("Euler", "EulerDiscreteScheduler"),
+    "euler_a": _sigma_space("Euler a", "EulerAncestralDiscreteScheduler", "euler_ancestral", noise=True),
+    "heun": _sigma_space("Heun", "HeunDiscreteScheduler", order=2),
+    "lms": _sigma_space("LMS", "LMSDiscreteScheduler"),
+    "dpm2": _sigma_space("DPM2", "KDPM2DiscreteScheduler", "dpm_2", order=2),
+    "dpm2_a": _sigma_space(
+        "DPM2 a", "KDPM2AncestralDiscreteScheduler", "dpm_2_a", "dpm_2_ancestral", "dpm2_ancestral", noise=True, order=2
     ),
-    "heun": SamplerInfo("Heun", "HeunDiscreteScheduler", sigma_space=True),
     "dpmpp_2m": SamplerInfo("DPM++ 2M", "DPMSolverMultistepScheduler"),
-    "dpmpp_2m_sde": SamplerInfo("DPM++ 2M SDE", "DPMSolverMultistepScheduler", stochastic=True),
-    "lcm": SamplerInfo("LCM", "LCMScheduler", stochastic=True, schedules=("model",)),
+    "dpmpp_2m_sde": SamplerInfo(
+        "DPM++ 2M SDE", "DPMSolverMultistepScheduler", stochastic=True, aliases=("dpmpp_2m_sde_gpu",)
+    ),
+    "dpmpp_3m_sde": _sigma_space("DPM++ 3M SDE", None, "dpmpp_3m_sde_gpu", noise=True),
+    "dpmpp_sde": _sigma_space("DPM++ SDE", "DPMSolverSDEScheduler", "dpmpp_sde_gpu", noise=True, order=2),
+    "dpmpp_2s_a": _sigma_space("DPM++ 2S a", None, "dpmpp_2s_ancestral", noise=True, order=2),
+    "unipc": SamplerInfo("UniPC", "UniPCMultistepScheduler", aliases=("uni_pc", "uni_pc_bh2")),
+    "lcm": SamplerInfo("LCM", "LCMScheduler", stochastic=True, spacing="leading", schedules=("model",)),
+    "tcd": SamplerInfo("TCD", "TCDScheduler", stochastic=True, spacing="leading", schedules=("model",)),
 }
 
-# Other programs' schedules that differ from ours in some timesteps: the error names ours, nothing is swapped.
-_NEAREST_SCHEDULE = {
-    "normal": "linspace",
-    "uniform": "linspace",
-    "simple": "trailing",
-    "sgm_uniform": "trailing",
-    "ddim_uniform": "leading",
+# Other programs' names of schedules that visit the same noise levels.
+_SCHEDULE_ALIASES = {
     "automatic": "model",
+    "default": "model",
+    "discrete": "model",  # stable-diffusion.cpp's
+    "uniform": "normal",  # AUTOMATIC1111's, k-diffusion's get_sigmas
+    "ddim_uniform": "leading",
+    "ddim": "leading",  # AUTOMATIC1111's label of ddim_uniform
+    "polyexponential": "exponential",  # with rho 1, the default
+    "sgmuniform": "sgm_uniform",
+    "align_your_steps": "ays",
 }
 
 
 def _normal(name: str) -> str:
-    """'DPM++ 2M  SDE' -> 'dpmpp_2m_sde'."""
-    return re.sub(r"[\s_-]+", "_", name.strip().lower()).replace("++", "pp")
+    """'DPM++ 2M  SDE' -> 'dpmpp_2m_sde', and so for 'dpm++2m_sde' and 'k_dpmpp_2m_sde'."""
+    plain = re.sub(r"[\s_-]+", "_", name.strip().lower()).replace("++", "pp")
+    return re.sub(r"^dpmpp(?=\d)", "dpmpp_", plain.removeprefix("k_"))
 
 
 def _sampler_names() -> dict[str, str]:
     """Every accepted name in normal form -> our name."""
     names: dict[str, str] = {}
     for sampler, info in SAMPLERS.items():
-        for name in (sampler, info.label, info.scheduler, *info.aliases):
+        for name in (sampler, info.label, info.scheduler or sampler, *info.aliases):
             names.setdefault(_normal(name), sampler)  # a class shared by two samplers means the first
     return names
 
 
 _NAMES = _sampler_names()
+_SCHEDULE_NAMES = {name: name for name in SCHEDULES} | _SCHEDULE_ALIASES
 
 
 def _unknown(kind: str, name: str, known: Iterable[str], choices: Iterable[str]) -> GgufSdError:
@@ -84,30 +105,28 @@ def resolve_sampler(name: str) -> tuple[str, str | None]:
     """Our name for a sampler, and the schedule the given name implies, if any.
 
     Case, spaces, hyphens and underscores do not matter. Known are our own names, AUTOMATIC1111's labels
-    (``"DPM++ 2M Karras"`` -> ``("dpmpp_2m", "karras")``), ComfyUI's names and diffusers' class names.
-    Raises GgufSdError for an unknown name, or a schedule suffix that sampler does not take.
+    (``"DPM++ 2M Karras"`` -> ``("dpmpp_2m", "karras")``), the names of ComfyUI and stable-diffusion.cpp, and diffusers'
+    class names. Raises GgufSdError for an unknown name, or a schedule suffix that sampler does not take.
     """
     wanted = _normal(name)
     if wanted in _NAMES:
         return _NAMES[wanted], None
-    base, _, suffix = wanted.rpartition("_")
-    if suffix in ("karras", "exponential") and base in _NAMES:
-        sampler = _NAMES[base]
-        return sampler, resolve_schedule(suffix, sampler)
+    for schedule in sorted(_SCHEDULE_NAMES, key=len, reverse=True):
+        base = wanted.removesuffix("_" + schedule)
+        if base != wanted and base in _NAMES:
+            sampler = _NAMES[base]
+            return sampler, resolve_schedule(schedule, sampler)
     raise _unknown("sampler", name, _NAMES, SAMPLERS)
 
 
 def resolve_schedule(name: str, sampler: str) -> str:
     """Our name for a schedule, if ``sampler`` (one of SAMPLERS) takes it; raises GgufSdError otherwise."""
-    wanted = _normal(name)
     choices = SAMPLERS[sampler].schedules
-    if wanted in choices:
-        return wanted
-    if wanted in SCHEDULES:
-        raise GgufSdError(f"sampler {sampler!r} has no schedule {wanted!r}; with it, choose from {', '.join(choices)}")
-    if wanted in _NEAREST_SCHEDULE:
-        raise GgufSdError(
-            f"schedule {name!r} of other programs is not here; the nearest is {_NEAREST_SCHEDULE[wanted]!r}; "
-            f"choose from {', '.join(choices)}"
-        )
-    raise _unknown("schedule", name, choices, choices)
+    wanted = _SCHEDULE_NAMES.get(_normal(name))
+    if wanted is None:
+        known = [other for other, ours in _SCHEDULE_NAMES.items() if ours in choices]
+        raise _unknown("schedule", name, known, choices)
+    if wanted not in choices:
+        called = f"{wanted!r}" if wanted == _normal(name) else f"{wanted!r} ({name})"
+        raise GgufSdError(f"sampler {sampler!r} has no schedule {called}; with it, choose from {', '.join(choices)}")
+    return wanted

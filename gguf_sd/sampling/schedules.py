@@ -1,7 +1,8 @@
 """At which timesteps and noise levels a sampler visits the model.
 
-Every number here equals diffusers' to the bit; that is why dtypes change between float32 and float64 as they
-do. ``sigma`` is k-diffusion's: the noise-to-signal ratio sqrt((1 - alphas_cumprod) / alphas_cumprod).
+Every number here equals diffusers' to the bit, where diffusers has it (but beta's and midpoints, to rounding); that is
+why dtypes change between float32 and float64 as they do. ``sigma`` is k-diffusion's: the noise-to-signal ratio
+sqrt((1 - alphas_cumprod) / alphas_cumprod).
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from torch import Tensor
 
 from gguf_sd.config import SchedulerConfig
 from gguf_sd.errors import GgufSdError
+from gguf_sd.sampling import spacings
 from gguf_sd.sampling.denoiser import Level
-from gguf_sd.sampling.names import SAMPLERS, SPACINGS, resolve_sampler, resolve_schedule
+from gguf_sd.sampling.names import GRID_SCHEDULES, RAMPS, SAMPLERS, SPACINGS, resolve_sampler, resolve_schedule
 
-KARRAS_RHO = 7.0  # Karras et al. 2022, arXiv:2206.00364, appendix D.1
-LCM_TRAIN_STEPS = 50  # teacher steps that latent consistency models are distilled from, arXiv:2310.04378
+TEACHER_STEPS = 50  # that latent and trajectory consistency models are distilled from, arXiv:2310.04378
+DISTILLED = ("lcm", "tcd")
+ON_THE_GRID = ("pndm", "ddim", "ddpm", *DISTILLED)  # samplers that step on the training timesteps
 
 
 def betas(config: SchedulerConfig) -> Tensor:
@@ -57,8 +60,8 @@ def train_sigmas(config: SchedulerConfig) -> Tensor:
 class Schedule:
     """One run of a sampler, laid out.
 
-    ``timesteps`` has an entry for each evaluation of the model, in order: int64, or float32 for samplers in
-    sigma space. ``sigmas`` is float32 and one longer: the noise level of each evaluation, then that of
+    ``timesteps`` has an entry for each evaluation of the model, in order: int64 on the training timesteps, float32
+    between them. ``sigmas`` is float32 and one longer: the noise level of each evaluation, then that of
     the end. ``init_noise_sigma`` scales unit-variance noise to the latents that text-to-image starts from.
     """
 
@@ -77,45 +80,53 @@ class Schedule:
         """
         if not 0 <= start_step < self.steps:
             raise GgufSdError(f"cannot start at step {start_step} of {self.steps}; choose 0 to {self.steps - 1}")
-        return start_step * (2 if self.sampler == "heun" else 1)
+        return start_step * SAMPLERS[self.sampler].evaluations
 
     def evaluations(self, start_step: int = 0) -> int:
-        """How often the model is run: 51 for 50 steps of pndm, 2n - 1 for n of heun, else n."""
+        """How often the model is run: n + 1 for n steps of pndm, 2n - 1 where a step takes two, else n."""
         return len(self.timesteps) - self.first_evaluation(start_step)
 
+    def evaluation_levels(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """sigma at the start of a step that takes two evaluations, at the second one, and at its end; the last step
+        has one, so that second and end are both the end of the run."""
+        first, last = 2 * step, len(self.sigmas) - 1
+        return self.sigmas[first], self.sigmas[min(first + 1, last)], self.sigmas[min(first + 2, last)]
 
-def make_schedule(config: SchedulerConfig, sampler: str, name: str = "model", steps: int = 50) -> Schedule:
+
+def make_schedule(
+    config: SchedulerConfig, sampler: str, name: str = "model", steps: int = 50, architecture: str = "sd1"
+) -> Schedule:
     """The schedule of ``steps`` steps of a sampler, as the sampler's diffusers class lays it out.
 
     ``sampler`` may be any name :func:`resolve_sampler` knows. ``name``: ``model`` spaces timesteps as the
-    model's config says, ``leading``, ``trailing`` and ``linspace`` (arXiv:2305.08891, table 2) override that,
-    ``karras`` (arXiv:2206.00364, eq. 5) and ``exponential`` space sigmas. Where the sampler's name implies a
-    schedule ("DPM++ 2M Karras"), that takes the place of ``model``.
+    model's config says, or where it says nothing as the sampler's class does; ``leading``, ``trailing`` and
+    ``linspace`` (arXiv:2305.08891, table 2) override that; ``karras`` (arXiv:2206.00364, eq. 5), ``exponential`` and
+    ``beta`` (arXiv:2407.12173) space sigmas; ``normal``, ``simple`` and ``sgm_uniform`` are ComfyUI's; ``ays``
+    (arXiv:2404.14507) is a table that goes by ``architecture``, the model's: sd1 or sdxl. Where the sampler's name
+    implies a schedule ("DPM++ 2M Karras"), that takes the place of ``model``.
 
     Raises GgufSdError for names that are unknown or do not go together, and for steps out of range.
     """
     sampler, implied = resolve_sampler(sampler)
     name = resolve_schedule(name, sampler)
     name = implied if implied and name == "model" else name
-    spacing = name if name in SPACINGS else config.timestep_spacing
+    spacing = name if name in SPACINGS else config.timestep_spacing or SAMPLERS[sampler].spacing
     if spacing not in SPACINGS:
         raise GgufSdError(f"unknown timestep spacing {spacing!r}; choose from {', '.join(SPACINGS)}")
     _check_steps(config, sampler, steps)
 
     init_noise_sigma = 1.0
-    if sampler in ("pndm", "ddim", "lcm"):
+    if sampler in ON_THE_GRID:
         timesteps, sigmas = _discrete(config, sampler, spacing, steps)
-    elif sampler in ("dpmpp_2m", "dpmpp_2m_sde"):
-        timesteps, sigmas = _multistep(config, name, spacing, steps)
     else:
-        timesteps, sigmas = _continuous(config, name, spacing, steps)
+        timesteps, sigmas = _free(config, sampler, name, spacing, steps, architecture)
+    if SAMPLERS[sampler].sigma_space:
         # "leading" starts below full noise, where latents still hold signal: count its variance as 1.
-        sigma_max = sigmas.max()
-        init_noise_sigma = float((sigma_max**2 + 1) ** 0.5 if spacing == "leading" else sigma_max)
-        if sampler == "heun":  # each step but the last looks ahead, at the level the next one starts from
-            timesteps = torch.cat([timesteps[:1], timesteps[1:].repeat_interleave(2)])
-            sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
+        spaced, sigma_max = name in (*GRID_SCHEDULES, *RAMPS), sigmas.max()
+        init_noise_sigma = float((sigma_max**2 + 1) ** 0.5 if spaced and spacing == "leading" else sigma_max)
     _check_levels(config, sampler, name, steps, timesteps, sigmas)
+    if SAMPLERS[sampler].evaluations == 2:
+        timesteps, sigmas = _with_second_evaluations(config, sampler, timesteps, sigmas)
     return Schedule(sampler, name, steps, config, timesteps, sigmas, init_noise_sigma)
 
 
@@ -134,7 +145,7 @@ def add_noise(latents: Tensor, noise: Tensor, schedule: Schedule, step: int = 0)
 
 
 def _check_steps(config: SchedulerConfig, sampler: str, steps: int) -> None:
-    most = LCM_TRAIN_STEPS if sampler == "lcm" else config.num_train_timesteps
+    most = TEACHER_STEPS if sampler in DISTILLED else config.num_train_timesteps
     if not 1 <= steps <= most:
         raise GgufSdError(f"cannot take {steps} steps with sampler {sampler!r}; choose 1 to {most}")
 
@@ -143,7 +154,8 @@ def _check_levels(
     config: SchedulerConfig, sampler: str, name: str, steps: int, timesteps: Tensor, sigmas: Tensor
 ) -> None:
     """Near num_train_timesteps steps, spacings run off the end or visit a level twice (division by 0)."""
-    repeats = sampler.startswith("dpmpp") and bool((sigmas.diff() >= 0).any())
+    divides = sampler.startswith("dpmpp") or sampler in ("unipc", "lms")
+    repeats = divides and bool((sigmas.diff() >= 0).any())
     if repeats or timesteps.max() >= config.num_train_timesteps or timesteps.min() < 0:
         raise GgufSdError(
             f"{steps} steps are too many for sampler {sampler!r} with schedule {name!r} and a model of "
@@ -151,70 +163,86 @@ def _check_levels(
         )
 
 
-def _spaced(config: SchedulerConfig, spacing: str, points: int) -> np.ndarray:
-    """``points`` falling timesteps, not yet rounded: Lin et al. 2023, arXiv:2305.08891, table 2."""
-    train = config.num_train_timesteps
-    if spacing == "linspace":
-        return np.linspace(0, train - 1, points)[::-1]
-    if spacing == "leading":
-        return np.arange(points)[::-1] * (train // points) + config.steps_offset
-    return np.arange(train, 0, -train / points)[:points].round() - 1  # rounding can leave one too many, at -1
-
-
 def _discrete(config: SchedulerConfig, sampler: str, spacing: str, steps: int) -> tuple[Tensor, Tensor]:
-    """Timesteps on the training grid: DDIM, PLMS (its second one twice) and latent consistency."""
-    if sampler == "lcm":
-        teacher = np.arange(LCM_TRAIN_STEPS, 0, -1) * (config.num_train_timesteps // LCM_TRAIN_STEPS) - 1
-        picks = np.linspace(0, LCM_TRAIN_STEPS, steps, endpoint=False)
+    """Timesteps on the training grid: DDIM, DDPM, PLMS (its second one twice) and consistency models."""
+    if sampler in DISTILLED:
+        teacher = np.arange(TEACHER_STEPS, 0, -1) * (config.num_train_timesteps // TEACHER_STEPS) - 1
+        picks = np.linspace(0, TEACHER_STEPS, steps, endpoint=False)
         timesteps = torch.from_numpy(teacher[np.floor(picks).astype(np.int64)])
     else:
-        timesteps = torch.from_numpy(_spaced(config, spacing, steps).round().astype(np.int64))
+        points = spacings.spaced(spacing, config.num_train_timesteps, config.steps_offset, steps)
+        timesteps = torch.from_numpy(points.round().astype(np.int64))
         if sampler == "pndm":
             timesteps = torch.cat([timesteps[:1], timesteps[1:2], timesteps[1:]])
     levels = train_sigmas(config)
-    last = torch.zeros(1) if config.set_alpha_to_one or sampler == "lcm" else levels[:1]
     index = timesteps.clamp(0, config.num_train_timesteps - 1)  # out of range is refused later
-    return timesteps, torch.cat([levels[index], last])
+    clean = sampler in ("lcm", "ddpm") or (sampler != "tcd" and ends_clean(config, sampler))
+    return timesteps, torch.cat([levels[index], torch.zeros(1) if clean else levels[:1]])
 
 
-def _continuous(config: SchedulerConfig, name: str, spacing: str, steps: int) -> tuple[Tensor, Tensor]:
-    """Fractional timesteps and their sigmas: the Euler family."""
+def ends_clean(config: SchedulerConfig, sampler: str) -> bool:
+    """Whether DDIM and PLMS end at no noise at all, and not at the level of timestep 0."""
+    return SAMPLERS[sampler].ends_clean if config.set_alpha_to_one is None else config.set_alpha_to_one
+
+
+def _free(
+    config: SchedulerConfig, sampler: str, name: str, spacing: str, steps: int, architecture: str
+) -> tuple[Tensor, Tensor]:
+    """Timesteps of each step, between those of training too, and sigmas down to 0."""
     levels = train_sigmas(config).numpy()
-    timesteps = _spaced(config, spacing, steps).astype(np.float32)
-    sigmas = np.interp(timesteps, np.arange(len(levels)), levels)
-    if name in ("karras", "exponential"):
-        sigmas = _sigma_ramp(name, float(sigmas[0]), float(sigmas[-1]), steps)
-        timesteps = _timesteps_of(sigmas, levels).astype(np.float32)
-    return torch.from_numpy(timesteps), _ending_at_zero(sigmas)
+    if name in (*GRID_SCHEDULES, *RAMPS):
+        lay_out = _continuous if SAMPLERS[sampler].sigma_space else _multistep
+        timesteps, sigmas = lay_out(config, sampler, name, spacing, steps)
+    else:
+        timesteps, sigmas = spacings.named(name, levels.astype(np.float64), steps, architecture)
+        timesteps = timesteps.astype(np.float32)
+    return torch.from_numpy(timesteps), torch.from_numpy(np.append(sigmas, 0.0).astype(np.float32))
 
 
-def _multistep(config: SchedulerConfig, name: str, spacing: str, steps: int) -> tuple[Tensor, Tensor]:
+def _continuous(
+    config: SchedulerConfig, sampler: str, name: str, spacing: str, steps: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fractional timesteps and their sigmas: the samplers in sigma space."""
+    levels, train = train_sigmas(config).numpy(), config.num_train_timesteps
+    timesteps = spacings.spaced(spacing, train, config.steps_offset, steps).astype(np.float32)
+    sigmas = np.interp(timesteps, np.arange(train), levels)
+    if name in RAMPS:
+        sigmas = spacings.ramp(name, float(sigmas[0]), float(sigmas[-1]), steps)
+        timesteps = spacings.timesteps_of(sigmas, levels).astype(np.float32)
+        if name == "karras" and sampler in ("dpm2", "dpm2_a"):
+            timesteps = timesteps.round()
+    return timesteps, sigmas
+
+
+def _multistep(
+    config: SchedulerConfig, sampler: str, name: str, spacing: str, steps: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Integer timesteps of the DPM-Solver family, which leaves the last point of a spacing to sigma 0."""
-    levels = train_sigmas(config).numpy()
-    if name in ("karras", "exponential"):
-        sigmas = _sigma_ramp(name, float(levels[-1]), float(levels[0]), steps)
-        timesteps = _timesteps_of(sigmas, levels)
-        if name == "karras" and config.beta_schedule != "squaredcos_cap_v2":
+    levels, train = train_sigmas(config).numpy(), config.num_train_timesteps
+    if name in RAMPS:
+        sigmas = spacings.ramp(name, float(levels[-1]), float(levels[0]), steps)
+        timesteps = spacings.timesteps_of(sigmas, levels)
+        if name == "karras" and (sampler == "unipc" or config.beta_schedule != "squaredcos_cap_v2"):
             timesteps = timesteps.round()  # the others are cut off below
     else:
         points = steps if spacing == "trailing" else steps + 1
-        timesteps = _spaced(config, spacing, points)[:steps].round()
-        sigmas = np.interp(timesteps, np.arange(len(levels)), levels)
-    return torch.from_numpy(timesteps.astype(np.int64)), _ending_at_zero(sigmas)
+        timesteps = spacings.spaced(spacing, train, config.steps_offset, points)[:steps].round()
+        sigmas = np.interp(timesteps, np.arange(train), levels)
+    return timesteps.astype(np.int64), sigmas
 
 
-def _ending_at_zero(sigmas: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.append(sigmas, 0.0).astype(np.float32))
-
-
-def _sigma_ramp(name: str, sigma_max: float, sigma_min: float, steps: int) -> np.ndarray:
-    """Falling sigmas, even in sigma^(1/rho) (karras) or in log sigma (exponential)."""
-    if name == "exponential":
-        return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps))
-    start, end = sigma_max ** (1 / KARRAS_RHO), sigma_min ** (1 / KARRAS_RHO)
-    return (start + np.linspace(0, 1, steps) * (end - start)) ** KARRAS_RHO
-
-
-def _timesteps_of(sigmas: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """Fractional timesteps of sigmas, interpolated in log sigma between the training timesteps."""
-    return np.interp(np.log(sigmas), np.log(levels), np.arange(len(levels)))
+def _with_second_evaluations(
+    config: SchedulerConfig, sampler: str, timesteps: Tensor, sigmas: Tensor
+) -> tuple[Tensor, Tensor]:
+    """After each step's evaluation but the last one's another: at the level of the next step (heun), or halfway to it
+    or, of ancestral samplers, to what they step down to."""
+    starts, following = sigmas[:-2], sigmas[1:-1]
+    if sampler == "heun":
+        second, halfway = following, timesteps[1:]
+    else:
+        down = sampler in ("dpm2_a", "dpmpp_2s_a")
+        second = spacings.log_midpoint(starts, spacings.ancestral_step(starts, following)[0] if down else following)
+        found = spacings.timesteps_of(second.numpy(), train_sigmas(config).numpy())
+        halfway = torch.from_numpy(found.astype(np.float32))
+    timesteps = torch.cat([torch.stack([timesteps[:-1], halfway], dim=1).flatten(), timesteps[-1:]])
+    return timesteps, torch.cat([torch.stack([starts, second], dim=1).flatten(), sigmas[-2:]])

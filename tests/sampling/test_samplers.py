@@ -1,104 +1,31 @@
-"""Trajectories against diffusers' schedulers and exact solutions, on models whose denoiser is known."""
+"""Trajectories against diffusers' schedulers and k-diffusion's formulas, on models whose denoiser is known."""
 
 from dataclasses import replace
 
-import diffusers
-import numpy as np
 import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from gguf_sd.config import SD15, SDXL_TURBO, SchedulerConfig
+from gguf_sd.config import SD15, SDXL, SDXL_TURBO
 from gguf_sd.errors import GgufSdError
 from gguf_sd.sampling import SAMPLERS, NoiseSource, add_noise, make_schedule, sample
 from gguf_sd.sampling.denoiser import Denoiser
-from gguf_sd.sampling.schedules import train_sigmas
+from tests.sampling.oracle import (
+    COMBINATIONS,
+    IN_DIFFUSERS,
+    K_DIFFUSION,
+    SHAPE,
+    Mixture,
+    finished_steps,
+    oracle,
+    oracle_loop,
+    oracle_noise,
+)
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # of diffusers with NumPy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array_")  # of diffusers with NumPy 2
 
 SD = SD15.scheduler
-COMBINATIONS = [(sampler, name) for sampler, info in SAMPLERS.items() for name in info.schedules]
-SHAPE = (2, 4, 3, 5)
-SHARED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
-
-
-class Mixture:
-    """The exact model of data drawn from Gaussians: ``means`` [K], a common ``std``, equal weights.
-
-    Called like a UNet; counts its calls. More than one mean makes it nonlinear.
-    """
-
-    def __init__(self, config: SchedulerConfig, means=(-1.5, 0.5, 1.0), std=0.3, levels=None):
-        self.sigmas = train_sigmas(config).double().numpy()
-        self.levels = levels  # of each call, for where a rounded timestep says too little
-        self.kind, self.std, self.calls = config.prediction_type, std, 0
-        self.means = torch.tensor(means, dtype=torch.float64)
-
-    def __call__(self, x, timestep):
-        assert timestep.ndim == 0
-        if self.levels is None:
-            ratio = float(np.interp(float(timestep), np.arange(len(self.sigmas)), self.sigmas))
-        else:
-            ratio = float(self.levels[self.calls])
-        self.calls += 1
-        alpha = (1 + ratio**2) ** -0.5
-        sigma = ratio * alpha
-        distance = x.double()[..., None] - alpha * self.means
-        variance = (alpha * self.std) ** 2 + sigma**2
-        weights = torch.softmax(-(distance**2) / (2 * variance), dim=-1)
-        denoised = (weights * (self.means + alpha * self.std**2 / variance * distance)).sum(-1)
-        eps = (x.double() - alpha * denoised) / sigma
-        out = {"epsilon": eps, "v_prediction": alpha * eps - sigma * denoised, "sample": denoised}
-        return out[self.kind].to(x.dtype)
-
-
-def oracle(sampler: str, name: str, config: SchedulerConfig, steps: int):
-    """diffusers' scheduler of a sampler and schedule, with its timesteps set."""
-    options = {key: getattr(config, key) for key in (*SHARED, "timestep_spacing", "steps_offset")}
-    if name in ("leading", "trailing", "linspace"):
-        options["timestep_spacing"] = name
-    ramp = {f"use_{name}_sigmas": True} if name in ("karras", "exponential") else {}
-    own = {
-        "pndm": {"skip_prk_steps": True, "set_alpha_to_one": config.set_alpha_to_one},
-        "ddim": {"clip_sample": False, "set_alpha_to_one": config.set_alpha_to_one},
-        "dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++"},
-    }
-    scheduler = getattr(diffusers, SAMPLERS[sampler].scheduler)
-    if sampler == "euler_a" and ramp:  # not in diffusers: its ancestral steps on Euler's sigmas
-        scheduler = scheduler(**options)
-        ramped = diffusers.EulerDiscreteScheduler(**options, **ramp)
-        ramped.set_timesteps(steps)
-        scheduler.timesteps, scheduler.sigmas = ramped.timesteps, ramped.sigmas
-    else:
-        scheduler = scheduler(**options, **ramp, **own.get(sampler, {}))
-        scheduler.set_timesteps(steps)
-    return scheduler
-
-
-def oracle_loop(scheduler, model, latents, generators=None, start=0):
-    """The denoising loop of diffusers' pipelines: latents after every evaluation."""
-    draws = "generator" in scheduler.step.__code__.co_varnames
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(start * scheduler.order)
-    trajectory = []
-    for t in scheduler.timesteps[start * scheduler.order :]:
-        output = model(scheduler.scale_model_input(latents, t), t)
-        options = {"generator": generators} if draws else {}
-        latents = scheduler.step(output, t, latents, **options).prev_sample
-        trajectory.append(latents)
-    return trajectory
-
-
-def oracle_noise(seeds, shape=SHAPE, dtype=torch.float32):
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return randn_tensor(shape, generator=generators, dtype=dtype), generators
-
-
-def finished_steps(sampler, trajectory):
-    """Of latents after every evaluation, those after every step."""
-    if sampler == "heun":
-        return [*trajectory[1:-1:2], trajectory[-1]]
-    return trajectory[1:] if sampler == "pndm" and len(trajectory) > 1 else trajectory
+NO_SAMPLE_PREDICTION = ("pndm", "euler_a", "dpm2", "dpm2_a", "dpmpp_sde")  # in diffusers
 
 
 def assert_equals_diffusers(sampler, name, config, steps, seeds=(7, 8)):
@@ -116,17 +43,56 @@ def assert_equals_diffusers(sampler, name, config, steps, seeds=(7, 8)):
     torch.testing.assert_close(noise(SHAPE), randn_tensor(SHAPE, generator=generators))  # drew as often
 
 
-@pytest.mark.parametrize(("sampler", "name"), COMBINATIONS)
+@pytest.mark.parametrize(("sampler", "name"), [(s, name) for s, name in COMBINATIONS if s in IN_DIFFUSERS])
 @pytest.mark.parametrize("steps", [1, 2, 6, 21])
 def test_trajectories_equal_diffusers(sampler, name, steps):
     assert_equals_diffusers(sampler, name, SD, steps)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(("sampler", "name"), [(s, name) for s, name in COMBINATIONS if s in K_DIFFUSION])
+@pytest.mark.parametrize(("steps", "start"), [(1, None), (2, None), (6, None), (21, None), (9, 0), (9, 4), (9, 8)])
+def test_trajectories_equal_k_diffusion(sampler, name, steps, start):
+    """Those that diffusers has not; begun from noise, and at a later step as image-to-image is."""
+    seeds, model = (7, 8), Mixture(SD)
+    schedule, noise = make_schedule(SD, sampler, name, steps), NoiseSource(seeds)
+    eps, generators = oracle_noise(seeds)
+    unet = Denoiser(model)
+    levels = schedule.sigmas.tolist()
+    timesteps = dict(zip(levels, schedule.timesteps, strict=False))  # told apart by their levels
+
+    def denoise(x, sigma):
+        nearest = min(timesteps, key=lambda level: abs(level - sigma))
+        assert nearest == pytest.approx(sigma, rel=1e-5)
+        return unet.denoise(x, timesteps[nearest], torch.tensor(nearest))
+
+    sigmas = levels[(start or 0) * SAMPLERS[sampler].evaluations :: SAMPLERS[sampler].evaluations]
+    sigmas = [*sigmas, 0.0] if SAMPLERS[sampler].evaluations == 2 else sigmas
+    eps = eps * (schedule.init_noise_sigma if start is None else sigmas[0])
+    expected = K_DIFFUSION[sampler](denoise, eps, sigmas, lambda: randn_tensor(SHAPE, generator=generators))
+    begun = noise(SHAPE) if start is None else add_noise(torch.zeros(SHAPE), noise(SHAPE), schedule, start)
+    calls = model.calls
+    found = list(sample(model, begun, schedule, noise, start_step=start))
+    assert model.calls - calls == schedule.evaluations(start or 0)
+    for step, latents in zip(found, expected, strict=True):
+        torch.testing.assert_close(step.latents, latents, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(noise(SHAPE), randn_tensor(SHAPE, generator=generators))  # drew as often
+
+
+def test_align_your_steps_goes_by_the_model():
+    for config in (SD15, SDXL):
+        scheduler, seeds = oracle("euler", "ays", config.scheduler, 10, config.name), (1, 2)
+        latents, _ = oracle_noise(seeds)
+        expected = oracle_loop(scheduler, Mixture(SD), latents * scheduler.init_noise_sigma)
+        schedule = make_schedule(config.scheduler, "euler", "ays", 10, config.name)
+        *_, last = sample(Mixture(SD), NoiseSource(seeds)(SHAPE), schedule)
+        torch.testing.assert_close(last.latents, expected[-1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", IN_DIFFUSERS)
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
 def test_prediction_types_equal_diffusers(sampler, kind):
-    if kind == "sample" and sampler in ("pndm", "euler_a"):
-        pytest.skip("not in diffusers; the next test has euler_a")
+    if kind == "sample" and sampler in NO_SAMPLE_PREDICTION:
+        pytest.skip("not in diffusers; the next test has all but pndm")
     assert_equals_diffusers(sampler, "model", replace(SD, prediction_type=kind), 8)
 
 
@@ -142,14 +108,14 @@ def test_prediction_types_give_the_same_picture(sampler, kind):
     torch.testing.assert_close(*final, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("sampler", ["euler_a", "ddim", "pndm"])
+@pytest.mark.parametrize("sampler", ["euler_a", "ddim", "pndm", "ddpm", "unipc", "dpm2_a", "dpmpp_sde"])
 def test_turbo_spacing_and_alpha_to_one(sampler):
     config = replace(SDXL_TURBO.scheduler, set_alpha_to_one=True)
     for steps in (1, 4):
         assert_equals_diffusers(sampler, "model", config, steps, seeds=(0, 2**63))
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", IN_DIFFUSERS)
 @pytest.mark.parametrize("start", [0, 1, 2, 5, 8])
 def test_starting_at_a_later_step_equals_diffusers(sampler, start):
     steps, model, seeds = 9, Mixture(SD), (3, 4)
@@ -186,7 +152,7 @@ def test_each_image_of_a_batch_depends_on_its_own_seed_only(sampler):
     torch.testing.assert_close(both, torch.cat([final(11), final(12)]), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", IN_DIFFUSERS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_latents(sampler, dtype):
     """Nearer to the float32 run on the same noise than diffusers, which rounds after every operation or step.
@@ -237,70 +203,6 @@ def test_denoised_is_the_estimate_to_preview():
         for step in steps:
             torch.testing.assert_close(step.denoised, picture, rtol=1e-3, atol=1e-3)
         assert (steps[0].latents - picture).std() > 0.3
-
-
-# For one Gaussian of mean m and variance v, (x0 + sigma * eps - m) / sqrt(v + sigma^2) stays constant along the
-# probability-flow ODE. 1024 training steps divide evenly, so that meshes of all sizes are smooth.
-SMOOTH = replace(SD, num_train_timesteps=1024, steps_offset=0)
-MEAN, STD = 0.7, 0.5
-
-
-def ode_error(sampler: str, name: str, steps: int) -> float:
-    """Largest error, halfway through the timesteps, of a run from exact start values in float64."""
-    config = replace(SMOOTH, num_train_timesteps=1025) if name == "linspace" else SMOOTH
-    schedule = make_schedule(config, sampler, name, steps)
-    every = 2 if sampler == "heun" else 1
-    levels = [*schedule.sigmas[0 : len(schedule.timesteps) : every].double(), schedule.sigmas[-1].double()]
-    if sampler == "pndm":
-        del levels[1]  # its second timestep comes twice
-    noise = torch.linspace(-2, 2, 60, dtype=torch.float64).reshape(1, 4, 3, 5)
-    scale = levels[0] if SAMPLERS[sampler].sigma_space else levels[0] / (1 + levels[0] ** 2) ** 0.5
-    x = add_noise(torch.zeros_like(noise), noise, schedule)
-    torch.testing.assert_close(x, noise * scale, rtol=1e-6, atol=0)
-
-    half = steps // 2
-    model = Mixture(config, (MEAN,), STD, schedule.sigmas)
-    trajectory = [step.latents for step in sample(model, x, schedule, start_step=0)]
-    ratio = noise * levels[0] - MEAN  # of the start, in sigma space
-    exact = MEAN + ratio * ((STD**2 + levels[half] ** 2) / (STD**2 + levels[0] ** 2)) ** 0.5
-    found = trajectory[half - 1]
-    if not SAMPLERS[sampler].sigma_space:
-        found = found * (1 + levels[half] ** 2) ** 0.5
-    return float((found - exact).abs().max())
-
-
-@pytest.mark.parametrize(
-    ("sampler", "name", "order"),
-    [
-        ("euler", "linspace", 1),
-        ("ddim", "leading", 1),
-        ("heun", "linspace", 2),
-        ("heun", "karras", 2),
-        ("dpmpp_2m", "linspace", 2),
-        ("dpmpp_2m", "karras", 2),
-        ("dpmpp_2m", "exponential", 2),
-        ("pndm", "leading", 2),
-    ],
-)
-def test_convergence_order(sampler, name, order):
-    coarse, fine = (ode_error(sampler, name, steps) for steps in (64, 128))
-    assert np.log2(coarse / fine) == pytest.approx(order, abs=0.15)
-
-
-def test_higher_orders_are_worth_their_evaluations():
-    """At an equal number of model evaluations."""
-    assert ode_error("heun", "linspace", 32) < 0.5 * ode_error("euler", "linspace", 64)
-    assert ode_error("pndm", "leading", 32) < 0.1 * ode_error("ddim", "leading", 32)
-
-
-def test_stochastic_samplers_give_the_distribution():
-    """One Gaussian in, its mean and spread out."""
-    for sampler in ("euler_a", "dpmpp_2m_sde"):
-        noise = NoiseSource([0])
-        schedule = make_schedule(SD, sampler, "trailing", 200)
-        *_, last = sample(Mixture(SD, (MEAN,), STD), noise((1, 4, 64, 64)), schedule, noise)
-        assert float(last.latents.mean()) == pytest.approx(MEAN, abs=0.02)
-        assert float(last.latents.std()) == pytest.approx(STD, abs=0.03)
 
 
 def test_nothing_runs_before_it_is_asked_for():

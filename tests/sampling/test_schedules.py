@@ -1,64 +1,135 @@
-"""Timesteps, sigmas and names, against diffusers' schedulers."""
+"""Timesteps and sigmas, against diffusers' schedulers and other programs' formulas."""
 
 from dataclasses import replace
 
 import diffusers
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
-from gguf_sd.config import SD15, SDXL, SDXL_TURBO, SchedulerConfig
+from gguf_sd.config import SD15, SDXL, SDXL_TURBO
 from gguf_sd.errors import GgufSdError
-from gguf_sd.sampling import SAMPLERS, SCHEDULES, add_noise, make_schedule, resolve_sampler, resolve_schedule
+from gguf_sd.sampling import SAMPLERS, add_noise, make_schedule
 from gguf_sd.sampling.schedules import alphas_cumprod, betas
+from gguf_sd.sampling.spacings import beta_quantiles
+from tests.sampling.oracle import (
+    COMBINATIONS,
+    FIELDS,
+    FORMULAS,
+    formula_sigmas,
+    fractional_timesteps,
+    oracle,
+    scheduler_class,
+)
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # of diffusers with NumPy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array_")  # of diffusers with NumPy 2
 
 SD = SD15.scheduler
-COMBINATIONS = [(sampler, name) for sampler, info in SAMPLERS.items() for name in info.schedules]
-SHARED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
-
-
-def oracle(sampler: str, name: str, config: SchedulerConfig, steps: int):
-    """diffusers' scheduler of a sampler and schedule, with its timesteps set."""
-    options = {key: getattr(config, key) for key in (*SHARED, "timestep_spacing", "steps_offset")}
-    if name in ("leading", "trailing", "linspace"):
-        options["timestep_spacing"] = name
-    ramp = {f"use_{name}_sigmas": True} if name in ("karras", "exponential") else {}
-    own = {
-        "pndm": {"skip_prk_steps": True, "set_alpha_to_one": config.set_alpha_to_one},
-        "ddim": {"clip_sample": False, "set_alpha_to_one": config.set_alpha_to_one},
-        "dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++"},
-    }
-    if sampler == "euler_a":  # has no ramps in diffusers: Euler's sigmas are the same
-        scheduler = diffusers.EulerDiscreteScheduler(**options, **ramp)
-    else:
-        scheduler = getattr(diffusers, SAMPLERS[sampler].scheduler)(**options, **ramp, **own.get(sampler, {}))
-    scheduler.set_timesteps(steps)
-    return scheduler
+LEADING = SDXL.scheduler
 
 
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 def test_betas_equal_diffusers(beta_schedule):
     config = replace(SD, beta_schedule=beta_schedule, num_train_timesteps=777)
-    scheduler = diffusers.DDIMScheduler(**{key: getattr(config, key) for key in SHARED})
+    scheduler = diffusers.DDIMScheduler(**{key: getattr(config, key) for key in FIELDS})
     assert torch.equal(betas(config), scheduler.betas)
     assert torch.equal(alphas_cumprod(config), scheduler.alphas_cumprod)
 
 
 @pytest.mark.parametrize(("sampler", "name"), COMBINATIONS)
-@pytest.mark.parametrize("config", [SD, SDXL_TURBO.scheduler], ids=["leading", "trailing"])
+@pytest.mark.parametrize("config", [SD, LEADING, SDXL_TURBO.scheduler], ids=["unnamed", "leading", "trailing"])
 def test_timesteps_and_sigmas_equal_diffusers(sampler, name, config):
-    for steps in (1, 2, 3, 4, 7, 20, 25, 30, 50):
+    """To the bit; but beta's quantiles and what lies halfway are computed in another way, and a class or two computes
+    in float64 or rounds its timesteps."""
+    exact = name not in ("beta", *FORMULAS) and sampler not in ("dpm2", "dpm2_a", "dpmpp_sde", "dpmpp_2s_a")
+    near = {"rtol": 0, "atol": 0} if exact else {"rtol": 2e-6, "atol": 2e-3}
+    for steps in (1, 2, 3, 7, 25, 50):
         schedule = make_schedule(config, sampler, name, steps)
         expected = oracle(sampler, name, config, steps)
-        assert schedule.timesteps.dtype == expected.timesteps.dtype
-        assert torch.equal(schedule.timesteps, expected.timesteps), steps
-        assert schedule.evaluations() == len(expected.timesteps)
-        assert schedule.init_noise_sigma == float(expected.init_noise_sigma), steps
+        found, every = schedule.timesteps, 1
+        if sampler == "dpmpp_2s_a":  # not in diffusers; what lies halfway: test_what_lies_halfway
+            every, found = 2, found[::2]
+        assert found.dtype == (torch.float32 if expected.timesteps.is_floating_point() else torch.int64)
+        torch.testing.assert_close(found, expected.timesteps.to(found.dtype), **near)
+        assert schedule.evaluations() == len(expected.timesteps) * every - (every - 1)
+        assert schedule.init_noise_sigma == pytest.approx(float(expected.init_noise_sigma), rel=0 if exact else 1e-6)
         if hasattr(expected, "sigmas"):
             assert schedule.sigmas.dtype == torch.float32
-            assert torch.equal(schedule.sigmas, expected.sigmas), steps
+            every = SAMPLERS[sampler].evaluations
+            theirs = expected.sigmas[1::2] if every == 2 and sampler != "dpmpp_2s_a" else expected.sigmas[1:]
+            ours = schedule.sigmas[2::2] if every == 2 else schedule.sigmas[1:]
+            torch.testing.assert_close(schedule.sigmas[0], expected.sigmas[0], **near)
+            torch.testing.assert_close(ours, theirs[: len(ours)], **near)
+            assert schedule.sigmas[-1] == 0
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpm2", "dpm2_a", "dpmpp_sde", "dpmpp_2s_a"])
+def test_what_lies_halfway(sampler):
+    schedule = make_schedule(SD, sampler, steps=6)
+    for step in range(6):
+        sigma, second, end = (float(level) for level in schedule.evaluation_levels(step))
+        target = end**2 / sigma if sampler in ("dpm2_a", "dpmpp_2s_a") else end  # what an ancestral step goes down to
+        assert second == pytest.approx(end if sampler == "heun" else (sigma * target) ** 0.5, rel=1e-3)
+    torch.testing.assert_close(schedule.timesteps, fractional_timesteps(schedule.sigmas[:-1], SD), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("config", [SD15, SDXL], ids=["sd1", "sdxl"])
+def test_schedules_of_other_programs(name, config):
+    for sampler in ("euler", "dpmpp_2m", "unipc", "dpmpp_3m_sde"):
+        for steps in (1, 2, 3, 7, 10, 11, 20, 33):
+            schedule = make_schedule(config.scheduler, sampler, name, steps, config.name)
+            expected = formula_sigmas(name, config.scheduler, steps, config.name)
+            torch.testing.assert_close(schedule.sigmas[:-1], expected, rtol=2e-5, atol=0)
+            timesteps = fractional_timesteps(expected, config.scheduler)
+            torch.testing.assert_close(schedule.timesteps, timesteps, rtol=0, atol=1e-3)
+            assert schedule.init_noise_sigma == (schedule.sigmas[0] if SAMPLERS[sampler].sigma_space else 1)
+
+
+def test_align_your_steps_is_for_models_that_it_was_published_for():
+    tens = [make_schedule(SD, "euler", "ays", 10, architecture) for architecture in ("sd1", "sdxl")]
+    assert tens[0].timesteps.round().tolist() == [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]
+    assert tens[1].timesteps.round().tolist() == [999, 845, 730, 587, 443, 310, 193, 116, 53, 13]
+    with pytest.raises(GgufSdError, match=r"'ays' is published for .* not for 'sd3' of 1000"):
+        make_schedule(SD, "euler", "ays", 10, "sd3")
+    with pytest.raises(GgufSdError, match="not for 'sd1' of 600; choose another"):
+        make_schedule(replace(SD, num_train_timesteps=600), "euler", "ays", 10)
+
+
+def test_beta_quantiles_equal_scipys():
+    shares = np.concatenate([np.linspace(0, 1, 101), [1e-9, 1e-4, 0.4999, 0.5001, 1 - 1e-4]])
+    for shape in (0.6, 0.9):
+        np.testing.assert_allclose(
+            beta_quantiles(shares, shape), scipy.stats.beta.ppf(shares, shape, shape), atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("sampler", [s for s, info in SAMPLERS.items() if info.scheduler])
+@pytest.mark.parametrize(
+    "published",
+    [
+        pytest.param({}, id="nothing named"),
+        pytest.param({"steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}, id="sd15"),
+        pytest.param({"steps_offset": 1, "timestep_spacing": "leading", "clip_sample": False}, id="sdxl"),
+    ],
+)
+def test_the_default_schedule_is_that_of_diffusers_from_config(sampler, published):
+    """As a user of diffusers changes the sampler: SomeScheduler.from_config(pipeline.scheduler.config)."""
+    betas_named = {"beta_start": SD.beta_start, "beta_end": SD.beta_end, "beta_schedule": SD.beta_schedule}
+    source = diffusers.PNDMScheduler.from_config({**betas_named, **published, "skip_prk_steps": True})
+    theirs = scheduler_class(SAMPLERS[sampler].scheduler).from_config(source.config)
+    config = replace(SD, steps_offset=0, set_alpha_to_one=None)
+    config = replace(config, **{key: value for key, value in published.items() if key in vars(config)})
+    for steps in (4, 20, 30):
+        theirs.set_timesteps(steps)
+        schedule = make_schedule(config, sampler, steps=steps)
+        torch.testing.assert_close(schedule.timesteps.double(), theirs.timesteps.double(), rtol=0, atol=2e-3)
+        assert schedule.init_noise_sigma == pytest.approx(float(theirs.init_noise_sigma), rel=1e-6)
+        if hasattr(theirs, "sigmas"):
+            assert schedule.sigmas[0] == pytest.approx(float(theirs.sigmas[0]), rel=1e-6)
+    if sampler in ("ddim", "pndm"):
+        assert schedule.sigmas[-1] == pytest.approx(float((1 / theirs.final_alpha_cumprod - 1) ** 0.5), abs=1e-6)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "dpmpp_2m_sde"])
@@ -151,73 +222,6 @@ def test_add_noise_equals_diffusers(sampler, step):
     half = add_noise(latents.half(), noise.half(), schedule, step)
     assert half.dtype == torch.float16
     torch.testing.assert_close(half.float(), expected, rtol=2e-3, atol=2e-3)
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("Euler a", ("euler_a", None)),
-        ("euler_ancestral", ("euler_a", None)),
-        ("EulerAncestralDiscreteScheduler", ("euler_a", None)),
-        ("Euler a Karras", ("euler_a", "karras")),
-        ("EULER", ("euler", None)),
-        ("EulerDiscreteScheduler", ("euler", None)),
-        ("DPM++ 2M", ("dpmpp_2m", None)),
-        ("dpm++ 2m karras", ("dpmpp_2m", "karras")),
-        ("dpmpp_2m", ("dpmpp_2m", None)),
-        ("DPMSolverMultistepScheduler", ("dpmpp_2m", None)),
-        ("DPM++ 2M SDE", ("dpmpp_2m_sde", None)),
-        ("DPM++ 2M SDE Karras", ("dpmpp_2m_sde", "karras")),
-        ("DPM++ 2M SDE Exponential", ("dpmpp_2m_sde", "exponential")),
-        ("dpmpp_2m_sde", ("dpmpp_2m_sde", None)),
-        ("PLMS", ("pndm", None)),
-        ("PNDMScheduler", ("pndm", None)),
-        ("DDIM", ("ddim", None)),
-        ("DDIMScheduler", ("ddim", None)),
-        (" Heun ", ("heun", None)),
-        ("HeunDiscreteScheduler", ("heun", None)),
-        ("LCM", ("lcm", None)),
-        ("LCMScheduler", ("lcm", None)),
-    ],
-)
-def test_names_of_other_programs(name, expected):
-    assert resolve_sampler(name) == expected
-
-
-def test_own_names_resolve_to_themselves():
-    for sampler, info in SAMPLERS.items():
-        assert resolve_sampler(sampler) == (sampler, None)
-        assert resolve_sampler(info.label) == (sampler, None)
-        for name in info.schedules:
-            assert resolve_schedule(name.upper(), sampler) == name
-    assert {name for info in SAMPLERS.values() for name in info.schedules} == set(SCHEDULES)
-
-
-def test_the_schedule_in_a_name_gives_way_to_a_schedule_asked_for():
-    assert make_schedule(SD, "DPM++ 2M Karras", "exponential", 5).name == "exponential"
-    assert make_schedule(SD, "DPM++ 2M Karras", "model", 5).name == "karras"
-
-
-def test_unknown_sampler_names_the_nearest_and_all():
-    with pytest.raises(GgufSdError) as error:
-        resolve_sampler("euler_ancestrl")
-    assert "euler_ancestral" in str(error.value)
-    assert all(sampler in str(error.value) for sampler in SAMPLERS)
-
-
-@pytest.mark.parametrize(
-    ("sampler", "schedule", "message"),
-    [
-        ("euler", "kerras", "mean karras.*exponential"),
-        ("ddim", "karras", "'ddim' has no schedule 'karras'.*leading, trailing, linspace"),
-        ("lcm", "trailing", "'lcm' has no schedule 'trailing'.*choose from model"),
-        ("euler", "sgm_uniform", "nearest is 'trailing'"),
-        ("PLMS Karras", "model", "'pndm' has no schedule 'karras'"),
-    ],
-)
-def test_schedules_that_do_not_fit(sampler, schedule, message):
-    with pytest.raises(GgufSdError, match=message):
-        make_schedule(SD, sampler, schedule, 10)
 
 
 @pytest.mark.parametrize(

@@ -15,29 +15,36 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "prediction_type": ("epsilon", "v_prediction", "sample"),
     "timestep_spacing": ("leading", "trailing", "linspace"),
 }
+RAMPS = ("karras", "exponential", "beta")
 
 
 @dataclass(frozen=True)
 class SchedulerClass:
-    """Our sampler for one of diffusers' scheduler classes, its steps, and the class's own defaults for settings that
+    """Our sampler for one of diffusers' scheduler classes, its steps, and the class's own defaults for the betas that
     the JSON leaves out."""
 
     sampler: str
     steps: int
-    timestep_spacing: str = "linspace"
     betas: tuple[float, float] = (0.0001, 0.02)
     beta_schedule: str = "linear"
-    set_alpha_to_one: bool = False
 
 
+_BETAS = (0.00085, 0.012)
 CLASSES = {
-    "PNDMScheduler": SchedulerClass("pndm", 50, "leading"),
-    "DDIMScheduler": SchedulerClass("ddim", 50, "leading", set_alpha_to_one=True),
+    "PNDMScheduler": SchedulerClass("pndm", 50),
+    "DDIMScheduler": SchedulerClass("ddim", 50),
+    "DDPMScheduler": SchedulerClass("ddpm", 50),
     "EulerDiscreteScheduler": SchedulerClass("euler", 50),
     "EulerAncestralDiscreteScheduler": SchedulerClass("euler_a", 50),
-    "HeunDiscreteScheduler": SchedulerClass("heun", 25, betas=(0.00085, 0.012)),
+    "HeunDiscreteScheduler": SchedulerClass("heun", 25, _BETAS),
+    "LMSDiscreteScheduler": SchedulerClass("lms", 50),
+    "KDPM2DiscreteScheduler": SchedulerClass("dpm2", 25, _BETAS),
+    "KDPM2AncestralDiscreteScheduler": SchedulerClass("dpm2_a", 25, _BETAS),
     "DPMSolverMultistepScheduler": SchedulerClass("dpmpp_2m", 25),
-    "LCMScheduler": SchedulerClass("lcm", 4, "leading", (0.00085, 0.012), "scaled_linear", set_alpha_to_one=True),
+    "DPMSolverSDEScheduler": SchedulerClass("dpmpp_sde", 25, _BETAS),
+    "UniPCMultistepScheduler": SchedulerClass("unipc", 25),
+    "LCMScheduler": SchedulerClass("lcm", 4, _BETAS, "scaled_linear"),
+    "TCDScheduler": SchedulerClass("tcd", 4, _BETAS, "scaled_linear"),
 }
 OTHER = "DPMSolverMultistepScheduler"
 
@@ -50,18 +57,15 @@ def scheduler_config(values: dict[str, Any], name: str) -> tuple[SchedulerConfig
     kind = CLASSES.get(class_name, CLASSES[OTHER])
     if class_name not in CLASSES:
         notes.append(f"the source's scheduler {class_name} is not known; the default sampler is {kind.sampler}")
-    for key in ("use_exponential_sigmas", "use_beta_sigmas"):
-        if values.get(key):
-            notes.append(f"the source's scheduler setting {key} was not taken over")
     config = SchedulerConfig(
         num_train_timesteps=integer(values, "num_train_timesteps", 1000),
         beta_start=_fraction(values, "beta_start", kind.betas[0]),
         beta_end=_fraction(values, "beta_end", kind.betas[1]),
         beta_schedule=values.get("beta_schedule", kind.beta_schedule),
         prediction_type=values.get("prediction_type", "epsilon"),
-        timestep_spacing=values.get("timestep_spacing", kind.timestep_spacing),
+        timestep_spacing=values.get("timestep_spacing"),
         steps_offset=_offset(values, name),
-        set_alpha_to_one=bool(values.get("set_alpha_to_one", kind.set_alpha_to_one)),
+        set_alpha_to_one=_flag(values, "set_alpha_to_one"),
     )
     return config, _defaults(values, kind, config, name), notes
 
@@ -71,6 +75,14 @@ def _fraction(values: dict[str, Any], key: str, default: float) -> float:
     if not isinstance(value, int | float) or not 0 < value < 1:
         raise refusal(values, key, "a number between 0 and 1")
     return float(value)
+
+
+def _flag(values: dict[str, Any], key: str) -> bool | None:
+    """None where the source says nothing."""
+    value = values.get(key)
+    if value is not None and type(value) is not bool:
+        raise refusal(values, key, "true or false")
+    return value
 
 
 def _offset(values: dict[str, Any], name: str) -> int:
@@ -86,9 +98,9 @@ def _defaults(values: dict[str, Any], kind: SchedulerClass, config: SchedulerCon
     guidance = 5.0 if name == "sdxl" else 7.5
     if sampler == "dpmpp_2m" and values.get("algorithm_type") == "sde-dpmsolver++":
         sampler = "dpmpp_2m_sde"
-    if sampler == "lcm":
+    if sampler in ("lcm", "tcd"):
         guidance = 1.0
     if name == "sdxl" and sampler == "euler_a" and config.timestep_spacing == "trailing":  # SDXL-Turbo
         steps, guidance = 1, 0.0
-    schedule = "karras" if values.get("use_karras_sigmas") else "model"
+    schedule = next((name for name in RAMPS if values.get(f"use_{name}_sigmas")), "model")
     return Defaults(sampler=sampler, schedule=schedule, steps=steps, guidance=guidance)
