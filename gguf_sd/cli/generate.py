@@ -39,8 +39,10 @@ def add_parser(subparsers: Any) -> None:
     add("-o", "--output", type=Path, default=Path("out.png"), help="PNG to write; several get -1, -2, … (out.png)")
     add("--steps", type=int, help="sampling steps")
     add("--guidance", type=float, help="classifier-free guidance scale; 1 or less does without (and is twice as fast)")
-    add("--sampler", help="pndm, ddim, euler, euler_a, heun, dpmpp_2m, dpmpp_2m_sde, lcm, or another program's name")
-    add("--schedule", help="model, karras, exponential, trailing, leading, linspace")
+    add("--sampler", help="pndm, ddim, ddpm, euler, euler_a, heun, lms, dpm2, dpm2_a, dpmpp_2m, dpmpp_2m_sde, "
+        "dpmpp_3m_sde, dpmpp_sde, dpmpp_2s_a, unipc, lcm, tcd, or another program's name")  # fmt: skip
+    add("--schedule", help="model, karras, exponential, beta, normal, simple, sgm_uniform, ays, trailing, leading, "
+        "linspace")  # fmt: skip
     add("--seed", type=int, help="seed of the first picture; the next ones count up (default: random)")
     add("--width", type=int, help="pixels, a multiple of 8")
     add("--height", type=int, help="pixels, a multiple of 8")

@@ -89,8 +89,8 @@ def _offset(values: dict[str, Any], name: str) -> int:
     value = values.get("steps_offset", 0)
     if type(value) is not int or value < 0:
         raise refusal(values, "steps_offset", "0 or a positive integer")
-    # diffusers' Stable Diffusion 1.x pipelines correct any other offset, whatever the file says.
-    return 1 if name == "sd1" and "steps_offset" in values else value
+    # diffusers' Stable Diffusion 1.x pipelines correct any other offset, whether or not the file names it.
+    return 1 if name == "sd1" else value
 
 
 def _defaults(values: dict[str, Any], kind: SchedulerClass, config: SchedulerConfig, name: str) -> Defaults:

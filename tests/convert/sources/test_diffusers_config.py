@@ -120,6 +120,9 @@ def test_broken_json(edited_folder: Make, content: str) -> None:
         ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde", "model",
          "leading"),
         ({"_class_name": "LCMScheduler"}, "lcm", "model", "leading"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_beta_sigmas": True}, "unipc", "beta", "leading"),
+        ({"_class_name": "KDPM2AncestralDiscreteScheduler", "use_exponential_sigmas": True}, "dpm2_a", "exponential",
+         "leading"),
     ],
 )  # fmt: skip
 def test_schedulers(edited_folder: Make, settings: dict[str, Any], sampler: str, schedule: str, spacing: str) -> None:
@@ -134,25 +137,29 @@ def test_defaults_of_absent_scheduler_settings(tiny_pipeline: Make, tmp_path: Pa
     import json
     import shutil
 
-    import diffusers
-
+    from gguf_sd.sampling.names import GRID_SCHEDULES, SAMPLERS
     from gguf_sd_convert.sources.scheduler_config import CLASSES
+    from tests.sampling.oracle import scheduler_class
 
     for kind in CLASSES:
         folder = tmp_path / kind
         shutil.copytree(tiny_pipeline(), folder)
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": kind}))
-        found, theirs = read_model_config(folder)[0].scheduler, getattr(diffusers, kind)().config
-        for key in ("beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing"):
+        found, theirs = read_model_config(folder)[0].scheduler, scheduler_class(kind)().config
+        for key in ("beta_start", "beta_end", "beta_schedule", "prediction_type"):
             assert getattr(found, key) == theirs[key], (kind, key)
-        for key in ("set_alpha_to_one",):
-            assert getattr(found, key) == theirs.get(key, False), (kind, key)
+        assert (found.timestep_spacing, found.set_alpha_to_one) == (None, None)  # each sampler's own
+        assert found.steps_offset == 1  # as diffusers' Stable Diffusion 1.x pipelines have it
+        info = SAMPLERS[CLASSES[kind].sampler]
+        assert info.spacing == theirs["timestep_spacing"]
+        if info.schedules == GRID_SCHEDULES and "set_alpha_to_one" in theirs:
+            assert info.ends_clean == theirs["set_alpha_to_one"]
 
 
 def test_unknown_scheduler_is_noted(edited_folder: Make) -> None:
-    config, notes = read_model_config(edited_folder("scheduler", _class_name="UniPCMultistepScheduler"))
+    config, notes = read_model_config(edited_folder("scheduler", _class_name="DEISMultistepScheduler"))
     assert config.defaults.sampler == "dpmpp_2m"
-    assert "UniPCMultistepScheduler" in notes[0]
+    assert "DEISMultistepScheduler" in notes[0]
 
 
 @pytest.mark.parametrize(("size", "expected"), [(16, (128, 128)), ([8, 24], (192, 64)), (None, (512, 512))])
