@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gguf_sd.config import Defaults, SchedulerConfig
+from gguf_sd.sampling.names import SAMPLERS
 from gguf_sd_convert.sources.json_settings import check_fixed, integer, refusal
 
 FIXED: dict[str, tuple[Any, ...]] = {
@@ -102,5 +103,6 @@ def _defaults(values: dict[str, Any], kind: SchedulerClass, config: SchedulerCon
         guidance = 1.0
     if name == "sdxl" and sampler == "euler_a" and config.timestep_spacing == "trailing":  # SDXL-Turbo
         steps, guidance = 1, 0.0
-    schedule = next((name for name in RAMPS if values.get(f"use_{name}_sigmas")), "model")
+    taken = [ramp for ramp in RAMPS if ramp in SAMPLERS[sampler].schedules and values.get(f"use_{ramp}_sigmas")]
+    schedule = taken[0] if taken else "model"
     return Defaults(sampler=sampler, schedule=schedule, steps=steps, guidance=guidance)

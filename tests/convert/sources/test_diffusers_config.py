@@ -120,6 +120,7 @@ def test_broken_json(edited_folder: Make, content: str) -> None:
         ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde", "model",
          "leading"),
         ({"_class_name": "LCMScheduler"}, "lcm", "model", "leading"),
+        ({"_class_name": "PNDMScheduler", "use_karras_sigmas": True}, "pndm", "model", "leading"),
         ({"_class_name": "UniPCMultistepScheduler", "use_beta_sigmas": True}, "unipc", "beta", "leading"),
         ({"_class_name": "KDPM2AncestralDiscreteScheduler", "use_exponential_sigmas": True}, "dpm2_a", "exponential",
          "leading"),
