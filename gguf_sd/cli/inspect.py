@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gguf_sd.checkpoint.weights import Weights
 
 LONG_VALUE = 100  # characters of a metadata value that the table shows
+READS = ".gguf, .safetensors and .ckpt files, and diffusers folders"
 HEADINGS = ("file", "format", "is", "architecture", "layout", "type", "source", "advice")
 PICKLES = (b"PK\x03\x04", b"\x80")  # what torch.save's files begin with
 
@@ -53,10 +54,13 @@ def inspect(path: Path, tensors: bool = False) -> dict[str, Any]:
     from gguf_sd.checkpoint.weights import open_weights
     from gguf_sd.checkpoint.what_is_it import what_is
 
-    if path.is_dir() or is_safetensors(path):
+    head = b"" if path.is_dir() else _head(path)
+    if path.is_dir() or is_safetensors(path) or path.suffix == ".safetensors":
         return describe_weights(open_weights(path), tensors)
-    if _head(path).startswith(PICKLES):
+    if head.startswith(PICKLES):
         return describe_weights(_pickled(path), tensors)
+    if head != b"GGUF" and path.suffix.lower() != ".gguf":
+        raise GgufSdError(f"{path} is no weight file: it starts with {head!r}; inspect reads {READS}")
     file = GGUFFile(path)
     shapes = {name: file.shape(name) for name in file.tensors}
     if (kind := what_is(shapes)) is not None:  # a UNet alone of ComfyUI's, a language model, …

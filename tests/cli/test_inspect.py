@@ -202,7 +202,7 @@ def test_a_file_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "is not a GGUF file"),
+        (b"", "is truncated or no safetensors file"),
         (b"\x02\0\0\0\0\0\0\0{}trailing", None),
         (b"\xff\xff\0\0\0\0\0\0{", "header claims 65535 bytes"),
         (b"\x04\0\0\0\0\0\0\0{]]]", "is no JSON"),
@@ -237,6 +237,12 @@ def test_impossible_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     (tmp_path / "x.safetensors").write_bytes(len(data).to_bytes(8, "little") + data + bytes(64))
     assert main(["inspect", str(tmp_path / "x.safetensors")]) == 2
     assert "tensor a" in capsys.readouterr().err
+
+
+def test_no_weight_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("root:x:0:0")
+    assert main(["inspect", str(tmp_path / "notes.txt")]) == 2
+    assert "notes.txt is no weight file: it starts with b'root'; inspect reads .gguf" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
