@@ -1,46 +1,123 @@
-"""Quantise-and-run in one command: models that are no GGUF are converted once, into the cache."""
+"""`gguf-sd cache`, and quantise-and-run: models that are no GGUF are converted once, into the cache."""
 
 from __future__ import annotations
 
-import hashlib
+import argparse
 import json
-import os
-from collections.abc import Iterator
+import math
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gguf_sd.cli.progress import progress_bar
+from gguf_sd.checkpoint import cache
+from gguf_sd.checkpoint.cache import Conversion
 from gguf_sd.errors import GgufSdError
-from gguf_sd.imaging.atomic_write import cache_folder
+
+if TYPE_CHECKING:
+    from gguf_sd.config import ModelConfig
 
 DEFAULT_TYPE = "q8_0"
 LAYOUT = "native"
-CHUNK = 1 << 24  # bytes read at once
-WEIGHT_SUFFIXES = {".safetensors", ".ckpt", ".json", ".txt", ".bin"}
 
 
-def model_path(model: Path, kind: str | None, tokenizer: Path | None = None, quiet: bool = False) -> Path:
-    """The GGUF file to run: ``model`` itself, or its conversion to ``kind``, made now if the cache lacks it."""
+def add_parser(subparsers: Any) -> None:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "cache",
+        help="list or clear the models that generate has converted",
+        description="Lists the models that `gguf-sd generate` has converted and kept, or removes them. They lie in "
+        "$GGUF_SD_CACHE, else gguf-sd under $XDG_CACHE_HOME, else ~/.cache/gguf-sd.",
+    )
+    add = parser.add_argument
+    add("action", nargs="?", choices=("list", "clear"), default="list", help="what to do (list)")
+    add("names", nargs="*", metavar="NAME", help="clear: the files to remove, as listed (all)")
+    add("--older-than", type=float, metavar="DAYS", help="clear: only what was not used for so long")
+    add("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.action == "list" and (args.names or args.older_than is not None):
+        raise GgufSdError("NAME and --older-than are for `gguf-sd cache clear`")
+    if args.older_than is not None and not 0 <= args.older_than < math.inf:
+        raise GgufSdError(f"--older-than is {args.older_than:g}; it takes a number of days")
+    found = cache.conversions() if args.action == "list" else cache.clear(args.names, args.older_than)
+    print(json.dumps(_facts(found), indent=2) if args.json else _table(found, args.action))
+    return 0
+
+
+def _facts(found: list[Conversion]) -> dict[str, Any]:
+    rows = [{"file": c.path.name, "source": c.source, "bytes": c.nbytes, "used": _date(c, "seconds")} for c in found]
+    return {"folder": str(cache.cache_folder()), "files": rows, "bytes": sum(c.nbytes for c in found)}
+
+
+def _date(conversion: Conversion, precision: str) -> str:
+    return datetime.fromtimestamp(conversion.used).astimezone().isoformat(" ", precision)
+
+
+def _table(found: list[Conversion], action: str) -> str:
+    lines = [
+        f"{c.nbytes / 1e6:>10,.1f} MB  {_date(c, 'minutes')[:16]}  {c.path.name}  from {c.source or '?'}" for c in found
+    ]
+    what = "removed from" if action == "clear" else "in"
+    return "\n".join([*lines, f"{sum(c.nbytes for c in found) / 1e6:>10,.1f} MB {what} {cache.cache_folder()}"])
+
+
+def is_gguf(model: Path) -> bool:
+    """Whether a model can be run as it is. Raises GgufSdError for one that does not exist or cannot be read."""
     if not model.exists():
         raise GgufSdError(f"{model} does not exist; give a .gguf file, a checkpoint or a diffusers folder")
-    if model.suffix.lower() == ".gguf" or (model.is_file() and _magic(model) == b"GGUF"):
+    return model.suffix.lower() == ".gguf" or (model.is_file() and _magic(model) == b"GGUF")
+
+
+def model_path(
+    model: Path, kind: str | None, tokenizer: Path | None = None, quiet: bool = False, **options: Any
+) -> Path:
+    """The GGUF file to run: ``model`` itself, or its conversion to ``kind``, made now if the cache lacks it.
+    ``options`` are further ones of ConvertOptions: ema, preset, safety."""
+    if is_gguf(model):
         if kind is not None:
             raise GgufSdError(f"{model} is a GGUF file already, --type is for checkpoints and diffusers folders")
         return model
+    settings = _settings(kind, options)
+    inputs = () if tokenizer is None else (_found(tokenizer),)
+    target = cache.conversion_path(model, settings, inputs, lambda total: _reading(total, quiet))
+    if not cache.is_whole(target):
+        from gguf_sd_convert.convert import ConvertOptions, convert
 
-    from gguf_sd_convert import convert as converter
-
-    folder = cache_folder()
-    options = converter.ConvertOptions(type=kind or DEFAULT_TYPE, layout=LAYOUT, tokenizer=tokenizer)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise GgufSdError(f"cannot create the cache {folder}: {error.strerror}; set GGUF_SD_CACHE") from error
-    digest = content_hash(model, folder, quiet)
-    target = folder / f"{model.stem}-{digest[:16]}-{options.type}-{options.layout}.gguf"
-    if not target.exists():
-        converter.convert(model, target, options, quiet=quiet)
+        convert(model, target, ConvertOptions(**settings, tokenizer=tokenizer, force=True), quiet=quiet)
+        cache.keep(target, model)
     return target
+
+
+def _reading(total: int, quiet: bool) -> Any:
+    from gguf_sd.cli.progress import progress_bar
+
+    return progress_bar(total, quiet, unit="B", unit_scale=True, desc="reading")
+
+
+def model_config(model: Path, kind: str | None = None, **options: Any) -> ModelConfig:
+    """The configuration of a model, from headers alone: what a request can be checked against before minutes of
+    converting. Token ids of one that is still to be converted are not its tokenizer's yet."""
+    if is_gguf(model):
+        from gguf_sd.checkpoint.model_file import ModelFile
+
+        return ModelFile.open(model).config
+    from gguf_sd_convert.convert import ConvertOptions, source_config
+
+    return source_config(model, ConvertOptions(**_settings(kind, options)))
+
+
+def _settings(kind: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    from gguf_sd_convert.quantize.policy import type_name
+
+    return {"ema": False, "preset": None, "safety": True, **options, "type": type_name(kind or DEFAULT_TYPE),
+            "layout": LAYOUT}  # fmt: skip
+
+
+def _found(tokenizer: Path) -> Path:
+    if not tokenizer.exists():
+        raise GgufSdError(f"--tokenizer {tokenizer} does not exist")
+    return tokenizer
 
 
 def _magic(path: Path) -> bytes:
@@ -49,49 +126,3 @@ def _magic(path: Path) -> bytes:
             return file.read(4)
     except OSError as error:
         raise GgufSdError(f"cannot read {path}: {error.strerror}") from error
-
-
-def content_hash(model: Path, folder: Path, quiet: bool = False) -> str:
-    """SHA-256 of a checkpoint's bytes, or of all weight and configuration files of a diffusers folder.
-
-    Remembered in ``folder`` by path, size and time of change, so that a large checkpoint is not read every time.
-    """
-    files = sorted(_files(model))
-    stats = [(str(f.relative_to(model.parent)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    signature = json.dumps([str(model.resolve()), stats])
-    memory = folder / "hashes.json"
-    known = _read_json(memory)
-    if signature in known:
-        return str(known[signature])
-    digest = hashlib.sha256()
-    total = sum(size for _, size, _ in stats)
-    with progress_bar(total, quiet, unit="B", unit_scale=True, desc="reading") as bar:
-        for file, (name, size, _) in zip(files, stats, strict=True):
-            digest.update(f"{name}\0{size}\0".encode())
-            with open(file, "rb") as stream:
-                while chunk := stream.read(CHUNK):
-                    digest.update(chunk)
-                    bar.update(len(chunk))
-    _write_json(memory, {**known, signature: digest.hexdigest()})
-    return digest.hexdigest()
-
-
-def _files(model: Path) -> Iterator[Path]:
-    if model.is_file():
-        yield model
-    else:
-        yield from (f for f in model.rglob("*") if f.is_file() and f.suffix in WEIGHT_SUFFIXES)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    temporary.replace(path)

@@ -1,4 +1,4 @@
-"""Writing files so that they appear whole or not at all, and where the cache lies."""
+"""Writing files so that they appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -77,10 +77,3 @@ def save_png(image: Image.Image, target: Path, text: dict[str, str] | None = Non
         raise
     except OSError as error:
         raise GgufSdError(f"cannot write {target}: {error.strerror or error}") from error
-
-
-def cache_folder() -> Path:
-    """$GGUF_SD_CACHE, else gguf-sd under $XDG_CACHE_HOME, else under ~/.cache."""
-    if own := os.environ.get("GGUF_SD_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gguf-sd"

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import gguf_sd_kernels
+from gguf_sd.checkpoint.cache import cache_folder
 from gguf_sd.errors import GgufSdError
-from gguf_sd.imaging.atomic_write import cache_folder
 from gguf_sd.models.layers import GroupNorm, LayerNorm, Quantized, resident
 from gguf_sd.models.unet import UNet
 from gguf_sd_kernels.devices import gpu_of
