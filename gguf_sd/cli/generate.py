@@ -141,10 +141,11 @@ def paint(pipeline: Pipeline, job: Job, args: argparse.Namespace) -> dict[str, A
     from gguf_sd.imaging.atomic_write import save_png
     from gguf_sd.imaging.png_metadata import PARAMETERS, parameters
 
-    for note in [] if args.quiet else _notes(pipeline, args):
+    for note in [] if args.quiet else _notes(pipeline, job, args):
         print(note, file=sys.stderr)
     dtype = str(pipeline.dtype).removeprefix("torch.")
     files, started = [], time.perf_counter()
+    ran: dict[str, Any] = {}
     with tqdm(total=job.steps_run * len(list(job.batches())), unit="step", disable=args.quiet) as bar:
         if pipeline.kernels != "torch":
             bar.set_description("compiling kernels")  # on first use; Triton keeps them on disk
@@ -153,13 +154,14 @@ def paint(pipeline: Pipeline, job: Job, args: argparse.Namespace) -> dict[str, A
             bar.set_description(None)
             bar.update()
             if args.preview and (step.index + 1) % args.preview == 0:
-                save_png(pipeline.preview(step), args.output.with_suffix(".preview.png"))
+                save_png(pipeline.preview(step, job.safety), args.output.with_suffix(".preview.png"))
 
         for index, picture in enumerate(pipeline.paint(job, on_step)):
             path = _numbered(args.output, index, job.count)
             text = parameters(picture, pipeline.model.path.stem, pipeline.model.source_hash, dtype)
             save_png(picture.image, path, {PARAMETERS: text})
             files.append({"path": str(path), "seed": picture.seed, "flagged": picture.flagged})
+            ran = {"weights": picture.weights, "graph_bytes": picture.graph_bytes}
             if picture.flagged:
                 log.warning("%s was flagged by the safety checker (--safety %s)", path, args.safety)
     settings = {f.name: getattr(job, f.name) for f in fields(job) if f.repr}
@@ -167,21 +169,21 @@ def paint(pipeline: Pipeline, job: Job, args: argparse.Namespace) -> dict[str, A
         "model": str(pipeline.model.path),
         "device": str(pipeline.device),
         "dtype": dtype,
-        "weights": pipeline.plan.weights,
+        "weights": ran.get("weights"),
         "kernels": pipeline.kernels,
-        "graph_bytes": pipeline.graph_bytes,
+        "graph_bytes": ran.get("graph_bytes"),
         "settings": settings,
         "files": files,
         "seconds": round(time.perf_counter() - started, 3),
     }
 
 
-def _notes(pipeline: Pipeline, args: argparse.Namespace) -> Iterator[str]:
+def _notes(pipeline: Pipeline, job: Job, args: argparse.Namespace) -> Iterator[str]:
     """What the user may not expect."""
     if pipeline.model.config.safety is None and args.safety != "off":
         yield "this model carries no safety checker"
     unmeasured = args.kernels == "auto" and pipeline.kernels == "torch" and pipeline.device.type == "cuda"
-    if unmeasured and pipeline.plan.weights == "quantized":
+    if unmeasured and pipeline.memory_plan(job).weights == "quantized":
         yield "no speeds of the Triton kernels are known for this GPU, plain torch is used; try --kernels fused"
 
 
