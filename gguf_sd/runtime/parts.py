@@ -154,7 +154,8 @@ class Parts:
                 del loaded  # with drop(), its last reference: the old part goes before the new one comes
                 self.drop(name)
                 self.loads[name] += 1
-                self._loaded[name] = _Loaded(self._load(name, how), how)
+                with torch.inference_mode(False), torch.no_grad():  # the same tensors whoever comes first
+                    self._loaded[name] = _Loaded(self._load(name, how), how)
             return self._loaded[name]
 
     def _load(self, name: str, how: LoadedAs) -> nn.Module:
