@@ -2,276 +2,287 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
+from gguf_sd import keywords
+from gguf_sd.batching import Task, batches
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.checkpoint.vae_file import VAEFile
-from gguf_sd.errors import GgufSdError
+from gguf_sd.errors import GgufSdError, not_finite
 from gguf_sd.imaging import masks
+from gguf_sd.imaging.png_metadata import PARAMETERS, parameters
 from gguf_sd.imaging.preview import family, previews
 from gguf_sd.models.safety import blurred
-from gguf_sd.models.text import Encoded, TextEncoder
-from gguf_sd.models.unet import UNet, timestep_embedding
-from gguf_sd.models.vae import Autoencoder
-from gguf_sd.prompt.tokenizer import Tokens
+from gguf_sd.models.tiny_vae import tiny_config
+from gguf_sd.prompt.conditioning import PromptEncoder
 from gguf_sd.request import Job, Request, prepare
 from gguf_sd.runtime import memory
-from gguf_sd.runtime.cuda_graph import CudaCapture, GraphedUNet, use_graphs
-from gguf_sd.runtime.kernel_modes import choose_kernels, make_resident, use_kernels
+from gguf_sd.runtime.cuda_graph import use_graphs
+from gguf_sd.runtime.execution import Execution
+from gguf_sd.runtime.memory import MemoryNeeds, MemoryPlan, plan_memory
+from gguf_sd.runtime.parts import LoadedAs, Parts
 from gguf_sd.sampling import NoiseSource, Step, init_latents, sample
-from gguf_sd.sampling.guidance import Conditioning, Predictor, Prompt
+from gguf_sd.sampling.guidance import Conditioning, Predictor
 from gguf_sd.sampling.init_latents import Encoder, InitLatents
 
-SIZE_EMBEDDING = 256  # width of the embedding of each of SDXL's six sizes
+T = TypeVar("T")
+OnStep = Callable[[Step], object]
 
 
 @dataclass(frozen=True)
 class Picture:
     """A finished picture and what painted it."""
 
-    image: Image.Image
+    image: Image.Image  # its settings are in .info["parameters"]
     seed: int
     job: Job
     flagged: bool = False  # by the safety checker
+    weights: str = ""  # quantized or resident, as the UNet's were
+    graph_bytes: int = 0  # device memory that CUDA graphs held meanwhile
 
 
 class Pipeline:
-    """A model and where it runs. Parts are loaded when first needed, and kept or dropped as memory allows."""
+    """A model and where it runs. Parts are loaded when first needed, and kept or dropped as memory allows.
+
+    :meth:`paint` may be called from several threads: one paints a batch, the others wait for it. The stages it is made
+    of (:meth:`encode`, :meth:`begin`, :meth:`denoise`, :meth:`decode`) are functions of what they are given, for
+    loops of one's own, in one thread at a time.
+    """
 
     def __init__(
-        self,
-        model: ModelFile,
-        device: torch.device,
-        dtype: torch.dtype,
-        weights: str = "auto",
-        tokenizer: Path | None = None,
-        vae: Path | None = None,
-        kernels: str = "auto",
-        cuda_graph: str = "auto",
+        self, model: ModelFile, execution: Execution, tokenizer: Path | None = None, vae: VAEFile | None = None
     ):
-        self.model, self.device, self.dtype = model, device, dtype
-        self.kernels, self.weights = choose_kernels(kernels, weights, device)
-        use_graphs(cuda_graph, device, self.kernels, passes=0)  # raises for what cannot be
-        self.cuda_graph = cuda_graph
-        self.graph_bytes = 0  # device memory that CUDA graphs held during the last denoising
-        self._parts: dict[str, Any] = {}
-        self.plan = self._plan(model.config.defaults.width * model.config.defaults.height)
-        self.vae_file = None if vae is None else VAEFile.open(vae, model.config.vae)
-        self.vae_config = self.vae_file.config if self.vae_file else model.config.vae
-        overflows = dtype == torch.float16 and self.vae_config.overflows_float16
-        self.vae_dtype = memory.wide_dtype(device) if overflows else dtype
-        self.tokenizer = model.tokenizer(tokenizer)
+        self.model, self.execution = model, execution
+        self.vae_file, self.vae_config = vae, vae.config if vae else model.config.vae
+        self.parts = Parts(model, execution.device, vae)
+        self._values = self.parts.values()
+        self._encoder = PromptEncoder(model.config, model.tokenizer(tokenizer), execution.device)
+        self._turn = threading.RLock()  # held while a batch is painted, never while a picture is handed out
 
     @classmethod
     def load(
         cls,
         path: Path | str,
-        device: str = "auto",
-        dtype: str = "auto",
-        weights: str = "auto",
-        tokenizer: Path | None = None,
-        vae: Path | None = None,
-        kernels: str = "auto",
-        cuda_graph: str = "auto",
+        device: str | torch.device | None = "auto",
+        dtype: str | torch.dtype | None = "auto",
+        weights: str | None = "auto",
+        tokenizer: Path | str | None = None,
+        vae: Path | str | None = None,
+        kernels: str | None = "auto",
+        cuda_graph: str | None = "auto",
     ) -> Pipeline:
         """Opens a GGUF file.
 
-        ``weights``: auto, quantized or resident, see :class:`gguf_sd.runtime.memory.Plan`; ``kernels``: see
+        ``weights``: auto, quantized or resident, see :class:`gguf_sd.runtime.memory.MemoryPlan`; ``kernels``: see
         :func:`gguf_sd.runtime.kernel_modes.choose_kernels`; ``cuda_graph``: auto, on or off, see
         :func:`gguf_sd.runtime.cuda_graph.use_graphs`; ``tokenizer``: a folder or a BPE merges file, for GGUF files
         that carry none; ``vae``: another autoencoder than the file's own, full or tiny, see
-        :mod:`gguf_sd.checkpoint.vae_file`.
+        :mod:`gguf_sd.checkpoint.vae_file`. None is the default everywhere.
         Raises GgufSdError for files and settings that cannot work."""
-        chosen = memory.choose_device(device)
-        model, kind = ModelFile.open(path), memory.choose_dtype(dtype, chosen)
-        return cls(model, chosen, kind, weights, tokenizer, vae, kernels, cuda_graph)
+        execution = Execution.choose(device, dtype, weights, kernels, cuda_graph)
+        model = ModelFile.open(keywords.gguf_path(path))
+        own_vae = None if vae is None else VAEFile.open(keywords.path("vae", vae), model.config.vae)
+        own_tokenizer = None if tokenizer is None else keywords.path("tokenizer", tokenizer)
+        return cls(model, execution, own_tokenizer, own_vae)
 
-    def __call__(self, prompt: str = "", **settings: Any) -> list[Image.Image]:
-        """Paints pictures: the words of :class:`Request` as keywords, PIL images back."""
-        return [picture.image for picture in self.paint(self.prepare(Request(prompt, **settings)))]
+    @property
+    def device(self) -> torch.device:
+        return self.execution.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.execution.dtype
+
+    @property
+    def kernels(self) -> str:
+        return self.execution.kernels
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """SDXL's VAE overflows in float16: it computes in a wider dtype."""
+        overflows = self.dtype == torch.float16 and self.vae_config.overflows_float16
+        return memory.wide_dtype(self.device) if overflows else self.dtype
+
+    def __call__(self, prompt: str | Sequence[str] = "", **settings: Any) -> list[Image.Image]:
+        """Paints pictures: the words of :class:`Request` as keywords, PIL images back, each with its settings in
+        ``.info["parameters"]``.
+
+        Several prompts give a picture each (``count`` of them), up to ``batch`` at once, seeds counting up;
+        ``negative_prompt`` is then one for all, or one each. Raises GgufSdError for settings that cannot work."""
+        requests = keywords.requests(prompt, settings)
+        jobs = keywords.counted_up(self.prepare(requests[0]), requests)
+        return [picture.image for picture in self.paint(jobs)]
 
     def prepare(self, request: Request) -> Job:
         """Checks a request against the model."""
-        return prepare(request, self.model.config)
+        return prepare(keywords.plain(request), self.model.config)
 
-    def paint(self, job: Job, on_step: Callable[[Step], object] = lambda step: None) -> Iterator[Picture]:
-        """Yields the job's pictures as they are finished; ``on_step`` is called after every sampling step."""
-        self.plan = self._plan(job.width * job.height * min(job.batch, job.count))
-        conditioning = self.encode(job)
-        for seeds in job.batches():
-            noise = NoiseSource(seeds, self.dtype, self.device)
-            start = self.begin(job, noise)
-            latents = start.latents
-            for step in self.denoise(job, start, conditioning, noise):
-                latents = step.latents
-                on_step(step)
-            painted = [_finished(Image.fromarray(pixels.numpy()), job) for pixels in self.decode(latents)]
-            yield from self._checked(painted, seeds, job)
+    def paint(self, jobs: Job | Sequence[Job], on_step: OnStep = lambda step: None) -> Iterator[Picture]:
+        """Yields the pictures of a job, or of several in turn, as they are finished; ``on_step`` is called after every
+        sampling step.
 
-    @torch.inference_mode()
-    def encode(self, job: Job) -> Conditioning:
+        Other threads wait while a batch is painted. Whoever abandons the iterator leaves nothing locked, and no more
+        loaded than the memory plan keeps. Raises GgufSdError where memory runs out, or a part of the model produces
+        values that are not finite."""
+        jobs = [jobs] if isinstance(jobs, Job) else list(jobs)
+        if not jobs:
+            return
+        plan = self.memory_plan(*jobs)
+        conditionings = self._in_turn(jobs[0], plan, partial(self._encode, jobs, plan))
+        planned = list(batches(jobs, conditionings))
+        graphed = self._graphed(jobs[0].steps_run, len(planned), plan)
+        for batch in planned:
+            yield from self._in_turn(batch[0].job, plan, partial(self._paint, batch, plan, graphed, on_step))
+
+    def _graphed(self, steps: int, batches: int, plan: MemoryPlan) -> bool:
+        passes = steps * (batches if "unet" in plan.keep else 1)
+        return use_graphs(self.execution.cuda_graph, self.device, self.kernels, passes)
+
+    def _in_turn(self, job: Job, plan: MemoryPlan, work: Callable[[], T]) -> T:
+        with self._turn:
+            try:
+                return work()
+            except Exception as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+        # Raised out here, where the frames of the failed step, and the tensors in them, are gone.
+        size = job.width, job.height
+        raise GgufSdError(memory.out_of_memory_advice(self.device, plan.weights, job.batch, size))
+
+    def _paint(self, batch: Sequence[Task], plan: MemoryPlan, graphed: bool, on_step: OnStep) -> list[Picture]:
+        """The pictures of one batch."""
+        job, seeds = batch[0].job, [task.seed for task in batch]
+        noise = NoiseSource(seeds, self.dtype, self.device)
+        start = self.begin(job, noise, plan)
+        latents, graph_bytes = start.latents, 0
+        conditioning = Conditioning.joined([task.conditioning for task in batch])
+        for step in self.denoise(job, start, conditioning, noise, plan, graphed):
+            latents, graph_bytes = step.latents, self.parts.graph_bytes
+            on_step(step)
+        painted = [_pasted(Image.fromarray(pixels.numpy()), job) for pixels in self.decode(latents, plan)]
+        shown, flags = self._checked(painted, job.safety, plan)
+        return [
+            self._finished(Picture(image, task.seed, task.job, flagged, plan.weights, graph_bytes))
+            for image, task, flagged in zip(shown, batch, flags, strict=True)
+        ]
+
+    def encode(self, job: Job, plan: MemoryPlan | None = None) -> Conditioning:
         """The job's prompts through the text encoders, one encoder at a time."""
-        prompts = [job.prompt, job.negative_prompt or ""] if job.guided else [job.prompt]
-        encoded: list[list[Encoded]] = [[] for _ in prompts]
-        for index, config in enumerate(self.model.config.text):
-            encoder = self._part(f"text {index}")
-            tokens = [self.tokenizer.encode(prompt, config) for prompt in prompts]
-            chunks = max(len(t.ids) for t in tokens)  # both prompts the same number, for guidance in one batch
-            for results, some in zip(encoded, tokens, strict=True):
-                results.append(self._encode(encoder, some.padded(chunks, config), job.clip_skip))
-            self._release(f"text {index}")
-        if job.guided and not job.negative_prompt and self.model.config.zero_empty_negative:
-            encoded[1] = [_zeroed(result) for result in encoded[1]]
-        conditioned = [self._prompt(results, job) for results in encoded]
-        return Conditioning(conditioned[0], conditioned[1] if job.guided else None)
+        return self._encode([job], plan or self.memory_plan(job))[0]
 
-    def _encode(self, encoder: TextEncoder, tokens: Tokens, clip_skip: int | None) -> Encoded:
-        """Chunks [C, N] to states [1, C * N, hidden_size], weighted; pooled is the first chunk's.
+    def _encode(self, jobs: Sequence[Job], plan: MemoryPlan) -> list[Conditioning]:
+        return self._encoder(jobs, lambda index: self.parts.text(index, self.dtype, "text" in plan.keep))
 
-        SD 1.x attends to the last states, normalised; SDXL to the last but one as they are.
-        """
-        xl = bool(self.model.config.unet.vector_dim)
-        states, pooled = encoder.encode(tokens.ids.to(self.device), clip_skip or (2 if xl else 1), not xl)
-        states = weighted(states, tokens.weights.to(states)).flatten(0, 1)[None]
-        return Encoded(states, None if pooled is None else pooled[:1])
-
-    def _prompt(self, encoded: Sequence[Encoded], job: Job) -> Prompt:
-        """SDXL attends to both encoders' states side by side, and takes the pooled text and the picture's sizes besides
-        (Podell et al. 2023, arXiv:2307.01952)."""
-        context = torch.cat([result.states for result in encoded], dim=-1)
-        pooled = encoded[-1].pooled
-        if pooled is None:
-            return Prompt(context)
-        # Each pair as height and width, top and left.
-        pairs = job.original_size[::-1], job.crop[::-1], (job.height, job.width)
-        sizes = torch.tensor(pairs, device=self.device).flatten()
-        embedded = timestep_embedding(sizes, SIZE_EMBEDDING).flatten()[None]
-        return Prompt(context, torch.cat([pooled, embedded.to(pooled)], dim=-1))
-
-    def begin(self, job: Job, noise: NoiseSource) -> InitLatents:
+    def begin(self, job: Job, noise: NoiseSource, plan: MemoryPlan | None = None) -> InitLatents:
         """What the job's sampling starts from, for as many pictures as ``noise`` has seeds."""
         config, vae = self.model.config, self.model.config.vae
         shape = len(noise.seeds), vae.latent_channels, job.height // vae.downscale, job.width // vae.downscale
         if job.picture is None and config.unet.in_channels == vae.latent_channels:
             return init_latents.text_only(config, shape, noise, None)
-        encoder = Encoder(self._part("vae"), self.device, self.dtype)
-        if job.picture is None:
-            start = init_latents.text_only(config, shape, noise, encoder)
-        else:
-            start = init_latents.from_picture(config, shape, noise, encoder, job.picture, job.schedule)
-        self._release("vae")
+        plan = plan or self.memory_plan(job)
+        with self.parts.vae(self.vae_dtype, "vae" in plan.keep) as autoencoder:
+            encoder = Encoder(autoencoder, self.device, self.dtype)
+            if job.picture is None:
+                start = init_latents.text_only(config, shape, noise, encoder)
+            else:
+                start = init_latents.from_picture(config, shape, noise, encoder, job.picture, job.schedule)
+        if not all(x.isfinite().all() for x in (start.latents, start.extra) if x is not None):
+            raise GgufSdError(not_finite("VAE", self.vae_dtype, " of the picture to start from"))
         return start
 
-    def denoise(self, job: Job, start: InitLatents, conditioning: Conditioning, noise: NoiseSource) -> Iterator[Step]:
-        """Walks latents [B, 4, h, w] down the job's schedule, yielding after every step."""
-        passes = job.steps_run * (len(list(job.batches())) if self.plan.keep_parts else 1)
-        graphed = use_graphs(self.cuda_graph, self.device, self.kernels, passes)
-        unet = self._part("graphed unet" if graphed else "unet")
-        predict = Predictor(unet, conditioning, job.guidance, self.plan.batch_guidance, start.extra)
-        yield from sample(predict, start.latents, job.schedule, noise, start.start_step, start.blend)
-        self.graph_bytes = unet.nbytes if graphed else 0
-        self._release("graphed unet")
-        self._release("unet")
+    def denoise(
+        self,
+        job: Job,
+        start: InitLatents,
+        conditioning: Conditioning,
+        noise: NoiseSource,
+        plan: MemoryPlan | None = None,
+        graphed: bool | None = None,
+    ) -> Iterator[Step]:
+        """Walks latents [B, 4, h, w] down the job's schedule, yielding after every step; with ``graphed`` through CUDA
+        graphs (None: where that pays). Raises GgufSdError where they stop being finite, on a GPU after the last
+        step."""
+        plan = plan or self.memory_plan(job)
+        if graphed is None:
+            graphed = self._graphed(job.steps_run, len(list(job.batches())), plan)
+        how, strict = LoadedAs(self.dtype, plan.weights, self.kernels), self.execution.cuda_graph == "on"
+        with self.parts.unet(how, "unet" in plan.keep, graphed, strict) as unet:
+            predict = Predictor(unet, conditioning, job.guidance, plan.batch_guidance, start.extra)
+            for step in sample(predict, start.latents, job.schedule, noise, start.start_step, start.blend):
+                last = step.index + 1 == step.total
+                if (last or self.device.type == "cpu") and not step.latents.isfinite().all():  # waits for a GPU
+                    when = " by" if self.device.type == "cuda" else " at"
+                    raise GgufSdError(not_finite("UNet", self.dtype, f"{when} step {step.index + 1} of {step.total}"))
+                yield step
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, 4, h, w] -> uint8 pictures [B, 8h, 8w, 3]. Raises GgufSdError where a latent is not finite."""
+    def decode(self, latents: Tensor, plan: MemoryPlan | None = None) -> Tensor:
+        """Latents [B, 4, h, w] -> uint8 pictures [B, 8h, 8w, 3]. Raises GgufSdError where a value is not finite."""
         if not latents.isfinite().all():
-            raise GgufSdError(
-                f"the UNet produced values that are not finite in {str(self.dtype).removeprefix('torch.')}; "
-                "try --dtype float32 or bfloat16"
-            )
-        images = [self._part("vae").decode(latent[None]) for latent in latents.to(self.vae_dtype)]
-        self._release("vae")
-        pixels = torch.cat(images).float() / 2 + 0.5
+            raise GgufSdError("the latents to decode hold values that are not finite")
+        plan = plan or self._plan(latents)
+        with self.parts.vae(self.vae_dtype, "vae" in plan.keep) as vae:
+            pixels = torch.cat([vae.decode(latent[None]) for latent in latents.to(self.vae_dtype)]).float() / 2 + 0.5
         if not pixels.isfinite().all():
-            raise GgufSdError("the VAE produced values that are not finite; try --dtype float32 or bfloat16")
+            raise GgufSdError(not_finite("VAE", self.vae_dtype))
         return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
-    def preview(self, step: Step) -> Image.Image:
+    def preview(self, step: Step, safety: str = "blur") -> Image.Image:
         """A cheap look at the first picture of a step: through a tiny autoencoder if that is in use, by a linear map
-        for latents of Stable Diffusion's kind, else through the model's own autoencoder."""
-        vae = self._part("vae") if self.vae_file or family(self.model.config.vae) is None else None
-        linear = isinstance(vae, Autoencoder) and family(self.model.config.vae) is not None
-        return previews(step.denoised[:1], self.model.config.vae, None if linear else vae)[0]
-
-    def _checked(self, painted: list[Image.Image], seeds: list[int], job: Job) -> Iterator[Picture]:
-        """The pictures as the model's safety checker, if it has one, lets them pass."""
-        flags = [False] * len(painted)
-        if job.safety != "off" and self.model.config.safety is not None:
-            flags = self._part("safety").flagged(painted)
-            self._release("safety")
-        for image, seed, flagged in zip(painted, seeds, flags, strict=True):
-            yield Picture(blurred(image) if flagged and job.safety == "blur" else image, seed, job, flagged)
-
-    def _plan(self, pixels: int) -> memory.Plan:
-        model = self.model
-        held = sum(
-            part.nbytes if isinstance(part, GraphedUNet) else memory.held_bytes(part, self.device)
-            for part in self._parts.values()
-        )
-        return memory.Plan.make(self.weights, self.device, self.dtype, model.unet_values(), model.config, pixels, held)
-
-    def _part(self, name: str) -> Any:
-        if name not in self._parts:
-            if name == "graphed unet":
-                capture = CudaCapture(self.device)
-                self._parts[name] = GraphedUNet(self._part("unet"), capture, strict=self.cuda_graph == "on")
-            else:
-                self._parts[name] = self._load(name)
-        return self._parts[name]
-
-    def _release(self, name: str) -> None:
-        if not self.plan.keep_parts:
-            self._parts.pop(name, None)
-            self.model.file.forget_pages()
-
-    def _load(self, name: str) -> nn.Module:
-        if name == "unet":
-            return self._load_unet()
-        part: nn.Module
-        if name == "vae":
-            part = self.vae_file.load(self.vae_dtype) if self.vae_file else self.model.load_vae(self.vae_dtype)
-        elif name == "safety":
-            part = self.model.load_safety(self.dtype)
+        for latents of Stable Diffusion's kind, else through the model's own autoencoder. Like the picture it is
+        blurred where the model's safety checker flags it, if ``safety`` is blur."""
+        plan, config = self._plan(step.latents), self.model.config.vae
+        tiny = self.vae_file is not None and self.vae_config == tiny_config(self.vae_config.latent_channels)
+        if tiny or family(config) is None:
+            with self.parts.vae(self.vae_dtype, "vae" in plan.keep) as vae:
+                look = previews(step.denoised[:1], config, vae)
         else:
-            part = self.model.load_text(int(name.removeprefix("text ")), self.dtype)
-        return part.to(self.device)
+            look = previews(step.denoised[:1], config, None)
+        return self._checked(look, "off" if safety == "warn" else safety, plan)[0][0]
 
-    def _load_unet(self) -> UNet:
-        unet = self.model.load_unet(self.dtype).to(self.device)
-        if self.plan.weights == "resident":
-            make_resident(unet, self.dtype, self.kernels)
-        if self.kernels != "torch":
-            use_kernels(unet, self.kernels)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the blocks as they came from the file
-        return unet
+    def _checked(
+        self, painted: list[Image.Image], safety: str, plan: MemoryPlan
+    ) -> tuple[list[Image.Image], list[bool]]:
+        """The pictures as the model's safety checker, if it has one, lets them pass, and which it flagged."""
+        if safety == "off" or self.model.config.safety is None:
+            return painted, [False] * len(painted)
+        with self.parts.safety(self.dtype, "safety" in plan.keep) as checker:
+            flags = checker.flagged(painted)
+        blur = safety == "blur"
+        return [blurred(x) if flagged and blur else x for x, flagged in zip(painted, flags, strict=True)], flags
+
+    def _finished(self, picture: Picture) -> Picture:
+        dtype = str(self.dtype).removeprefix("torch.")
+        picture.image.info[PARAMETERS] = parameters(picture, self.model.path.stem, self.model.source_hash, dtype)
+        return picture
+
+    def memory_plan(self, *jobs: Job) -> MemoryPlan:
+        """How jobs would make do with the memory that is free now."""
+        count = sum(job.count for job in jobs)
+        batch = max(job.width * job.height * min(job.batch, count) for job in jobs)
+        return self._plan_for(batch, max(job.width * job.height for job in jobs))
+
+    def _plan(self, latents: Tensor) -> MemoryPlan:
+        pixels = latents[0, 0].numel() * self.model.config.vae.downscale**2
+        return self._plan_for(pixels * len(latents), pixels)
+
+    def _plan_for(self, pixels: int, decoded: int) -> MemoryPlan:
+        free = memory.available_memory(self.device) + self.parts.nbytes
+        needs = MemoryNeeds.of(self._values, self.model.config, pixels, decoded, self.dtype)
+        return plan_memory(free, needs, self.execution.weights)
 
 
-def _finished(painted: Image.Image, job: Job) -> Image.Image:
+def _pasted(painted: Image.Image, job: Job) -> Image.Image:
     """With what lies outside the mask put back."""
     if job.picture is None or job.picture.mask is None or not job.paste:
         return painted
     return masks.pasted(painted, job.picture.image, job.picture.mask, job.mask_blur)
-
-
-def _zeroed(encoded: Encoded) -> Encoded:
-    pooled = None if encoded.pooled is None else torch.zeros_like(encoded.pooled)
-    return Encoded(torch.zeros_like(encoded.states), pooled)
-
-
-def weighted(states: Tensor, weights: Tensor) -> Tensor:
-    """States [C, N, D] times the weights [C, N] of their tokens, the mean of each chunk kept as it was, as
-    AUTOMATIC1111 does. Weights of 1 change nothing."""
-    if (weights == 1).all():
-        return states
-    scaled = states * weights[..., None]
-    return scaled * (states.float().mean((1, 2), True) / scaled.float().mean((1, 2), True)).to(states)

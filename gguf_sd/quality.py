@@ -14,17 +14,17 @@ PEAK = 255.0
 WINDOW, SIGMA = 11, 1.5  # SSIM's Gaussian window, pixels
 C1, C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
 
-Picture = Image.Image | np.ndarray
+ImageLike = Image.Image | np.ndarray
 
 
-def psnr(picture: Picture, reference: Picture) -> float:
+def psnr(picture: ImageLike, reference: ImageLike) -> float:
     """Peak signal-to-noise ratio of 8-bit pictures [H, W, 3], dB; infinite where they are equal."""
     a, b = _pair(picture, reference)
     error = float(((a - b) ** 2).mean())
     return math.inf if error == 0 else 10 * math.log10(PEAK**2 / error)
 
 
-def ssim(picture: Picture, reference: Picture) -> float:
+def ssim(picture: ImageLike, reference: ImageLike) -> float:
     """Structural similarity of 8-bit pictures [H, W, 3], -1 … 1: the mean over channels and over all places where the
     11x11 Gaussian window fits (Wang et al. 2004, "Image quality assessment: from error visibility to structural
     similarity"). Raises ValueError for pictures smaller than the window."""
@@ -45,7 +45,7 @@ def ssim(picture: Picture, reference: Picture) -> float:
     return float((similar / ((mean_a**2 + mean_b**2 + C1) * (variance_a + variance_b + C2))).mean())
 
 
-def _pair(picture: Picture, reference: Picture) -> tuple[Tensor, Tensor]:
+def _pair(picture: ImageLike, reference: ImageLike) -> tuple[Tensor, Tensor]:
     """Both as float64 [3, H, W]."""
     a, b = np.asarray(picture), np.asarray(reference)
     if a.shape != b.shape:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gguf_sd.cli.generate_options import add_options
+from gguf_sd.cli.once import first_time
 from gguf_sd.cli.preflight import check_model
 from gguf_sd.errors import GgufSdError
 
@@ -100,13 +101,14 @@ def _check_engine(args: argparse.Namespace, dtype: str, vae: Path | None) -> Non
 
 def paint(pipeline: Pipeline, job: Job, outputs: Outputs, args: argparse.Namespace, vae: Path | None = None) -> None:
     """Paints, saves and tells what was saved, when it is interrupted too."""
-    for note in [] if args.quiet else _notes(pipeline, args):
+    for note in [] if args.quiet else _notes(pipeline, job, args):
         print(note, file=sys.stderr)
     files: list[dict[str, Any]] = []
+    ran: dict[str, Any] = {}  # how the last picture was painted
     started = time.perf_counter()
     interrupted = False
     try:
-        for file in _saved(pipeline, job, outputs, args, vae):
+        for file in _saved(pipeline, job, outputs, args, vae, ran):
             files.append(file)
     except KeyboardInterrupt:
         interrupted = True
@@ -114,11 +116,16 @@ def paint(pipeline: Pipeline, job: Job, outputs: Outputs, args: argparse.Namespa
     finally:
         seconds = round(time.perf_counter() - started, 3)
         if files or interrupted or sys.exc_info()[0] is None:
-            _tell(files, _report(pipeline, job, seconds, interrupted) if args.json else None)
+            _tell(files, _report(pipeline, job, ran, seconds, interrupted) if args.json else None)
 
 
 def _saved(
-    pipeline: Pipeline, job: Job, outputs: Outputs, args: argparse.Namespace, vae: Path | None
+    pipeline: Pipeline,
+    job: Job,
+    outputs: Outputs,
+    args: argparse.Namespace,
+    vae: Path | None,
+    ran: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """Paints; yields path, seed and flag of each picture once it is on the disk."""
     from gguf_sd.cli.progress import progress_bar
@@ -140,11 +147,12 @@ def _saved(
             bar.set_description(None)
             bar.update()
             if args.preview and (step.index + 1) % args.preview == 0:
-                image = pipeline.preview(step)
+                image = pipeline.preview(step, job.safety)
                 outputs.save_preview(image, text(Picture(image, job.seed, job)))
 
         for index, picture in enumerate(pipeline.paint(job, on_step)):
             path = outputs.save(picture.image, index, text(picture))
+            ran |= {"weights": picture.weights, "graph_bytes": picture.graph_bytes}
             yield {"path": str(path), "seed": picture.seed, "flagged": picture.flagged}
             if picture.flagged:
                 log.warning("%s was flagged by the safety checker (--safety %s)", path, job.safety)
@@ -154,16 +162,16 @@ def _dtype(pipeline: Pipeline) -> str:
     return str(pipeline.dtype).removeprefix("torch.")
 
 
-def _report(pipeline: Pipeline, job: Job, seconds: float, interrupted: bool) -> dict[str, Any]:
+def _report(pipeline: Pipeline, job: Job, ran: dict[str, Any], seconds: float, interrupted: bool) -> dict[str, Any]:
     """What `--json` prints besides the files."""
     settings = {field.name: getattr(job, field.name) for field in fields(job) if field.repr}
     return {
         "model": str(pipeline.model.path),
         "device": str(pipeline.device),
         "dtype": _dtype(pipeline),
-        "weights": pipeline.plan.weights,
+        "weights": ran.get("weights"),
         "kernels": pipeline.kernels,
-        "graph_bytes": pipeline.graph_bytes,
+        "graph_bytes": ran.get("graph_bytes"),
         "settings": settings,
         "seconds": seconds,
         "interrupted": interrupted,
@@ -178,10 +186,10 @@ def _tell(files: list[dict[str, Any]], report: dict[str, Any] | None) -> None:
         print(f"{file['path']}  seed {file['seed']}", flush=True)
 
 
-def _notes(pipeline: Pipeline, args: argparse.Namespace) -> Iterator[str]:
+def _notes(pipeline: Pipeline, job: Job, args: argparse.Namespace) -> Iterator[str]:
     """What the user may not expect."""
-    if pipeline.model.config.safety is None and args.safety != "off":
+    if pipeline.model.config.safety is None and args.safety != "off" and first_time("safety", pipeline.model.path):
         yield "this model carries no safety checker"
     unmeasured = args.kernels == "auto" and pipeline.kernels == "torch" and pipeline.device.type == "cuda"
-    if unmeasured and pipeline.plan.weights == "quantized":
+    if unmeasured and pipeline.memory_plan(job).weights == "quantized":
         yield "no speeds of the Triton kernels are known for this GPU, plain torch is used; try --kernels fused"

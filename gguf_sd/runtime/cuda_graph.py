@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gguf_sd.errors import GgufSdError
-from gguf_sd.sampling.guidance import Steps
+from gguf_sd.sampling.guidance import Denoise
 
 log = logging.getLogger(__name__)
 
@@ -21,10 +23,12 @@ WARM_UPS = 2
 # Passes of one shape that a capture is worth: it costs WARM_UPS and a pass that only records. Not measured.
 WORTH_PASSES = 8
 
-Replay = Callable[
-    [], Tensor
-]  # runs the captured pass on the inputs' present values; its result is overwritten next time
-Capture = Callable[[Callable[[], Tensor]], Replay]
+# Shapes whose graphs are held at a time. A job needs one, or two where its last batch is smaller; not measured.
+MAX_GRAPHS = 4
+CAPTURING = threading.Lock()  # CUDA records one graph at a time in a process
+
+# Runs the captured pass on the inputs' present values; its result is overwritten next time.
+Replay = Callable[[], Tensor]
 
 
 def use_graphs(mode: str, device: torch.device, kernels: str, passes: int) -> bool:
@@ -44,19 +48,35 @@ class CudaCapture:
     """Captures passes on a stream of its own; all graphs share one pool of memory, as they run one at a time."""
 
     def __init__(self, device: torch.device):
-        self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
         self.device = device
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
+        self.stream = torch.cuda.Stream(self.device)
+        self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Tensor]) -> Replay:
+        """Captures ``run``. Raises RuntimeError, torch.OutOfMemoryError included, where that fails; the stream that
+        was current is current again either way."""
         current = torch.cuda.current_stream(self.device)
+        try:
+            with CAPTURING:
+                return self._captured(run, current)
+        except RuntimeError:
+            self._start_afresh()  # what failed may have left stream and pool in the middle of a capture
+            raise
+        finally:
+            torch.cuda.set_stream(current)  # torch.cuda.graph leaves its own current where a capture fails
+
+    def _captured(self, run: Callable[[], Tensor], current: torch.cuda.Stream) -> Replay:
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             for _ in range(WARM_UPS):
                 run()
         current.wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        # "thread_local": what other threads do on the GPU meanwhile, allocating say, does not spoil the capture.
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             result = run()
 
         def replay() -> Tensor:
@@ -79,17 +99,19 @@ class _Captured:
 
 @dataclass
 class GraphedUNet:
-    """Stands for ``unet``: captures a step when it meets inputs of new shapes, and replays it afterwards.
+    """Stands for ``unet``: captures a step when it meets inputs of new shapes, and replays it afterwards. Of the
+    shapes, the ``limit`` used last are held.
 
     Where a capture fails, out of memory say, it says so and runs passes as they are; with ``strict`` it raises
     GgufSdError instead.
     """
 
-    unet: Steps
+    unet: Denoise
     capture: CudaCapture
     strict: bool = False
+    limit: int = MAX_GRAPHS
     nbytes: int = 0  # device memory that the graphs hold beside the weights
-    _known: dict[tuple[object, ...], _Captured | None] = field(default_factory=dict)
+    _known: OrderedDict[tuple[object, ...], _Captured | None] = field(default_factory=OrderedDict)
 
     def project(self, context: Tensor) -> Tensor:
         """As :meth:`gguf_sd.models.unet.UNet.project`; once a prompt, without a graph."""
@@ -99,8 +121,9 @@ class GraphedUNet:
         """As :meth:`gguf_sd.models.unet.UNet.step`."""
         inputs = [latents, timesteps, projected] + ([] if vector is None else [vector])
         key = tuple((tuple(x.shape), x.dtype, x.device) for x in inputs)
-        if key not in self._known:
+        if key not in self._known or (self._known[key] is None and self.strict):
             self._known[key] = self._captured(inputs)
+        self._known.move_to_end(key)
         captured = self._known[key]
         if captured is None:
             return self.unet.step(*inputs)
@@ -110,15 +133,18 @@ class GraphedUNet:
 
     def _captured(self, inputs: list[Tensor]) -> _Captured | None:
         before = self.capture.reserved()
+        while len(self._known) >= self.limit:
+            self._known.popitem(last=False)  # first, so that its memory serves the new one
         # Copies that can be written to: timesteps come expanded.
         own = [x.clone(memory_format=torch.contiguous_format) for x in inputs]
+        captured = None
         try:
-            replay = self.capture(lambda: self.unet.step(*own))
+            captured = _Captured(own, self.capture(lambda: self.unet.step(*own)))
         except RuntimeError as error:  # out of memory included
             reason = str(error).splitlines()[0]
             if self.strict:
                 raise GgufSdError(f"the UNet cannot become a CUDA graph: {reason}; use --cuda-graph off") from error
             log.warning("the UNet cannot become a CUDA graph, steps run without one: %s", reason)
-            return None
-        self.nbytes += max(0, self.capture.reserved() - before)
-        return _Captured(own, replay)
+        finally:
+            self.nbytes = max(0, self.nbytes + self.capture.reserved() - before)
+        return captured

@@ -30,7 +30,7 @@ SIXTEEN_BITS = re.compile(r"\.attn2\.to_[kv]$|^input_blocks\.0\.|^out\.")
 
 def choose_kernels(name: str, weights: str, device: torch.device) -> tuple[str, str]:
     """(kernels, weights) to use: the first of KERNEL_MODES but ``auto`` only where this GPU has been measured, the
-    second as in :class:`gguf_sd.runtime.memory.Plan`.
+    second as in :class:`gguf_sd.runtime.memory.MemoryPlan`.
 
     ``fused`` decodes inside the products, ``dequantize`` before each, ``int8`` quantises the activations too,
     ``resident`` decodes once at load; these run in Triton on a GPU. ``torch`` is plain torch, anywhere. ``auto`` takes

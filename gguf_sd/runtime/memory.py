@@ -14,36 +14,46 @@ from gguf_sd.models.layers import Quantized
 
 WEIGHT_MODES = ("auto", "quantized", "resident")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPE_ALIASES = {"f32": "float32", "f16": "float16", "fp32": "float32", "fp16": "float16", "half": "float16"}
+DTYPE_ALIASES |= {"bf16": "bfloat16"} | {f"torch.{name}": name for name in DTYPES}
 # A UNet step holds about this many feature maps of the finest level at once, per picture and half of guidance: a guided
 # SD 1.5 step at 512x512 in bfloat16 took 199 MB beside the weights, 38 maps of 2.6 MB for each half.
 LIVE_FEATURE_MAPS = 40
+# And the VAE's decoder about this many of its own finest: its last level begins with twice the channels, and holds
+# what goes in, what is normalised, what comes out and the shortcut.
+LIVE_DECODER_MAPS = 8
+KEPT_FIRST = ("unet", "vae", "text", "safety")  # what takes longest to load again comes first
+HEADROOM = 0.8  # share of the free memory that keeping parts may use up
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
 
 
-def choose_device(name: str = "auto") -> torch.device:
-    """`auto` is the first CUDA (or ROCm) device, else the CPU. Raises GgufSdError for a device that is not there."""
-    if name == "auto":
+def choose_device(name: str | torch.device | None = "auto") -> torch.device:
+    """`auto`, or None, is the first CUDA (or ROCm) device, else the CPU. Raises GgufSdError for a device that is not
+    there."""
+    if name is None or name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise GgufSdError(f"unknown device {name!r}; choose from auto, cpu, cuda, cuda:0, …") from None
     if device.type not in ("cpu", "cuda"):
-        raise GgufSdError(f"device {name!r} is not supported; choose from auto, cpu, cuda")
+        raise GgufSdError(f"device {str(name)!r} is not supported; choose from auto, cpu, cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise GgufSdError(f"there is no device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices")
+        raise GgufSdError(f"there is no device {str(name)!r}: torch sees {torch.cuda.device_count()} CUDA devices")
     return device
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is float16 on a GPU; on a CPU bfloat16 where the processor multiplies it (AMX, AVX512-BF16), else
-    float32."""
-    if name == "auto":
+def choose_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """`auto`, or None, is float16 on a GPU; on a CPU bfloat16 where the processor multiplies it (AMX, AVX512-BF16),
+    else float32. Raises GgufSdError for another name than those of DTYPES and DTYPE_ALIASES."""
+    if name is None or name == "auto":
         if device.type == "cuda":
             return torch.float16
         return wide_dtype(device)
-    if name not in DTYPES:
-        raise GgufSdError(f"unknown dtype {name!r}; choose from auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
+    known = DTYPE_ALIASES.get(str(name).lower(), str(name).lower())
+    if known not in DTYPES:
+        raise GgufSdError(f"unknown dtype {str(name)!r}; choose from auto, {', '.join(DTYPES)}")
+    return DTYPES[known]
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -83,36 +93,82 @@ def _meminfo(key: str) -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a pipeline keeps in memory."""
+class MemoryNeeds:
+    """Bytes that a model's parts take on its device, by name, and what working with them takes besides."""
 
-    weights: str  # "quantized": blocks, dequantised a layer at a time; "resident": dequantised at load
-    keep_parts: bool  # text encoder, UNet and VAE stay loaded between pictures, instead of one part at a time
-    batch_guidance: bool  # both halves of guidance in one UNet call
+    unet_blocks: int  # the UNet as the file has it
+    unet_full: int  # the UNet dequantised
+    text: tuple[int, ...]  # one an encoder
+    vae: int
+    safety: int  # 0 = the model has none
+    step: int  # a UNet step, for one half of guidance
+    decode: int  # a picture through the VAE
 
     @classmethod
-    def make(
-        cls,
-        weights: str,
-        device: torch.device,
-        dtype: torch.dtype,
-        unet_values: int,
-        config: ModelConfig,
-        pixels: int,
-        held: int = 0,
-    ) -> Plan:
-        """Fits the job to the free memory: ``unet_values`` weights in the UNet, ``pixels`` of all pictures painted
-        at once. ``held`` bytes are the model's own already, from an earlier picture."""
-        if weights not in WEIGHT_MODES:
-            raise GgufSdError(f"unknown weights mode {weights!r}; choose from {', '.join(WEIGHT_MODES)}")
-        free = available_memory(device) + held
-        full = unet_values * dtype.itemsize
+    def of(cls, values: PartValues, config: ModelConfig, pixels: int, decoded: int, dtype: torch.dtype) -> MemoryNeeds:
+        """``pixels`` are those of all pictures painted at once, ``decoded`` those of one."""
+        size = dtype.itemsize
         latent_pixels = pixels // config.vae.downscale**2
-        step = LIVE_FEATURE_MAPS * latent_pixels * config.unet.block_out_channels[0] * dtype.itemsize
-        if weights == "auto":
-            weights = "resident" if free > 2 * full + 2 * step else "quantized"
-        left = free - (full if weights == "resident" else full // 3)
-        return cls(weights, keep_parts=weights == "resident", batch_guidance=left > 2 * step)
+        return cls(
+            unet_blocks=values.unet_bytes,
+            unet_full=values.unet * size,
+            text=tuple(count * size for count in values.text),
+            vae=values.vae * size,
+            safety=values.safety * size,
+            step=LIVE_FEATURE_MAPS * latent_pixels * config.unet.block_out_channels[0] * size,
+            decode=LIVE_DECODER_MAPS * decoded * config.vae.block_out_channels[0] * size,
+        )
+
+
+@dataclass(frozen=True)
+class PartValues:
+    """How many weights the parts of a model have, and the bytes of the UNet's in the file."""
+
+    unet: int
+    unet_bytes: int
+    text: tuple[int, ...]
+    vae: int
+    safety: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a job makes do with the memory there is. What is kept does not depend on how the UNet's weights lie."""
+
+    weights: str  # "quantized": blocks, dequantised a layer at a time; "resident": dequantised at load
+    keep: frozenset[str]  # of KEPT_FIRST: the parts that stay loaded afterwards, the others go when they are done
+    batch_guidance: bool  # both halves of guidance in one UNet call
+
+
+def plan_memory(free: int, needs: MemoryNeeds, weights: str = "auto") -> MemoryPlan:
+    """Fits a job into ``free`` bytes, those of parts that are loaded already included. ``weights`` other than auto
+    stay as they are asked for. Raises GgufSdError for a weights mode that is none."""
+    if weights not in WEIGHT_MODES:
+        raise GgufSdError(f"unknown weights mode {weights!r}; choose from {', '.join(WEIGHT_MODES)}")
+    if weights == "auto":
+        weights = "resident" if free > 2 * needs.unet_full + 2 * needs.step else "quantized"
+    unet = needs.unet_full if weights == "resident" else needs.unet_blocks
+    batch_guidance = free - unet > 2 * needs.step
+    step = needs.step * (2 if batch_guidance else 1)
+    return MemoryPlan(weights, _kept(HEADROOM * free, unet, needs, step), batch_guidance)
+
+
+def _kept(free: float, unet: int, needs: MemoryNeeds, step: int) -> frozenset[str]:
+    """As many of KEPT_FIRST as leave room for every stage of a picture: a stage takes its own part, its work, and the
+    parts that are kept meanwhile."""
+    sizes = {"unet": unet, "vae": needs.vae, "text": sum(needs.text), "safety": needs.safety}
+    alone = sizes | {"text": max(needs.text, default=0)}  # text encoders run one after the other
+    work = {"unet": step, "vae": needs.decode, "text": 0, "safety": 0}
+    kept: set[str] = set()
+    for part in KEPT_FIRST:
+        more = {*kept, part}
+        peak = max(
+            sum(sizes[name] for name in more) + (0 if stage in more else alone[stage]) + work[stage] for stage in sizes
+        )
+        if peak > free:
+            break
+        kept = more
+    return frozenset(kept)
 
 
 def held_bytes(model: nn.Module, device: torch.device) -> int:
@@ -123,3 +179,24 @@ def held_bytes(model: nn.Module, device: torch.device) -> int:
         count += sum(b.nbytes for b in model.buffers())
         count += sum(m.packed.nbytes for m in model.modules() if isinstance(m, Quantized) and m.packed)
     return count
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had, on a GPU or by the system."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def out_of_memory_advice(device: torch.device, weights: str, batch: int, size: tuple[int, int]) -> str:
+    """One sentence for who ran out of memory, with what would take less. ``size`` is width and height."""
+    ways = [f"a smaller --batch than {batch}"] if batch > 1 else []
+    ways.append(f"a smaller size than {size[0]}x{size[1]}")
+    if weights == "resident":
+        ways.append("--weights quantized")
+    if device.type != "cpu":
+        ways.append("--device cpu")
+    else:
+        ways.append("closing other programs")
+    where = "the memory of the GPU" if device.type == "cuda" else "memory"
+    return f"out of memory: {where} does not hold this job; try {', or '.join(ways)}"

@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 class Prompt(NamedTuple):
-    """An encoded prompt: what the UNet attends to [1, N, context_dim], and SDXL's vector of pooled text and sizes
-    [1, vector_dim]."""
+    """P encoded prompts: what the UNet attends to [P, N, context_dim], and SDXL's vector of pooled text and sizes
+    [P, vector_dim]."""
 
     context: Tensor
     vector: Tensor | None = None
@@ -20,13 +20,22 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class Conditioning:
-    """The encoded prompt and, for guidance, the negative prompt."""
+    """The encoded prompts and, for guidance, the negative prompts, as many and as long: one for all pictures of a
+    batch, or one each."""
 
     positive: Prompt
     negative: Prompt | None
 
+    @classmethod
+    def joined(cls, several: Sequence[Conditioning]) -> Conditioning:
+        """One for a batch, from those of its pictures: all guided or none, all of one length."""
+        if all(other is several[0] for other in several):
+            return several[0]
+        negatives = [one.negative for one in several if one.negative is not None]
+        return cls(_stacked([one.positive for one in several]), _stacked(negatives) if negatives else None)
 
-class Steps(Protocol):
+
+class Denoise(Protocol):
     """What predicts: a UNet, or what stands for it (:class:`gguf_sd.runtime.cuda_graph.GraphedUNet`)."""
 
     def project(self, context: Tensor) -> Tensor: ...
@@ -41,26 +50,27 @@ class Predictor:
     """
 
     @torch.inference_mode()
-    def __init__(self, unet: Steps, conditioning: Conditioning, guidance: float, batched: bool, extra: Tensor | None):
+    def __init__(self, unet: Denoise, conditioning: Conditioning, guidance: float, batched: bool, extra: Tensor | None):
         self.unet, self.guidance = unet, guidance
         self.extra = extra  # channels of an inpainting checkpoint, [B, 5, h, w]
         positive, negative = conditioning.positive, conditioning.negative
         prompts = [positive] if negative is None else [negative, positive]
-        self.passes = [self._joined(some) for some in ([prompts] if batched else [[prompt] for prompt in prompts])]
-        self.batch = 1  # pictures that each prompt in the passes is repeated for
+        self.passes = [self._projected(some) for some in ([prompts] if batched else [[prompt] for prompt in prompts])]
+        self.prompts = len(positive.context)
+        self.repeats = 1  # how often each prompt stands in the passes: once a picture
 
-    def _joined(self, prompts: Sequence[Prompt]) -> Prompt:
+    def _projected(self, prompts: Sequence[Prompt]) -> Prompt:
         """The prompts of a pass, their keys and values in place of the context: [prompts, N, …]."""
-        vectors = [prompt.vector for prompt in prompts if prompt.vector is not None]
-        context = torch.cat([prompt.context for prompt in prompts])
-        return Prompt(self.unet.project(context), torch.cat(vectors) if vectors else None)
+        context, vector = _stacked(prompts)
+        return Prompt(self.unet.project(context), vector)
 
     @torch.inference_mode()
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        """latents [B, 4, h, w], 0-dim timestep -> prediction [B, 4, h, w]."""
-        if self.batch != len(latents):
-            self.passes = [_repeated(some, self.batch, len(latents)) for some in self.passes]
-            self.batch = len(latents)
+        """latents [B, 4, h, w], 0-dim timestep -> prediction [B, 4, h, w]; B is a multiple of the prompts."""
+        repeats = len(latents) // self.prompts
+        if repeats != self.repeats:
+            self.passes = [_repeated(some, self.repeats, repeats) for some in self.passes]
+            self.repeats = repeats
         whole = latents if self.extra is None else torch.cat([latents, self.extra], dim=1)
         predictions = [self._run(whole, timestep, prompts) for prompts in self.passes]
         both = torch.cat(predictions).split(len(latents))
@@ -75,7 +85,12 @@ class Predictor:
         return self.unet.step(repeated, timestep.expand(len(repeated)), prompts.context, prompts.vector)
 
 
-def _repeated(prompts: Prompt, before: int, batch: int) -> Prompt:
-    """Each prompt ``batch`` times in place of ``before``."""
-    context, vector = prompts.context[::before].repeat_interleave(batch, dim=0), prompts.vector
-    return Prompt(context, None if vector is None else vector[::before].repeat_interleave(batch, dim=0))
+def _stacked(prompts: Sequence[Prompt]) -> Prompt:
+    vectors = [prompt.vector for prompt in prompts if prompt.vector is not None]
+    return Prompt(torch.cat([prompt.context for prompt in prompts]), torch.cat(vectors) if vectors else None)
+
+
+def _repeated(prompts: Prompt, before: int, repeats: int) -> Prompt:
+    """Each prompt ``repeats`` times in place of ``before``."""
+    context, vector = prompts.context[::before].repeat_interleave(repeats, dim=0), prompts.vector
+    return Prompt(context, None if vector is None else vector[::before].repeat_interleave(repeats, dim=0))

@@ -14,6 +14,7 @@ from torch import Tensor
 from gguf_sd.config import ModelConfig
 from gguf_sd.imaging.images import to_tensor
 from gguf_sd.imaging.masks import latent_mask, mask_tensor
+from gguf_sd.models.tiny_vae import TinyAutoencoder
 from gguf_sd.models.vae import Autoencoder
 from gguf_sd.sampling import NoiseSource, Schedule, add_noise
 from gguf_sd.sampling.samplers import Blend
@@ -32,7 +33,7 @@ class InitLatents:
 class Encoder:
     """Pictures to scaled latents, one at a time, sampled as the autoencoder's distribution says."""
 
-    def __init__(self, vae: Autoencoder, device: torch.device, dtype: torch.dtype):
+    def __init__(self, vae: Autoencoder | TinyAutoencoder, device: torch.device, dtype: torch.dtype):
         self.vae, self.device, self.dtype = vae, device, dtype
 
     @torch.inference_mode()

@@ -12,7 +12,7 @@ import torch
 
 from gguf_sd import Pipeline
 from gguf_sd.errors import GgufSdError
-from gguf_sd.pipeline import weighted
+from gguf_sd.prompt.conditioning import weighted
 from gguf_sd.prompt.prompts import Part, parse
 from gguf_sd.request import Request
 from gguf_sd_convert.convert import ConvertOptions, convert

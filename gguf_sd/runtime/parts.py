@@ -1,0 +1,181 @@
+"""What of a model is loaded: text encoders, UNet, VAE and safety checker, and the UNet's CUDA graphs.
+
+Nothing else loads parts or lets them go. A part is loaded when it is first asked for. It stays or goes afterwards as
+whoever borrowed it says, and is loaded anew when it is asked for in another way (another dtype, weights dequantised or
+not, other kernels).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import cast
+
+import torch
+from torch import nn
+
+from gguf_sd.checkpoint.model_file import XL_TEXTS, ModelFile
+from gguf_sd.checkpoint.tensor_names import SAFETY, TEXT, UNET, VAE
+from gguf_sd.checkpoint.vae_file import VAEFile
+from gguf_sd.models.safety import SafetyChecker
+from gguf_sd.models.text import TextEncoder
+from gguf_sd.models.tiny_vae import TinyAutoencoder
+from gguf_sd.models.unet import UNet
+from gguf_sd.models.vae import Autoencoder
+from gguf_sd.runtime.cuda_graph import CudaCapture, GraphedUNet
+from gguf_sd.runtime.kernel_modes import make_resident, use_kernels
+from gguf_sd.runtime.memory import PartValues, held_bytes
+from gguf_sd.sampling.guidance import Denoise
+
+
+@dataclass(frozen=True)
+class LoadedAs:
+    """The decisions that a part was loaded by; all but ``dtype`` concern the UNet alone."""
+
+    dtype: torch.dtype
+    weights: str = ""  # quantized or resident
+    kernels: str = ""  # see gguf_sd.runtime.kernel_modes.choose_kernels
+
+
+@dataclass
+class _Loaded:
+    part: nn.Module
+    how: LoadedAs
+    graphs: GraphedUNet | None = None  # of a UNet
+
+
+class Parts:
+    """The loaded parts of one model on one device. Borrowing is safe from several threads; what is borrowed is not
+    meant to be run by two of them at a time."""
+
+    def __init__(self, model: ModelFile, device: torch.device, vae_file: VAEFile | None = None):
+        self.model, self.device, self.vae_file = model, device, vae_file
+        self.loads: Counter[str] = Counter()  # how often each part was read from the file, by name
+        self._loaded: dict[str, _Loaded] = {}
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def text(self, index: int, dtype: torch.dtype, keep: bool) -> Iterator[TextEncoder]:
+        """Lends text encoder number ``index``."""
+        with self._borrowed(f"text {index}", LoadedAs(dtype), keep) as loaded:
+            yield cast(TextEncoder, loaded.part)
+
+    @contextmanager
+    def vae(self, dtype: torch.dtype, keep: bool) -> Iterator[Autoencoder | TinyAutoencoder]:
+        """Lends the VAE: that of ``vae_file`` where one was given, else the model's."""
+        with self._borrowed("vae", LoadedAs(dtype), keep) as loaded:
+            yield cast(Autoencoder | TinyAutoencoder, loaded.part)
+
+    @contextmanager
+    def safety(self, dtype: torch.dtype, keep: bool) -> Iterator[SafetyChecker]:
+        """Lends the safety checker. Raises GgufSdError where the model has none."""
+        with self._borrowed("safety", LoadedAs(dtype), keep) as loaded:
+            yield cast(SafetyChecker, loaded.part)
+
+    @contextmanager
+    def unet(self, how: LoadedAs, keep: bool, graphed: bool = False, strict: bool = False) -> Iterator[Denoise]:
+        """Lends the UNet; with ``graphed`` behind its CUDA graphs, which live as long as it does. ``strict``: see
+        :class:`gguf_sd.runtime.cuda_graph.GraphedUNet`."""
+        with self._borrowed("unet", how, keep) as loaded:
+            unet = cast(UNet, loaded.part)
+            if not graphed:
+                yield unet
+                return
+            if loaded.graphs is None:
+                loaded.graphs = GraphedUNet(unet, CudaCapture(self.device))
+            loaded.graphs.strict = strict
+            yield loaded.graphs
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that loaded parts and graphs take on the device, see :func:`gguf_sd.runtime.memory.held_bytes`."""
+        with self._lock:
+            held = list(self._loaded.values())
+        return sum(held_bytes(x.part, self.device) + (x.graphs.nbytes if x.graphs else 0) for x in held)
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes that the UNet's CUDA graphs take on the device."""
+        with self._lock:
+            return sum(loaded.graphs.nbytes for loaded in self._loaded.values() if loaded.graphs)
+
+    @property
+    def names(self) -> set[str]:
+        """What is loaded now: text 0, text 1, unet, vae, safety."""
+        with self._lock:
+            return set(self._loaded)
+
+    def values(self) -> PartValues:
+        """How many weights each part has, from the file's header."""
+        tensors = [(name, self.model.file.tensors[stored]) for name, stored in self.model.names.items()]
+
+        def count(prefix: str) -> int:
+            return sum(prod(info.shape) for name, info in tensors if name.startswith(prefix))
+
+        return PartValues(
+            unet=count(UNET),
+            unet_bytes=sum(info.nbytes for name, info in tensors if name.startswith(UNET)),
+            text=tuple(map(count, XL_TEXTS if len(self.model.config.text) > 1 else (TEXT,))),
+            vae=count(VAE),
+            safety=0 if self.model.config.safety is None else count(SAFETY),
+        )
+
+    def drop(self, name: str) -> None:
+        """Lets a part go, with its graphs; nothing happens where it is not loaded."""
+        with self._lock:
+            if self._loaded.pop(name, None) is None:
+                return
+            self.model.file.forget_pages()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def drop_all(self, but: frozenset[str] = frozenset()) -> None:
+        """Lets every part go but those of the kinds given (text, unet, vae, safety)."""
+        for name in self.names:
+            if name.partition(" ")[0] not in but:
+                self.drop(name)
+
+    @contextmanager
+    def _borrowed(self, name: str, how: LoadedAs, keep: bool) -> Iterator[_Loaded]:
+        try:
+            yield self._get(name, how)
+        finally:
+            if not keep:
+                self.drop(name)
+
+    def _get(self, name: str, how: LoadedAs) -> _Loaded:
+        with self._lock:
+            loaded = self._loaded.get(name)
+            if loaded is None or loaded.how != how:
+                del loaded  # with drop(), its last reference: the old part goes before the new one comes
+                self.drop(name)
+                self.loads[name] += 1
+                with torch.inference_mode(False), torch.no_grad():  # the same tensors whoever comes first
+                    self._loaded[name] = _Loaded(self._load(name, how), how)
+            return self._loaded[name]
+
+    def _load(self, name: str, how: LoadedAs) -> nn.Module:
+        part: nn.Module
+        if name == "unet":
+            return self._load_unet(how)
+        if name == "vae":
+            part = self.vae_file.load(how.dtype) if self.vae_file else self.model.load_vae(how.dtype)
+        elif name == "safety":
+            part = self.model.load_safety(how.dtype)
+        else:
+            part = self.model.load_text(int(name.removeprefix("text ")), how.dtype)
+        return part.to(self.device)
+
+    def _load_unet(self, how: LoadedAs) -> UNet:
+        unet = self.model.load_unet(how.dtype).to(self.device)
+        if how.weights == "resident":
+            make_resident(unet, how.dtype, how.kernels)
+        if how.kernels != "torch":
+            use_kernels(unet, how.kernels)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the blocks as they came from the file
+        return unet

@@ -1,0 +1,155 @@
+"""What is loaded when: parts are kept as memory allows, whichever way the UNet's weights lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from gguf_sd.models.layers import Quantized
+from gguf_sd.pipeline import Pipeline
+from gguf_sd.request import Request
+
+SETTINGS: dict[str, Any] = {"steps": 2, "width": 32, "height": 32, "seed": 3, "safety": "off"}
+EVERY_PART = {"text 0", "unet", "vae"}
+
+
+def load(path: Path, weights: str = "quantized") -> Pipeline:
+    return Pipeline.load(path, "cpu", "float32", weights)
+
+
+def with_memory(monkeypatch: pytest.MonkeyPatch, total: int, pipeline: Pipeline | None = None) -> None:
+    """So many bytes are free, less what the pipeline has loaded."""
+    monkeypatch.setattr(
+        "gguf_sd.runtime.memory.available_memory", lambda device: total - (pipeline.parts.nbytes if pipeline else 0)
+    )
+
+
+@pytest.mark.parametrize("weights", ["quantized", "resident"])
+def test_parts_are_loaded_once(tiny_model: Path, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all batches of a job, and for the next job."""
+    loads: list[str] = []
+    for name in ("load_unet", "load_vae", "load_text"):
+        original = getattr(type(load(tiny_model).model), name)
+        monkeypatch.setattr(
+            type(load(tiny_model).model),
+            name,
+            lambda *a, name=name, original=original, **k: (loads.append(name), original(*a, **k))[1],
+        )
+    pipeline = load(tiny_model, weights)
+    first = pipeline("a cat", count=3, **SETTINGS)
+    assert sorted(loads) == ["load_text", "load_unet", "load_vae"]
+    assert [p.tobytes() for p in pipeline("a cat", count=3, **SETTINGS)] == [p.tobytes() for p in first]
+    assert len(loads) == 3
+
+
+def test_without_memory_nothing_is_kept(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = load(tiny_model)
+    expected = [picture.tobytes() for picture in kept("a cat", count=2, guidance=1, **SETTINGS)]
+    assert kept.parts.names == EVERY_PART
+    with_memory(monkeypatch, 1)
+    pipeline = load(tiny_model)
+    assert [picture.tobytes() for picture in pipeline("a cat", count=2, guidance=1, **SETTINGS)] == expected
+    assert pipeline.parts.names == set()
+    assert pipeline.parts.loads == {"text 0": 1, "unet": 2, "vae": 2}
+
+
+def test_a_changed_decision_reloads(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less memory, other weights; and what is reported is what ran."""
+    pipeline = load(tiny_model, "auto")
+
+    def ran() -> tuple[str, bool]:
+        unets: list[Any] = []
+        job = pipeline.prepare(Request("a cat", **SETTINGS))
+        (picture,) = pipeline.paint(job, lambda step: unets.append(pipeline.parts._loaded["unet"].part))
+        return picture.weights, any(isinstance(module, Quantized) for module in unets[-1].modules())
+
+    assert ran() == ("resident", False)
+    with_memory(monkeypatch, 1, pipeline)
+    assert ran() == ("quantized", True)
+    assert pipeline.parts.loads["unet"] == 2
+    monkeypatch.undo()
+    assert ran() == ("resident", False)
+    assert ran() == ("resident", False)
+    assert pipeline.parts.loads["unet"] == 3
+    pipeline.execution = replace(pipeline.execution, dtype=torch.bfloat16)
+    pipeline("a cat", **SETTINGS)
+    assert pipeline.parts.loads["unet"] == 4
+    assert pipeline.parts.loads["vae"] >= 2
+
+
+def test_what_is_loaded_already_does_not_change_the_plan(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory that the first picture's model takes is not missing for the second's."""
+    pipeline = load(tiny_model, "auto")
+    job = pipeline.prepare(Request("a cat", **SETTINGS))
+    total = 0
+    while total == 0 or not pipeline.memory_plan(job).keep:  # the least with which anything is kept
+        total += 100_000
+        with_memory(monkeypatch, total, pipeline)
+    before = pipeline.memory_plan(job)
+    (first,) = pipeline.paint(job)
+    assert pipeline.parts.nbytes > 100_000, "nothing was kept, so nothing could be missing"
+    assert pipeline.memory_plan(job) == before
+    (second,) = pipeline.paint(job)
+    assert pipeline.parts.loads["unet"] == 1
+    assert first.image.tobytes() == second.image.tobytes()
+
+
+class Capture:
+    """Stands for CudaCapture where there is no GPU."""
+
+    made: ClassVar[list[Capture]] = []
+
+    def __init__(self, device: torch.device) -> None:
+        self.captures = 0
+        self.made.append(self)
+
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        self.captures += 1
+        return run
+
+    def reserved(self) -> int:
+        return 1000 * self.captures
+
+
+@pytest.mark.parametrize("weights", ["quantized", "resident"])
+def test_a_step_is_captured_once_a_unet_and_shape(
+    tiny_model: Path, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = load(tiny_model, weights)
+    plain = pipeline("a cat", count=2, **SETTINGS)
+    monkeypatch.setattr("gguf_sd.pipeline.use_graphs", lambda *asked: True)
+    monkeypatch.setattr("gguf_sd.runtime.parts.CudaCapture", Capture)
+    monkeypatch.setattr(Capture, "made", [])
+    job = pipeline.prepare(Request("a cat", count=2, **SETTINGS))
+    for _ in range(2):
+        painted = list(pipeline.paint(job))
+        assert [p.image.tobytes() for p in painted] == [p.tobytes() for p in plain]
+        assert [p.graph_bytes for p in painted] == [1000, 1000]
+    assert [capture.captures for capture in Capture.made] == [1]
+    pipeline.parts.drop("unet")
+    assert pipeline.parts.graph_bytes == 0
+    list(pipeline.paint(job))
+    assert [capture.captures for capture in Capture.made] == [1, 1], "graphs outlived their UNet"
+
+
+def test_parts_go_by_kind(tiny_model: Path) -> None:
+    pipeline = load(tiny_model)
+    pipeline("a cat", **SETTINGS)
+    pipeline.parts.drop_all(but=frozenset({"text", "vae"}))
+    assert pipeline.parts.names == {"text 0", "vae"}
+    pipeline.parts.drop_all()
+    assert (pipeline.parts.names, pipeline.parts.nbytes) == (set(), 0)
+
+
+def test_the_sizes_of_parts(tiny_model: Path) -> None:
+    pipeline = load(tiny_model, "resident")
+    values = pipeline.parts.values()
+    pipeline("a cat", **(SETTINGS | {"safety": "blur"}))
+    loaded = {name: sum(p.numel() for p in x.part.parameters()) for name, x in pipeline.parts._loaded.items()}
+    assert loaded == {"text 0": values.text[0], "unet": values.unet, "vae": values.vae, "safety": values.safety}
