@@ -82,7 +82,7 @@ def checked(kind: Any, value: Any, name: str) -> Any:
         if value is None:
             return None
         (kind,) = (option for option in typing.get_args(kind) if option is not type(None))
-        return checked(kind, value, name)
+        return checked(Annotated[kind, *rules] if rules else kind, value, name)
     result = _converted(kind, value, name, rules)
     if not all(rule.fits(result) for rule in rules):
         raise _refused(kind, value, name, rules)
