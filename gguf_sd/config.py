@@ -139,7 +139,7 @@ class SchedulerConfig(_Config):
     beta_end: Fraction = 0.012
     beta_schedule: Annotated[str, OneOf("scaled_linear", "linear", "squaredcos_cap_v2")] = "scaled_linear"
     prediction_type: Annotated[str, OneOf("epsilon", "v_prediction", "sample")] = "epsilon"
-    timestep_spacing: Annotated[str | None, OneOf("leading", "trailing", "linspace")] = None  # None: each sampler's own
+    timestep_spacing: Annotated[str, OneOf("leading", "trailing", "linspace")] | None = None  # None: each sampler's own
     steps_offset: Annotated[int, Between(0, 100)] = 1
     set_alpha_to_one: bool | None = False  # None: each sampler's own
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from gguf_sd import Pipeline
-from gguf_sd.config import SD15, SDXL, SDXL_TURBO
+from gguf_sd.config import SD15, SDXL, SDXL_TURBO, SchedulerConfig
 from gguf_sd.sampling import SAMPLERS, make_schedule
 from gguf_sd_convert.convert import ConvertOptions, convert
 from gguf_sd_convert.sources.diffusers_config import read_model_config
@@ -137,3 +137,9 @@ def test_the_schedule_of_k_diffusion_where_none_is_named(sampler: str) -> None:
 
 def test_the_schedule_of_ddim_where_none_is_named() -> None:
     assert make_schedule(SD15.scheduler, "ddim", steps=20).timesteps.tolist() == list(range(951, 0, -50))
+
+
+def test_an_unknown_spacing_in_a_file_is_refused() -> None:
+    with pytest.raises(ValueError, match="timestep_spacing is 'even'"):
+        SchedulerConfig.from_dict({"timestep_spacing": "even"})
+    assert SchedulerConfig.from_dict({"timestep_spacing": None}).timestep_spacing is None
