@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import time
@@ -65,6 +66,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from gguf_sd.demo.sheet import contact_sheet
     from gguf_sd.imaging.atomic_write import save_png
+    from gguf_sd.imaging.png_metadata import PARAMETERS, version
 
     if args.pictures < len(SHOWN):
         raise GgufSdError(f"--pictures is {args.pictures}; the sheet shows {len(SHOWN)}")
@@ -72,11 +74,12 @@ def run(args: argparse.Namespace) -> int:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise GgufSdError(f"cannot create {args.output}: {error.strerror}; choose another --output") from error
+    _check_files(args.output)
     rows, pictures = compare(args)
     columns = [(f"{r.type.upper()}  {r.unet_bytes / 1e6:.1f} MB", _quality(r)) for r in rows]
     shown = [pictures[row.type][: len(SHOWN)] for row in rows]
     sheet = args.output / "sheet.png"
-    save_png(contact_sheet(SHOWN, columns, shown), sheet)
+    save_png(contact_sheet(SHOWN, columns, shown), sheet, {PARAMETERS: f"Version: {version()}"})
     if args.json:
         print(json.dumps({"sheet": str(sheet), "types": [asdict(row) for row in rows]}, indent=2))
     elif not args.quiet:
@@ -84,6 +87,25 @@ def run(args: argparse.Namespace) -> int:
         print(f"\n{sheet}: the same prompts and seeds with each type")
         print(f'paint your own: gguf-sd generate {args.output}/demo-q4_0.gguf -p "a red ring above a green square"')
     return 0
+
+
+def _check_files(folder: Path) -> None:
+    """Files of an earlier demo are replaced. Raises GgufSdError where one of another origin has such a name."""
+    from gguf_sd.checkpoint.gguf_file import GGUFFile
+    from gguf_sd.checkpoint.metadata_keys import SOURCE_NAME
+    from gguf_sd.demo import model_folder
+    from gguf_sd.imaging.png_metadata import written_by_us
+
+    def of_demo(path: Path) -> bool:
+        try:
+            return bool(GGUFFile(path).metadata.get(SOURCE_NAME) == model_folder().name)
+        except GgufSdError:
+            return False
+
+    models = [folder / f"demo-{kind}.gguf" for kind in TYPES]
+    for path, ours in [*((path, of_demo) for path in models), (folder / "sheet.png", written_by_us)]:
+        if os.path.lexists(path) and (path.is_symlink() or not ours(path)):
+            raise GgufSdError(f"{path} exists and is not of an earlier demo; choose another --output")
 
 
 def compare(args: argparse.Namespace) -> tuple[list[Row], dict[str, list[Image.Image]]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from gguf_sd.cli.demo import _check_files
 from gguf_sd.cli.main import main
 from gguf_sd.demo.check import judge
 from gguf_sd.demo.world import parse
@@ -24,7 +25,17 @@ def test_table_and_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert rows[0]["psnr"] is None
     assert rows[1]["psnr"] > rows[2]["psnr"] >= rows[3]["psnr"]
     assert rows[0]["correct"] == 1
+    _check_files(tmp_path / "demo")  # a second run may replace them
     assert Image.open(report["sheet"]).size == (4 * 140 + 202, 6 * 140 + 64)
+
+
+@pytest.mark.parametrize("name", ["sheet.png", "demo-q4_0.gguf"])
+def test_files_of_others_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    assert main(["demo", "-o", str(tmp_path), "--pictures", "6", "--quiet"]) == 2
+    assert f"{name} exists and is not of an earlier demo" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_too_few_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
