@@ -1,19 +1,13 @@
-"""Settings as Python callers give them: numbers of numpy's, paths as strings, pictures or where they lie, lists of
-prompts."""
+"""Settings as Python callers give them: keywords, paths as strings, pictures or where they lie, lists of prompts."""
 
 from __future__ import annotations
 
 import difflib
-import operator
 import os
-import types
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from gguf_sd.errors import GgufSdError
 from gguf_sd.imaging.images import open_image
@@ -58,9 +52,9 @@ def gguf_path(value: Any) -> Path:
 
 
 def requests(prompt: str | Sequence[str], settings: Mapping[str, Any]) -> list[Request]:
-    """A request for each prompt. Raises GgufSdError for an unknown setting, naming those that are near, and for values
-    of the wrong kind."""
-    check_known(settings, list(_HINTS))
+    """A request for each prompt. Raises GgufSdError for an unknown setting, naming those that are near, and for
+    prompts that are no text."""
+    check_known(settings, [field.name for field in fields(Request)])
     shared = {name: value for name, value in settings.items() if name not in ("prompt", "negative_prompt")}
     prompts = _texts("prompt", prompt)
     negatives = _texts("negative_prompt", settings.get("negative_prompt"))
@@ -70,7 +64,7 @@ def requests(prompt: str | Sequence[str], settings: Mapping[str, Any]) -> list[R
         raise GgufSdError(
             f"negative_prompt has {len(negatives)} texts for {len(prompts)} prompts; give one for each, or one for all"
         )
-    first = plain(Request(**shared))
+    first = with_pictures(Request(**shared))
     return [replace(first, prompt=a or "", negative_prompt=b) for a, b in zip(prompts, negatives, strict=True)]
 
 
@@ -87,15 +81,14 @@ def counted_up(first: Job, requests: Sequence[Request]) -> list[Job]:
     ]
 
 
-def plain(request: Request) -> Request:
-    """The request in Python's own types, None where it stands for a default replaced by it."""
-    values = {f.name: getattr(request, f.name) for f in fields(Request)}
-    defaults = {f.name: f.default for f in fields(Request) if f.default is not MISSING}
-    converted: dict[str, Any] = {
-        name: defaults.get(name) if value is None else _converted(name, value, _HINTS[name])
-        for name, value in values.items()
+def with_pictures(request: Request) -> Request:
+    """The request with the pictures that its paths lead to."""
+    opened: dict[str, Any] = {
+        name: open_image(Path(value))
+        for name in ("image", "mask")
+        if isinstance(value := getattr(request, name), str | os.PathLike)
     }
-    return Request(**converted)
+    return replace(request, **opened)
 
 
 def check_known(settings: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -124,59 +117,3 @@ def _texts(name: str, value: Any) -> list[str | None]:
         if not isinstance(text, str) and text is not None:
             raise GgufSdError(f"{name} takes a text, or a list of texts, got {text!r}")
     return texts
-
-
-def _converted(name: str, value: Any, hint: Any) -> Any:
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    kind = next(kind for kind in kinds if kind is not type(None))
-    if typing.get_origin(kind) is tuple:
-        if not _listed(value) or len(value) != len(typing.get_args(kind)):
-            raise GgufSdError(f"{name} takes {len(typing.get_args(kind))} numbers, got {value!r}")
-        pairs = zip(value, typing.get_args(kind), strict=True)
-        return tuple(_converted(name, item, part) for item, part in pairs)
-    converters = {int: _whole, float: _number, str: _text, bool: _truth, Image.Image: _picture}
-    return converters[kind](name, value) if kind in converters else value
-
-
-def _whole(name: str, value: Any) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise GgufSdError(f"{name} takes a whole number, got {value!r}") from None
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        if isinstance(value, str | bytes | bool):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise GgufSdError(f"{name} takes a number, got {value!r}") from None
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise GgufSdError(f"{name} takes a text, got {value!r}")
-    return value
-
-
-def _truth(name: str, value: Any) -> bool:
-    try:
-        return bool(operator.index(value))  # Python's and numpy's
-    except TypeError:
-        if type(value).__name__ in ("bool", "bool_"):  # numpy's has no index
-            return bool(value)
-        raise GgufSdError(f"{name} takes True or False, got {value!r}") from None
-
-
-def _picture(name: str, value: Any) -> Image.Image:
-    if isinstance(value, Image.Image):
-        return value
-    if isinstance(value, str | os.PathLike):
-        return open_image(Path(value))
-    raise GgufSdError(f"{name} takes a PIL image or a path, got {type(value).__name__}")
-
-
-_HINTS = typing.get_type_hints(Request)

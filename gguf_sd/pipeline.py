@@ -124,7 +124,7 @@ class Pipeline:
 
     def prepare(self, request: Request) -> Job:
         """Checks a request against the model."""
-        return prepare(keywords.plain(request), self.model.config)
+        return prepare(keywords.with_pictures(request), self.model.config)
 
     def paint(self, jobs: Job | Sequence[Job], on_step: OnStep = lambda step: None) -> Iterator[Picture]:
         """Yields the pictures of a job, or of several in turn, as they are finished; ``on_step`` is called after every

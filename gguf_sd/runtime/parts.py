@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -18,8 +18,9 @@ from typing import cast
 import torch
 from torch import nn
 
-from gguf_sd.checkpoint.model_file import XL_TEXTS, ModelFile
-from gguf_sd.checkpoint.tensor_names import SAFETY, TEXT, UNET, VAE
+from gguf_sd.checkpoint.check_tensors import text_names
+from gguf_sd.checkpoint.model_file import ModelFile
+from gguf_sd.checkpoint.tensor_names import SAFETY, UNET, VAE
 from gguf_sd.checkpoint.vae_file import VAEFile
 from gguf_sd.models.safety import SafetyChecker
 from gguf_sd.models.text import TextEncoder
@@ -111,17 +112,21 @@ class Parts:
 
     def values(self) -> PartValues:
         """How many weights each part has, from the file's header."""
-        tensors = [(name, self.model.file.tensors[stored]) for name, stored in self.model.names.items()]
+        names, tensors = self.model.names, self.model.file.tensors
 
-        def count(prefix: str) -> int:
-            return sum(prod(info.shape) for name, info in tensors if name.startswith(prefix))
+        def under(prefix: str) -> list[str]:
+            return [name for name in names if name.startswith(prefix) and name not in self.model.strays]
 
+        def count(wanted: Iterable[str]) -> int:
+            return sum(prod(tensors[names[name]].shape) for name in wanted)
+
+        encoders = len(self.model.config.text)
         return PartValues(
-            unet=count(UNET),
-            unet_bytes=sum(info.nbytes for name, info in tensors if name.startswith(UNET)),
-            text=tuple(map(count, XL_TEXTS if len(self.model.config.text) > 1 else (TEXT,))),
-            vae=count(VAE),
-            safety=0 if self.model.config.safety is None else count(SAFETY),
+            unet=count(under(UNET)),
+            unet_bytes=sum(tensors[names[name]].nbytes for name in under(UNET)),
+            text=tuple(count(text_names(names, encoders, index).values()) for index in range(encoders)),
+            vae=count(under(VAE)),
+            safety=0 if self.model.config.safety is None else count(under(SAFETY)),
         )
 
     def drop(self, name: str) -> None:

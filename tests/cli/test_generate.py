@@ -244,7 +244,8 @@ def test_a_gpu_that_was_not_measured_is_noted(device: str, asked: str, kernels: 
         model=SimpleNamespace(config=SimpleNamespace(safety=None)),
         device=torch.device(device),
         kernels=kernels,
-        plan=SimpleNamespace(weights=weights),
+        memory_plan=lambda job: SimpleNamespace(weights=weights),
     )
-    notes = list(_notes(pipeline, argparse.Namespace(safety="off", kernels=asked)))
+    job: Any = None
+    notes = list(_notes(pipeline, job, argparse.Namespace(safety="off", kernels=asked)))
     assert any("try --kernels fused" in note for note in notes) == noted
