@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gguf_sd.atomic_write import put_in_place, temporary_beside
 from gguf_sd.errors import GgufSdError
-from gguf_sd.imaging.atomic_write import put_in_place, temporary_beside
 from gguf_sd_convert.quantize.policy import Stored
 
 ALIGNMENT = 32

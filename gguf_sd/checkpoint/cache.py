@@ -19,8 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from gguf_sd.atomic_write import put_in_place, temporary_beside
 from gguf_sd.errors import GgufSdError
-from gguf_sd.imaging.atomic_write import put_in_place, temporary_beside
 from gguf_sd.json_text import read_json_object
 
 CHUNK = 1 << 24  # bytes read at once

@@ -65,8 +65,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from gguf_sd.demo.sheet import contact_sheet
-    from gguf_sd.imaging.atomic_write import save_png
     from gguf_sd.imaging.png_metadata import PARAMETERS, version
+    from gguf_sd.imaging.save_png import save_png
 
     if args.pictures < len(SHOWN):
         raise GgufSdError(f"--pictures is {args.pictures}; the sheet shows {len(SHOWN)}")

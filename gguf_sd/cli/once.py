@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from gguf_sd.atomic_write import put_in_place, temporary_beside
 from gguf_sd.checkpoint.cache import cache_folder
 from gguf_sd.errors import GgufSdError
-from gguf_sd.imaging.atomic_write import put_in_place, temporary_beside
 
 TOLD = "told.json"
 REMEMBERED = 1000  # pairs of note and model; the oldest are told again

@@ -13,8 +13,8 @@ from pathlib import Path
 from PIL import Image
 
 from gguf_sd.errors import GgufSdError
-from gguf_sd.imaging.atomic_write import save_png
 from gguf_sd.imaging.png_metadata import PARAMETERS, written_by_us
+from gguf_sd.imaging.save_png import save_png
 
 STEM = "out"
 NUMBERED = re.compile(rf"{STEM}-([0-9]{{4,9}})(?:\.preview)?\.png", re.IGNORECASE)

@@ -84,7 +84,7 @@ def test_everything_of_an_inpainting_comes_back(model: Path, tmp_path: Path) -> 
 
 
 def test_flags_override_an_unknown_sampler(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from gguf_sd.imaging.atomic_write import save_png
+    from gguf_sd.imaging.save_png import save_png
 
     text = "a cat\nSteps: 2, Sampler: Restart 2000, Schedule type: Odd, Seed: 4, Size: 32x32"
     save_png(Image.new("RGB", (8, 8)), Path("a.png"), {"parameters": text})

@@ -158,7 +158,10 @@ def test_long_names_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_cli(tiny_pipeline: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cli(
+    tiny_pipeline: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # bars are for terminals
     target = tmp_path / "x.gguf"
     arguments = ["convert", str(tiny_pipeline()), "-o", str(target), "--type", "q4_0"]
     assert main(arguments) == 0

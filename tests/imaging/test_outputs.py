@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from gguf_sd.errors import GgufSdError
-from gguf_sd.imaging.atomic_write import save_png
 from gguf_sd.imaging.outputs import Outputs
+from gguf_sd.imaging.save_png import save_png
 
 OURS = "a cat\nSteps: 2, Version: gguf-sd 0.1.0"
 RED = Image.new("RGB", (8, 8), "red")

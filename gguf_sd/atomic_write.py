@@ -8,9 +8,6 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-
 from gguf_sd.errors import GgufSdError
 
 
@@ -60,20 +57,3 @@ def _sync_folder(path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def save_png(image: Image.Image, target: Path, text: dict[str, str] | None = None, replace: bool = True) -> None:
-    """Writes a PNG with text chunks. Raises GgufSdError where that cannot be done, and FileExistsError where there is
-    a file already that is not to be replaced."""
-    info = PngInfo()
-    for key, value in (text or {}).items():
-        info.add_text(key, value)  # becomes iTXt, which is UTF-8, where Latin-1 does not do
-    put = put_in_place if replace else put_if_free
-    try:
-        with temporary_beside(target) as temporary:
-            image.save(temporary, format="PNG", pnginfo=info)
-            put(temporary, target)
-    except FileExistsError:
-        raise
-    except OSError as error:
-        raise GgufSdError(f"cannot write {target}: {error.strerror or error}") from error
