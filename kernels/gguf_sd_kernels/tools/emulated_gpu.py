@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from gguf_sd_kernels import devices
 from gguf_sd_kernels.tools.code_object import CodeObject, pack_kernargs, parse_code_object
 from gguf_sd_kernels.tools.emulator import WAVE, Emulator
+from gguf_sd_kernels.tuning.launch import Prepared
 
 ARCHITECTURE = "gfx1100"
 SHARED_BYTES, THREADS = 64 * 1024, 1024  # of a work group, at most
@@ -88,13 +90,24 @@ def _address(value: Any) -> int | float:
 
 @contextmanager
 def emulated_gpu(emulator: Emulator) -> Iterator[EmulatedGpu]:
-    """Within the block, Triton launches on CPU tensors run in ``emulator``."""
+    """Within the block, Triton's launches on CPU tensors run in ``emulator``, and launches are chosen as for its GPU.
+
+    Raises RuntimeError where Triton was told to interpret kernels instead of compiling them.
+    """
+    from triton import knobs
     from triton.runtime import driver
 
+    if knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set, and then kernels are not compiled; unset it")
     gpu = EmulatedGpu(emulator)
-    before = driver._active
+    active, buffers = driver._active, knobs.amd.use_buffer_ops
     driver.set_active(gpu)
+    devices.stands_in = devices.Gpu(f"emulated {ARCHITECTURE}", devices.architecture_family(ARCHITECTURE), PROCESSORS)
+    knobs.amd.use_buffer_ops = False
+    Prepared.forget()
     try:
         yield gpu
     finally:
-        driver._active = before
+        driver._active, knobs.amd.use_buffer_ops = active, buffers
+        devices.stands_in = devices.INTERPRETER
+        Prepared.forget()

@@ -9,7 +9,7 @@ Device pointers are host pointers: the emulated memory is this process's. Mended
 - ``v_permlanex16`` ignores a literal third operand.
 - Waves of a work group share one scratch area. Here each wave has its own.
 - Buffer instructions (MUBUF) are not emulated. ``buffer_gl0_inv`` and ``buffer_gl1_inv`` do nothing here, as no cache
-  is modelled; loads and stores are avoided by compiling with ``AMDGCN_USE_BUFFER_OPS=0``.
+  is modelled; loads and stores are avoided by compiling with ``AMDGCN_USE_BUFFER_OPS=0``, as :mod:`gguf_sd_kernels.tools.emulated_gpu` does.
 
 It needs clang, which compiles each form of instruction once.
 """

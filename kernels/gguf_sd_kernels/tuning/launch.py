@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from gguf_sd_kernels.devices import Gpu
+from gguf_sd_kernels.devices import INTERPRETER, Gpu, gpu_of
 
 # Tiles of M walked before the next of N, so that programs that run together share operands in the L2 cache. A
 # customary value, not measured here.
@@ -49,11 +49,11 @@ class Launch:
 
     def decoding(self, device: torch.device, dtype: torch.dtype) -> dict[str, bool | int]:
         """What the kernels that decode weights to ``dtype`` take besides."""
-        cpu = device.type == "cpu"  # Triton's interpreter, which knows no inline PTX and no bfloat16 product
+        interpreted = gpu_of(device) is INTERPRETER  # which knows no bfloat16 product
         return {
             "SWAP": self.swap,
             "PTX": self.ptx and device.type == "cuda" and not torch.version.hip,
-            "WIDEN": cpu and dtype == torch.bfloat16,
+            "WIDEN": interpreted and dtype == torch.bfloat16,
             "BLOCK_K": self.block_k,
         }
 
