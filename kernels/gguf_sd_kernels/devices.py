@@ -34,8 +34,8 @@ def architecture_family(architecture: str) -> str | None:
     return "wmma" if architecture.startswith(("gfx11", "gfx12")) else None
 
 
-# What CPU tensors count as being on where Triton's interpreter runs the kernels; few multiprocessors, so that K is split
-# at times. tools.emulated_gpu puts another one in its place.
+# What CPU tensors count as being on where Triton's interpreter runs the kernels; few multiprocessors, so that K is
+# split at times. tools.emulated_gpu puts another one in its place.
 INTERPRETER = Gpu("cpu", "mma", 4)
 stands_in = INTERPRETER
 
@@ -43,6 +43,11 @@ stands_in = INTERPRETER
 def gpu_of(device: torch.device) -> Gpu:
     """What ``device`` is; for a CPU, what stands in for a GPU there."""
     return stands_in if device.type == "cpu" else _gpu_of(device)
+
+
+def emulated(device: torch.device) -> bool:
+    """Whether ``device`` is a CPU that executes a GPU's machine code."""
+    return device.type == "cpu" and stands_in is not INTERPRETER
 
 
 @cache

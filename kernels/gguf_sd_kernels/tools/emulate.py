@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ MODEL_CASES = "benchmarks.lib.emulated_model"
 
 @dataclass(frozen=True)
 class Executed:
-    """What came of a case: ``error`` is relative, in the Euclidean norm; for a picture ``psnr`` in dB says more."""
+    """What came of a case, its ``error`` as in :meth:`Case.error`, and ``psnr`` in dB for a picture."""
 
     kernel: str
     launch: str
@@ -61,9 +63,7 @@ def execute(case: Case, gpu: EmulatedGpu) -> Executed:
     try:
         with torch.inference_mode():
             got, want = case.run()
-        error = float((got.double() - want).norm() / want.norm())
-        if got.shape != want.shape:
-            fault = f"the result is {list(got.shape)}, not {list(want.shape)}"
+        error = case.error(got, want)
     except Exception as exception:  # of the compiler, the emulator or our launch: a line of the table
         fault = f"{type(exception).__name__}: {exception}"
     launches = gpu.launches.total() - before
@@ -76,27 +76,27 @@ def execute(case: Case, gpu: EmulatedGpu) -> Executed:
         round(time.perf_counter() - start, 3),
         round(gpu.seconds - emulated, 3),
         launches,
+        psnr=-20 * math.log10(error) if case.is_picture and error > 0 else None,
         fault=fault or ("" if launches else "nothing was launched"),
     )
 
 
-def run_all(gpu: EmulatedGpu, only: str, sample: int, picture: bool) -> Iterator[Executed]:
-    """Every case whose name has ``only`` in it, or each ``sample``-th of them, then whole steps and the picture."""
+def chosen_cases(only: str, every: int, picture: bool) -> Iterator[Case]:
+    """Each ``every``-th of the kernels' cases named like ``only``, then whole steps and a picture so named."""
     family = devices.architecture_family(ARCHITECTURE)
     assert family is not None
-    for case in [case for case in cases(family) if only in case.name][::sample]:
-        yield execute(case, gpu)
-    if any(only in name for name in ("unet", "picture")):
-        yield from _model_cases(gpu, only, picture)
+    yield from [case for case in cases(family) if only in case.name][::every]
+    if find_spec(MODEL_CASES.partition(".")[0]) is None:
+        print(f"no {MODEL_CASES} here: the UNet and the picture need the repository as the current folder")
+        return
+    yield from (case for case in _model_cases(picture) if only in case.name)
 
 
-def _model_cases(gpu: EmulatedGpu, only: str, picture: bool) -> Iterator[Executed]:
+def _model_cases(picture: bool) -> Iterator[Case]:
     model: Any = importlib.import_module(MODEL_CASES)
-    for case in model.unet_cases():
-        if only in case.name:
-            yield execute(case, gpu)
+    yield from model.unet_cases()
     if picture:
-        yield from model.picture(gpu, Executed)
+        yield from model.picture_cases()
 
 
 def line(done: Executed) -> str:
@@ -136,9 +136,9 @@ def main() -> None:
     titles = "error", "seconds", "emulated"
     print(f"{'kernel':16} {'launch':36} {'shape':18} {titles[0]:>9} {titles[1]:>8} {titles[2]:>8}   launches")
     with emulated_gpu(emulator) as gpu:
-        for done in run_all(gpu, args.only, max(1, args.every), args.picture):
-            results.append(done)
-            print(line(done), flush=True)
+        for case in chosen_cases(args.only, max(1, args.every), args.picture):
+            results.append(execute(case, gpu))
+            print(line(results[-1]), flush=True)
     if args.json:
         report = versions() | {"results": [asdict(done) for done in results]}
         args.json.write_text(json.dumps(report, indent=1) + "\n")

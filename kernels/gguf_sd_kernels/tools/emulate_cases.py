@@ -7,6 +7,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 
 import torch
@@ -35,6 +36,7 @@ class Case:
     shape: str
     limit: float
     run: Callable[[], Outcome]
+    is_picture: bool = False  # values from 0 to 1, whose error is the root of the mean square
 
     @property
     def name(self) -> str:
@@ -42,6 +44,13 @@ class Case:
 
     def seed(self) -> int:
         return zlib.crc32(self.name.encode())
+
+    def error(self, got: Tensor, want: Tensor) -> float:
+        """Relative in the Euclidean norm. Raises ValueError for another shape than the wanted one."""
+        if got.shape != want.shape:
+            raise ValueError(f"the result is {list(got.shape)}, not {list(want.shape)}")
+        scale = math.sqrt(want.numel()) if self.is_picture else want.norm()
+        return float((got.double() - want).norm() / scale)
 
 
 def cases(family: str) -> Iterator[Case]:
@@ -69,25 +78,14 @@ def _products(launch: Launch, qtype: str, dtype: torch.dtype, *, int8: bool) -> 
         limit, prefix = (INT8_LIMIT, "int8 ") if int8 else (LIMIT, "")
         m, n = launch.block_m * 3 // 2 + 5, launch.block_n * 3 // 2  # a whole tile and a part of one each way
         k = 4 * launch.block_k + 32 * (launch.block_k == 32)
-        for geglu in (False, True):
-
-            def linear(n: int = n * (1 + geglu), geglu: bool = geglu, cut: Launch = cut) -> Outcome:
-                return run_linear(m, n, k, qtype, dtype, cut, geglu=geglu, int8=int8)
-
-            yield Case(f"{prefix}{'geglu' if geglu else 'linear'}", words, f"{m}x{n * (1 + geglu)}x{k}", limit, linear)
+        for op, rows in (("linear", n), ("geglu", 2 * n)):
+            multiply = partial(run_linear, m, rows, k, qtype, dtype, cut, geglu=op == "geglu", int8=int8)
+            yield Case(f"{prefix}{op}", words, f"{m}x{rows}x{k}", limit, multiply)
         for side in (1, 3):
             channels = launch.block_k * (3 if side == 1 else 1)
-            picture = (2, channels, 9, math.ceil(launch.block_m / 12))
-
-            def conv(
-                picture: tuple[int, ...] = picture,
-                weight: tuple[int, ...] = (n, channels, side, side),
-                cut: Launch = cut,
-            ) -> Outcome:
-                return run_conv(picture, weight, qtype, dtype, cut, int8=int8)
-
-            shape = f"{'x'.join(map(str, picture))} to {n}"
-            yield Case(f"{prefix}conv {side}x{side}", words, shape, limit, conv)
+            picture = 2, channels, 9, math.ceil(launch.block_m / 12)
+            convolve = partial(run_conv, picture, (n, channels, side, side), qtype, dtype, cut, int8=int8)
+            yield Case(f"{prefix}conv {side}x{side}", words, f"{_sizes(picture)} to {n}", limit, convolve)
 
 
 def _words(launch: Launch) -> str:
@@ -122,7 +120,7 @@ def run_conv(
     from gguf_sd_kernels.triton.conv import conv2d_fused
     from gguf_sd_kernels.triton.int8 import conv2d_int8
 
-    out, channels, side, _ = shape
+    out, _, side, _ = shape
     weight = random_weight(qtype, shape, tap_major=True)
     x, bias = torch.randn(picture).to(dtype), torch.randn(out).to(dtype)
     emb, residual = torch.randn(picture[0], out).to(dtype), torch.randn(picture[0], out, *picture[2:]).to(dtype)

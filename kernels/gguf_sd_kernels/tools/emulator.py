@@ -9,7 +9,8 @@ Device pointers are host pointers: the emulated memory is this process's. Mended
 - ``v_permlanex16`` ignores a literal third operand.
 - Waves of a work group share one scratch area. Here each wave has its own.
 - Buffer instructions (MUBUF) are not emulated. ``buffer_gl0_inv`` and ``buffer_gl1_inv`` do nothing here, as no cache
-  is modelled; loads and stores are avoided by compiling with ``AMDGCN_USE_BUFFER_OPS=0``, as :mod:`gguf_sd_kernels.tools.emulated_gpu` does.
+  is modelled; loads and stores are avoided by compiling with ``AMDGCN_USE_BUFFER_OPS=0``, as
+  :mod:`gguf_sd_kernels.tools.emulated_gpu` does.
 
 It needs clang, which compiles each form of instruction once.
 """
@@ -84,7 +85,8 @@ class Emulator:
 
     def _keep_decoded(self) -> None:
         """Decodes each instruction once, not once a launch."""
-        decode, known = self.emu._decode_at, {}  # type: ignore[var-annotated]
+        known: dict[int, Any] = {}
+        decode = self.emu._decode_at
 
         def decode_at(address: int, arch: str) -> Any:
             if address not in known:
@@ -154,7 +156,7 @@ def _mend_row_xmask(emu: Any) -> None:
         kind, mask = emu.decode_dpp16(dpp)
         if kind != "row_xmask":
             return control(lane, dpp, *masks)
-        source, enabled, valid = control(lane, IDENTITY, *masks)
+        _, enabled, valid = control(lane, IDENTITY, *masks)
         return lane.cast(emu.dtypes.int) ^ emu.UOp.const(mask, emu.dtypes.int), enabled, valid
 
     emu._dpp16_ctrl = dpp16_control
