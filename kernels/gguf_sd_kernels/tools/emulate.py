@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.util import find_spec
@@ -81,15 +81,20 @@ def execute(case: Case, gpu: EmulatedGpu) -> Executed:
     )
 
 
-def chosen_cases(only: str, every: int, picture: bool) -> Iterator[Case]:
-    """Each ``every``-th of the kernels' cases named like ``only``, then whole steps and a picture so named."""
+def chosen_cases(only: Sequence[str], every: int, picture: bool) -> Iterator[Case]:
+    """Each ``every``-th of the kernels' cases with one of ``only`` in its name, then whole steps and a picture so
+    named."""
     family = devices.architecture_family(ARCHITECTURE)
     assert family is not None
-    yield from [case for case in cases(family) if only in case.name][::every]
+    yield from [case for case in cases(family) if _named(case, only)][::every]
     if find_spec(MODEL_CASES.partition(".")[0]) is None:
         print(f"no {MODEL_CASES} here: the UNet and the picture need the repository as the current folder")
         return
-    yield from (case for case in _model_cases(picture) if only in case.name)
+    yield from (case for case in _model_cases(picture) if _named(case, only))
+
+
+def _named(case: Case, only: Sequence[str]) -> bool:
+    return any(part in case.name for part in only)
 
 
 def _model_cases(picture: bool) -> Iterator[Case]:
@@ -123,7 +128,9 @@ def versions() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--emulator", type=Path, required=True, help="folder of a checkout of tinygrad")
-    parser.add_argument("--only", default="", help="a part of the names of what is run: kernel, launch and shape")
+    parser.add_argument(
+        "--only", action="append", help="a part of the names of what is run: kernel, launch and shape; may be repeated"
+    )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only each N-th of the kernels' cases")
     parser.add_argument("--picture", action="store_true", help="a picture of the demo model too, in minutes")
     parser.add_argument("--json", type=Path, help="file to write results to")
@@ -136,7 +143,7 @@ def main() -> None:
     titles = "error", "seconds", "emulated"
     print(f"{'kernel':16} {'launch':36} {'shape':18} {titles[0]:>9} {titles[1]:>8} {titles[2]:>8}   launches")
     with emulated_gpu(emulator) as gpu:
-        for case in chosen_cases(args.only, max(1, args.every), args.picture):
+        for case in chosen_cases(args.only or [""], max(1, args.every), args.picture):
             results.append(execute(case, gpu))
             print(line(results[-1]), flush=True)
     if args.json:
