@@ -146,9 +146,9 @@ def main() -> None:
         for case in chosen_cases(args.only or [""], max(1, args.every), args.picture):
             results.append(execute(case, gpu))
             print(line(results[-1]), flush=True)
-    if args.json:
-        report = versions() | {"results": [asdict(done) for done in results]}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+            if args.json:  # after each, so that an interrupted run leaves what it has
+                report = versions() | {"results": [asdict(done) for done in results]}
+                args.json.write_text(json.dumps(report, indent=1) + "\n")
     faults = sum(not done.ok for done in results)
     print(f"{len(results)} executed, {faults} with faults, {sum(done.launches for done in results)} launches")
     sys.exit(bool(faults) or not results)

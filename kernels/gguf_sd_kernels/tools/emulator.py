@@ -5,7 +5,7 @@ Device pointers are host pointers: the emulated memory is this process's. Mended
 
 - A DPP instruction whose destination is its source reads lanes that it has already overwritten. Here such
   instructions read a copy of the registers.
-- The DPP control ``row_xmask`` is missing.
+- The DPP control ``row_xmask`` (0x160 on) is taken for another. Triton 3.9 uses it in reductions.
 - ``v_permlanex16`` ignores a literal third operand.
 - Waves of a work group share one scratch area. Here each wave has its own.
 - Buffer instructions (MUBUF) are not emulated. ``buffer_gl0_inv`` and ``buffer_gl1_inv`` do nothing here, as no cache
@@ -149,15 +149,15 @@ def _on_snapshot(function: Callable[..., Any], registers: int, snapshot: int) ->
 
 
 def _mend_row_xmask(emu: Any) -> None:
+    """The controls 0x160 to 0x16f: each lane reads the one of its row whose number differs in these bits."""
     control = emu._dpp16_ctrl
     IDENTITY = 0xE4  # quad_perm [0, 1, 2, 3]
 
     def dpp16_control(lane: Any, dpp: int, *masks: Any) -> Any:
-        kind, mask = emu.decode_dpp16(dpp)
-        if kind != "row_xmask":
+        if dpp & 0x1F0 != 0x160:
             return control(lane, dpp, *masks)
         _, enabled, valid = control(lane, IDENTITY, *masks)
-        return lane.cast(emu.dtypes.int) ^ emu.UOp.const(mask, emu.dtypes.int), enabled, valid
+        return lane.cast(emu.dtypes.int) ^ emu.UOp.const(dpp & 0xF, emu.dtypes.int), enabled, valid
 
     emu._dpp16_ctrl = dpp16_control
 
