@@ -15,7 +15,7 @@ from gguf_sd.checkpoint.cache import cache_folder
 from gguf_sd.errors import GgufSdError
 from gguf_sd.models.layers import GroupNorm, LayerNorm, Quantized, resident
 from gguf_sd.models.unet import UNet
-from gguf_sd_kernels.devices import gpu_of
+from gguf_sd_kernels.devices import emulated, gpu_of
 from gguf_sd_kernels.tuning.launch import load_measured, table_name
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def choose_kernels(name: str, weights: str, device: torch.device) -> tuple[str, 
     if name in ("auto", "torch"):
         measured = name == "auto" and device.type == "cuda" and _has_triton() and load_tables(device) > 0
         return ("auto" if measured else "torch"), weights
-    if device.type != "cuda":
+    if device.type != "cuda" and not emulated(device):
         raise GgufSdError(f"kernels {name!r} run on a GPU, the device is {device}; choose torch or auto")
     if not _has_triton():
         raise GgufSdError(f"kernels {name!r} need Triton, which is not installed; choose torch or auto")

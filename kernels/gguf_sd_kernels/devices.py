@@ -34,12 +34,24 @@ def architecture_family(architecture: str) -> str | None:
     return "wmma" if architecture.startswith(("gfx11", "gfx12")) else None
 
 
-@cache
+# What CPU tensors count as being on where Triton's interpreter runs the kernels; few multiprocessors, so that K is
+# split at times. tools.emulated_gpu puts another one in its place.
+INTERPRETER = Gpu("cpu", "mma", 4)
+stands_in = INTERPRETER
+
+
 def gpu_of(device: torch.device) -> Gpu:
-    """What ``device`` is. A CPU, where kernels run in Triton's interpreter, counts as "mma" with 4 multiprocessors, so
-    that K is split there at times."""
-    if device.type == "cpu":
-        return Gpu("cpu", "mma", 4)
+    """What ``device`` is; for a CPU, what stands in for a GPU there."""
+    return stands_in if device.type == "cpu" else _gpu_of(device)
+
+
+def emulated(device: torch.device) -> bool:
+    """Whether ``device`` is a CPU that executes a GPU's machine code."""
+    return device.type == "cpu" and stands_in is not INTERPRETER
+
+
+@cache
+def _gpu_of(device: torch.device) -> Gpu:
     properties = torch.get_device_module(device).get_device_properties(device)
     if device.type != "cuda":
         return Gpu(properties.name, None, properties.max_compute_units)

@@ -75,6 +75,8 @@ def build(case: Case, target: str) -> Built:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from gguf_sd_kernels.triton.launcher import OPTIONS
+
     kernel = case.kernel()
     signature, attrs = {}, {}
     for i, param in enumerate(kernel.params):
@@ -87,7 +89,9 @@ def build(case: Case, target: str) -> Built:
     )
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(case.constants), attrs=attrs)
     with _captured_stderr() as printed:
-        compiled = triton.compile(source, target=gpu, options={"num_warps": case.warps, "num_stages": case.stages})
+        compiled = triton.compile(
+            source, target=gpu, options=OPTIONS | {"num_warps": case.warps, "num_stages": case.stages}
+        )
     shared = compiled.metadata.shared
     built = _inspect_amd(compiled.asm["amdgcn"]) if amd else _inspect_cuda(compiled.asm["cubin"])
     wanted = ""

@@ -16,6 +16,8 @@ from gguf_sd_kernels.devices import as_current, current_device
 
 # Pointers are promised to the compiler as multiples of this many bytes.
 ALIGNMENT = 16
+# What the compiler is told of every kernel. Whether it may join a product and a sum has another default in each Triton.
+OPTIONS = {"enable_fp_fusion": True}
 
 
 class PreparedLaunch:
@@ -38,7 +40,7 @@ class PreparedLaunch:
         self.kernel, self.device = kernel, device
         self.grid = (*grid, 1, 1)[:3]
         self.names: list[str] = kernel.arg_names[: len(kernel.arg_names) - len(numbers) - len(constants)]
-        self.numbers, self.constants, self.options = tuple(numbers), dict(constants), options
+        self.numbers, self.constants, self.options = tuple(numbers), dict(constants), OPTIONS | options
         self._after = (*numbers, *(constants[name] for name in kernel.arg_names[len(self.names) + len(numbers) :]))
         self._number = -1 if device.index is None else device.index  # as Tensor.get_device gives it
         self._start: Callable[..., object] | None = None  # past Triton's dispatch
