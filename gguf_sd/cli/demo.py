@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gguf_sd.demo.world import Scene
 
 TYPES = ("f16", "q8_0", "q4_1", "q4_0")  # the first is the reference
+BATCH = 10  # pictures painted at once
 SHOWN = (
     "a red circle above a blue square",
     "a yellow triangle left of a purple ring",
@@ -128,9 +129,10 @@ def compare(args: argparse.Namespace) -> tuple[list[Row], dict[str, list[Image.I
             pipeline = Pipeline.load(path, args.device, args.dtype, weights="auto")
             pictures[kind] = []
             started = time.perf_counter()
-            for index, scene in enumerate(scenes):
-                pictures[kind] += pipeline(scene.caption, seed=args.seed + index)
-                bar.update()
+            for first in range(0, len(scenes), BATCH):
+                captions = [scene.caption for scene in scenes[first : first + BATCH]]
+                pictures[kind] += pipeline(captions, seed=args.seed + first, batch=BATCH)
+                bar.update(len(captions))
             seconds = (time.perf_counter() - started) / len(scenes)
             unet = describe(pipeline.model)["parts"]["unet"]
             rows.append(
