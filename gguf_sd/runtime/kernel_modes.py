@@ -17,6 +17,7 @@ from gguf_sd.models.layers import GroupNorm, LayerNorm, Quantized, resident
 from gguf_sd.models.unet import UNet
 from gguf_sd_kernels.devices import emulated, gpu_of
 from gguf_sd_kernels.tuning.launch import load_measured, table_name
+from gguf_sd_kernels.tuning.verdicts import keep_verdicts
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,9 @@ def use_kernels(model: UNet, mode: str) -> None:
 def make_resident(model: nn.Module, dtype: torch.dtype, kernels: str = "torch") -> None:
     """Replaces every quantised layer by its full-precision counterpart, in place and where it is; decoded by Triton
     unless ``kernels`` is torch."""
+    device = next(model.parameters()).device
+    if kernels != "torch" and device.type != "cpu":
+        keep_verdicts(device, cache_folder())
     for name, module in list(model.named_modules()):
         if isinstance(module, Quantized):
             model.set_submodule(name, resident(module, dtype, triton=kernels != "torch"))
