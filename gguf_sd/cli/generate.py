@@ -193,3 +193,5 @@ def _notes(pipeline: Pipeline, args: argparse.Namespace) -> Iterator[str]:
     """What the user may not expect."""
     if pipeline.model.config.safety is None and args.safety != "off" and first_time("safety", pipeline.model.path):
         yield "this model carries no safety checker"
+    if args.kernels == "auto" and pipeline.kernels == "torch" and pipeline.device.type == "cuda":
+        yield "Triton is not installed: quantised layers run in plain torch, which is slow; pip install triton"
