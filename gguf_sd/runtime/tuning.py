@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -66,6 +67,8 @@ class Tuning:
     quiet: bool = False  # no progress bar
     again: bool = False  # measure what an earlier run did not reach, or measured at another size alone
     folder: Path = field(default_factory=cache_folder)
+    # The sizes that a UNet, as long as it is there, was made ready for.
+    _ready: WeakKeyDictionary[UNet, set[tuple[int, int, int, torch.dtype]]] = field(default_factory=WeakKeyDictionary)
 
     def run(self, job: Job, device: torch.device) -> Iterator[Event]:
         """What happens, see :mod:`gguf_sd_kernels.tuning.tuner`."""
@@ -107,9 +110,14 @@ class Tuning:
         Does nothing for a UNet that none of its layers has been handed to the kernels, nor costs it anything.
         """
         unet = getattr(unet, "unet", unet)  # out of its CUDA graphs
-        if isinstance(unet, UNet) and any(getattr(m, "fused", False) for m in unet.modules()):
-            batch, _, height, width = latents.shape
-            self.prepare(unet, batch * (2 if guided else 1), height, width, latents.dtype)
+        if not isinstance(unet, UNet) or not any(getattr(m, "fused", False) for m in unet.modules()):
+            return
+        batch, _, height, width = latents.shape
+        size = batch * (2 if guided else 1), height, width, latents.dtype
+        ready = self._ready.setdefault(unet, set())
+        if size not in ready:
+            self.prepare(unet, *size)
+            ready.add(size)
 
     def _follow(self, job: Job, device: torch.device, verdicts: Verdicts, tuned: Tuned) -> bool:
         """Runs the job behind a progress bar and takes in what it tells; False where it could not begin."""

@@ -180,7 +180,7 @@ def test_off_checks_and_measures_nothing(tuning: InProcess) -> None:
     assert not own_table(CPU, tuning.folder).exists()
 
 
-def test_other_modes_and_plain_torch(tuning: InProcess) -> None:
+def test_other_modes_and_plain_torch(tuning: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     latents = torch.zeros(1, 4, 2, 2, dtype=torch.float16)
     tuning.before_steps(random_unet(CONFIG, "Q4_0", torch.float32, CPU), latents, True)
     assert tuning.jobs == []
@@ -188,6 +188,8 @@ def test_other_modes_and_plain_torch(tuning: InProcess) -> None:
     tuning.before_steps(GraphedUNet(unet, None), latents, True)  # type: ignore[arg-type]
     (job,) = tuning.jobs
     assert job.seconds == 0
+    monkeypatch.setattr(InProcess, "prepare", None)
+    tuning.before_steps(unet, latents, True)  # is not called again for a size that it was called for
     assert {"linear int8", "conv int8", "linear", "dequantize", "group norm", "layer norm"} <= {
         subject.kernel for subject in job.subjects
     }
