@@ -30,6 +30,7 @@ from gguf_sd.runtime.cuda_graph import use_graphs
 from gguf_sd.runtime.execution import Execution
 from gguf_sd.runtime.memory import MemoryNeeds, MemoryPlan, plan_memory
 from gguf_sd.runtime.parts import LoadedAs, Parts
+from gguf_sd.runtime.tuning import Tuning
 from gguf_sd.sampling import NoiseSource, Step, init_latents, sample
 from gguf_sd.sampling.guidance import Conditioning, Predictor
 from gguf_sd.sampling.init_latents import Encoder, InitLatents
@@ -64,6 +65,7 @@ class Pipeline:
         self.model, self.execution = model, execution
         self.vae_file, self.vae_config = vae, vae.config if vae else model.config.vae
         self.parts = Parts(model, execution.device, vae)
+        self.tuning = Tuning()  # of the Triton kernels, on their first use
         self._values = self.parts.values()
         self._encoder = PromptEncoder(model.config, model.tokenizer(tokenizer), execution.device)
         self._turn = threading.RLock()  # held while a batch is painted, never while a picture is handed out
@@ -216,6 +218,8 @@ class Pipeline:
             graphed = self._graphed(job.steps_run, len(list(job.batches())), plan)
         how, strict = LoadedAs(self.dtype, plan.weights, self.kernels), self.execution.cuda_graph == "on"
         with self.parts.unet(how, "unet" in plan.keep, graphed, strict) as unet:
+            guided = conditioning.negative is not None and plan.batch_guidance
+            self.tuning.before_steps(unet, start.latents, guided)
             predict = Predictor(unet, conditioning, job.guidance, plan.batch_guidance, start.extra)
             for step in sample(predict, start.latents, job.schedule, noise, start.start_step, start.blend):
                 last = step.index + 1 == step.total

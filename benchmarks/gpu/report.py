@@ -13,7 +13,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-PARTS = ("machine", "check", "kernels", "picture", "step")
+PARTS = ("machine", "check", "kernels", "tune", "picture", "step")
 
 
 def main() -> None:

@@ -47,7 +47,9 @@ def run(args: argparse.Namespace) -> int:
     from gguf_sd.imaging.outputs import Outputs
     from gguf_sd.imaging.png_metadata import read_parameters
     from gguf_sd.pipeline import Pipeline
+    from gguf_sd.runtime.tuning import Tuning, seconds_of
 
+    tuning = Tuning(seconds_of(args.tune), quiet=args.quiet)
     recorded = read_parameters(args.settings) if args.settings else {}
     request = make_request(args, recorded)
     vae = recorded_vae(args, recorded, model)
@@ -62,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         print("no MODEL is given: the small built-in demo model paints", file=sys.stderr)
     path = model_path(model, args.type, args.tokenizer, quiet=args.quiet)
     pipeline = Pipeline.load(path, args.device, dtype, args.weights, args.tokenizer, vae, args.kernels, args.cuda_graph)
+    pipeline.tuning = tuning
     warn_of_other_model(recorded, pipeline.model.source_hash)
     job = pipeline.prepare(request)
     paint(pipeline, job, outputs, args, vae)
@@ -101,7 +104,7 @@ def _check_engine(args: argparse.Namespace, dtype: str, vae: Path | None) -> Non
 
 def paint(pipeline: Pipeline, job: Job, outputs: Outputs, args: argparse.Namespace, vae: Path | None = None) -> None:
     """Paints, saves and tells what was saved, when it is interrupted too."""
-    for note in [] if args.quiet else _notes(pipeline, job, args):
+    for note in [] if args.quiet else _notes(pipeline, args):
         print(note, file=sys.stderr)
     files: list[dict[str, Any]] = []
     ran: dict[str, Any] = {}  # how the last picture was painted
@@ -186,10 +189,9 @@ def _tell(files: list[dict[str, Any]], report: dict[str, Any] | None) -> None:
         print(f"{file['path']}  seed {file['seed']}", flush=True)
 
 
-def _notes(pipeline: Pipeline, job: Job, args: argparse.Namespace) -> Iterator[str]:
+def _notes(pipeline: Pipeline, args: argparse.Namespace) -> Iterator[str]:
     """What the user may not expect."""
     if pipeline.model.config.safety is None and args.safety != "off" and first_time("safety", pipeline.model.path):
         yield "this model carries no safety checker"
-    unmeasured = args.kernels == "auto" and pipeline.kernels == "torch" and pipeline.device.type == "cuda"
-    if unmeasured and pipeline.memory_plan(job).weights == "quantized":
-        yield "no speeds of the Triton kernels are known for this GPU, plain torch is used; try --kernels fused"
+    if args.kernels == "auto" and pipeline.kernels == "torch" and pipeline.device.type == "cuda":
+        yield "Triton is not installed: quantised layers run in plain torch, which is slow; pip install triton"

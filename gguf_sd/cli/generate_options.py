@@ -78,7 +78,9 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     add("--dtype", help="auto, float32, float16, bfloat16: what the UNet computes in (auto)")
     add("--weights", default="auto", help="auto, quantized (small) or resident (dequantised once: faster, larger)")
     add("--kernels", default="auto", help="how quantised layers compute: fused, dequantize, int8 or resident (Triton, "
-        "on a GPU), torch (auto: the fastest where this GPU has been measured, else torch)")  # fmt: skip
+        "on a GPU), torch (auto: on a GPU the fastest of fused and dequantize, else torch)")  # fmt: skip
+    add("--tune", default="45", metavar="SECONDS|off", help="how long kernels are measured on a GPU that is new to a "
+        "model, once (45)")  # fmt: skip
     add("--cuda-graph", default="auto", help="replay UNet steps from CUDA graphs: on, off (auto: with Triton kernels)")
     add("--type", type=str.lower, help="quantisation of a MODEL that is no GGUF: f16, q8_0, q4_1, q4_0 (q8_0)")
     add("--tokenizer", type=Path, help="tokenizer for a model that carries none: a folder or a BPE merges file")

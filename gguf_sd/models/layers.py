@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gguf_sd.checkpoint.quant_tensor import QuantTensor
-from gguf_sd_kernels import ops
+from gguf_sd_kernels import dispatch, ops
 from gguf_sd_kernels.dispatch import conv2d_packed, linear_packed
 from gguf_sd_kernels.repack import PACKED_TYPES, PackedWeight, repack, unpack
 
@@ -55,14 +53,6 @@ def _added(y: Tensor, emb: Tensor | None, residual: Tensor | None) -> Tensor:
     return y if residual is None else y.add_(residual)
 
 
-@cache
-def _triton_norms() -> Any:
-    """The module of the norms that run in Triton, which is imported when the first of them does."""
-    from gguf_sd_kernels.triton import norm
-
-    return norm
-
-
 class GroupNorm(nn.GroupNorm):
     """Group normalisation of [B, C, H, W], with SiLU applied to its result where ``silu``."""
 
@@ -74,9 +64,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused:
-            return _triton_norms().group_norm_silu_triton(
-                x, self.num_groups, self.weight, self.bias, self.eps, self.silu
-            )
+            return dispatch.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
         return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
 
 
@@ -87,7 +75,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused:
-            return _triton_norms().layer_norm_triton(x, self.weight, self.bias, self.eps)
+            return dispatch.layer_norm(x, self.weight, self.bias, self.eps)
         return super().forward(x)
 
 
@@ -202,10 +190,8 @@ def resident(module: Quantized, dtype: torch.dtype, triton: bool = False) -> nn.
     """The full-precision counterpart, on the same device: the weight dequantised once, to ``dtype``; by Triton where
     asked for and possible."""
     if triton and module.qtype in PACKED_TYPES:
-        from gguf_sd_kernels.triton.dequantize import dequantize_packed
-
         packed = module.packed or repack(module.blocks, module.qtype, module.shape, tap_major=module.tap_major)
-        decoded = dequantize_packed(packed, dtype)
+        decoded = dispatch.decode_packed(packed, dtype)
     else:
         decoded = module.weight.dequantize(dtype)
     weight = nn.Parameter(decoded, requires_grad=False)

@@ -17,6 +17,7 @@ from gguf_sd.models.layers import GroupNorm, LayerNorm, Quantized, resident
 from gguf_sd.models.unet import UNet
 from gguf_sd_kernels.devices import emulated, gpu_of
 from gguf_sd_kernels.tuning.launch import load_measured, table_name
+from gguf_sd_kernels.tuning.verdicts import keep_verdicts
 
 log = logging.getLogger(__name__)
 
@@ -29,19 +30,20 @@ SIXTEEN_BITS = re.compile(r"\.attn2\.to_[kv]$|^input_blocks\.0\.|^out\.")
 
 
 def choose_kernels(name: str, weights: str, device: torch.device) -> tuple[str, str]:
-    """(kernels, weights) to use: the first of KERNEL_MODES but ``auto`` only where this GPU has been measured, the
-    second as in :class:`gguf_sd.runtime.memory.MemoryPlan`.
+    """(kernels, weights) to use: the first of KERNEL_MODES but ``auto`` only on a GPU and with Triton, the second as in
+    :class:`gguf_sd.runtime.memory.MemoryPlan`.
 
     ``fused`` decodes inside the products, ``dequantize`` before each, ``int8`` quantises the activations too,
     ``resident`` decodes once at load; these run in Triton on a GPU. ``torch`` is plain torch, anywhere. ``auto`` takes
-    the fastest of fused and dequantize for each layer where a table for this GPU is known, else it is ``torch``.
+    the fastest of fused and dequantize for each layer, by what was measured on this GPU, see
+    :mod:`gguf_sd.runtime.tuning`. In any mode, what a kernel does wrongly on this GPU is left to the next:
+    fused -> dequantize -> torch.
     Raises GgufSdError for an unknown name, and what device or weights do not allow.
     """
     if name not in KERNEL_MODES:
         raise GgufSdError(f"unknown kernels {name!r}; choose from {', '.join(KERNEL_MODES)}")
     if name in ("auto", "torch"):
-        measured = name == "auto" and device.type == "cuda" and _has_triton() and load_tables(device) > 0
-        return ("auto" if measured else "torch"), weights
+        return ("auto" if name == "auto" and device.type == "cuda" and _has_triton() else "torch"), weights
     if device.type != "cuda" and not emulated(device):
         raise GgufSdError(f"kernels {name!r} run on a GPU, the device is {device}; choose torch or auto")
     if not _has_triton():
@@ -90,6 +92,9 @@ def use_kernels(model: UNet, mode: str) -> None:
 def make_resident(model: nn.Module, dtype: torch.dtype, kernels: str = "torch") -> None:
     """Replaces every quantised layer by its full-precision counterpart, in place and where it is; decoded by Triton
     unless ``kernels`` is torch."""
+    device = next(model.parameters()).device
+    if kernels != "torch" and device.type != "cpu":
+        keep_verdicts(device, cache_folder())
     for name, module in list(model.named_modules()):
         if isinstance(module, Quantized):
             model.set_submodule(name, resident(module, dtype, triton=kernels != "torch"))

@@ -33,7 +33,13 @@ def run_on_gpu(results: Path, **variables: str) -> subprocess.CompletedProcess[s
 
 def test_a_whole_run(tmp_path: Path) -> None:
     # The check is cut short; the others end long before, on a busy machine too.
-    limits = {"CHECK_SECONDS": "6", "KERNELS_SECONDS": "120", "PICTURE_SECONDS": "120", "STEP_SECONDS": "120"}
+    limits = {
+        "CHECK_SECONDS": "6",
+        "KERNELS_SECONDS": "120",
+        "TUNE_SECONDS": "40",
+        "PICTURE_SECONDS": "120",
+        "STEP_SECONDS": "120",
+    }
     folder = tmp_path / "results"
     done = run_on_gpu(folder, **limits)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -50,7 +56,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     ):
         assert line in summary
     found = json.loads((folder / "results.json").read_text())
-    assert list(found["parts"]) == ["machine", "check", "kernels", "picture", "step"]
+    assert list(found["parts"]) == ["machine", "check", "kernels", "tune", "picture", "step"]
     check, kernels = found["check"], found["kernels"]
     assert (check["wrong"], check["failures"]) == ([], {})
     assert check["comparisons"] > 2
@@ -59,6 +65,9 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert entry["product"] == {"op": "linear", "qtype": "Q8_0", "m": 1, "n": 160, "k": 128, "taps": 1}
     assert kernels["complete"]
     assert 0 < kernels["products"][0]["int8_error"] < 2e-2
+    assert found["tune"]["set_aside"] == {}
+    assert any("share" in row for row in found["tune"]["products"])
+    assert "kernels agree with plain torch, 0 are set aside" in summary
     assert found["picture"]["psnr"]["torch"][0] > 35
     step = found["step"]["steps"]["tiny Q4_0"]
     assert {"fused", "fused graph", "torch", "torch graph"} <= step["ms"].keys()

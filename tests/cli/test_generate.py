@@ -230,22 +230,17 @@ def test_missing_tensors_are_named(model: Path, tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("device", "asked", "kernels", "weights", "noted"),
+    ("device", "asked", "kernels", "noted"),
     [
-        ("cuda", "auto", "torch", "quantized", True),
-        ("cuda", "auto", "auto", "quantized", False),
-        ("cuda", "torch", "torch", "quantized", False),
-        ("cuda", "auto", "torch", "resident", False),
-        ("cpu", "auto", "torch", "quantized", False),
+        ("cuda", "auto", "torch", True),
+        ("cuda", "auto", "auto", False),
+        ("cuda", "torch", "torch", False),
+        ("cpu", "auto", "torch", False),
     ],
 )
-def test_a_gpu_that_was_not_measured_is_noted(device: str, asked: str, kernels: str, weights: str, noted: bool) -> None:
+def test_a_gpu_without_triton_is_noted(device: str, asked: str, kernels: str, noted: bool) -> None:
     pipeline: Any = SimpleNamespace(
-        model=SimpleNamespace(config=SimpleNamespace(safety=None)),
-        device=torch.device(device),
-        kernels=kernels,
-        memory_plan=lambda job: SimpleNamespace(weights=weights),
+        model=SimpleNamespace(config=SimpleNamespace(safety=None)), device=torch.device(device), kernels=kernels
     )
-    job: Any = None
-    notes = list(_notes(pipeline, job, argparse.Namespace(safety="off", kernels=asked)))
-    assert any("try --kernels fused" in note for note in notes) == noted
+    notes = list(_notes(pipeline, argparse.Namespace(safety="off", kernels=asked)))
+    assert any("Triton is not installed" in note for note in notes) == noted

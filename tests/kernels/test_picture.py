@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from gguf_sd import Pipeline, pipeline
+from gguf_sd import Pipeline
 from gguf_sd.demo import model_folder
 from gguf_sd.models.layers import Quantized
 from gguf_sd.quality import psnr
+from gguf_sd.runtime import execution, parts
 from gguf_sd.runtime.kernel_modes import use_kernels
 from gguf_sd_convert.convert import ConvertOptions, convert
 
@@ -31,8 +32,8 @@ def test_a_picture_on_the_kernels(
         use_kernels(unet, mode)
         layers.extend(module.mode for module in unet.modules() if isinstance(module, Quantized))
 
-    monkeypatch.setattr(pipeline, "choose_kernels", lambda *asked: (kernels, "quantized"))
-    monkeypatch.setattr(pipeline, "use_kernels", spy)
+    monkeypatch.setattr(execution, "choose_kernels", lambda *asked: (kernels, "quantized"))
+    monkeypatch.setattr(parts, "use_kernels", spy)
     (got,) = Pipeline.load(path, device=device.type, dtype="float16", cuda_graph="off")(**settings)
     assert psnr(got, expected) >= limit
     assert layers.count(kernels) > 40

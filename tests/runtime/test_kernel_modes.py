@@ -30,21 +30,23 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("weights", ["auto", "quantized", "resident"])
-def test_auto_is_torch_until_the_gpu_is_measured(tables: Path, weights: str) -> None:
+def test_auto_is_for_gpus_with_triton(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_kernels("auto", weights, CPU) == ("torch", weights)
-    assert choose_kernels("auto", weights, GPU) == ("torch", weights)
-    product = Product("linear", "Q4_0", 5, 32, 64)
-    save_measured(
-        tables / "some-gpu-7.json", "Some GPU 7", {product: Measured(Launch(16, 32, 64, 4, 2), 2.0, 1.0, 0.5)}
-    )
     assert choose_kernels("auto", weights, GPU) == ("auto", weights)
-    assert launches.measured(product, SOME_GPU)
     assert choose_kernels("torch", weights, GPU) == ("torch", weights)
+    monkeypatch.setattr(kernel_modes, "find_spec", lambda name: None)
+    assert choose_kernels("auto", weights, GPU) == ("torch", weights)
 
 
-def test_a_damaged_table_is_not_used(tables: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tables_are_read(tables: Path, caplog: pytest.LogCaptureFixture) -> None:
+    product = Product("linear", "Q4_0", 5, 32, 64)
+    assert kernel_modes.load_tables(GPU) == 0
+    table = {product: Measured(Launch(16, 32, 64, 4, 2), 2.0, 1.0, 0.5)}
+    save_measured(tables / "some-gpu-7.json", "Some GPU 7", table)
+    assert kernel_modes.load_tables(GPU) == 1
+    assert launches.measured(product, SOME_GPU)
     (tables / "some-gpu-7.json").write_text("{")
-    assert choose_kernels("auto", "auto", GPU) == ("torch", "auto")
+    assert kernel_modes.load_tables(GPU) == 0
     assert "some-gpu-7.json is no table" in caplog.text
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,16 @@ from gguf_sd_kernels.devices import INTERPRETER, Gpu, gpu_of
 # Tiles of M walked before the next of N, so that programs that run together share operands in the L2 cache. A
 # customary value, not measured here.
 GROUP_M = 8
+
+BLOCKS = (16, 32, 64, 128, 256)
+ALLOWED: dict[str, Collection[int]] = {
+    "block_m": BLOCKS,
+    "block_n": BLOCKS,
+    "block_k": (32, 64, 128),
+    "warps": (1, 2, 4, 8, 16),
+    "stages": range(1, 9),
+    "splits": range(1, 65),
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,23 @@ class Launch:
     swap: bool = False  # dot(w, x^T) in place of dot(x, w^T): the decoded operand stays in registers
     ptx: bool = False  # decode nibbles with inline PTX: NVIDIA, float16
     splits: int = 1  # programs that share a tile's K
+
+    @classmethod
+    def checked(cls, values: Mapping[str, Any]) -> Launch:
+        """The launch of those fields, as a file has them. Raises ValueError for what no kernel takes, TypeError for
+        other fields."""
+        launch = cls(**values)
+        for name, value in asdict(launch).items():
+            kind, allowed = (bool, (False, True)) if name in ("swap", "ptx") else (int, ALLOWED[name])
+            if type(value) is not kind or value not in allowed:
+                raise ValueError(f"a launch's {name} cannot be {value!r}")
+        return launch
+
+    def __str__(self) -> str:
+        """ "128x128x64 8w 3s", "swap", "ptx", and "x5" where K is split in five."""
+        flags = [flag for flag, on in (("swap", self.swap), ("ptx", self.ptx)) if on]
+        flags += [f"x{self.splits}"] if self.splits > 1 else []
+        return " ".join([f"{self.block_m}x{self.block_n}x{self.block_k} {self.warps}w {self.stages}s", *flags])
 
     @property
     def tile(self) -> dict[str, int]:
@@ -182,13 +209,19 @@ def choose(product: Product, gpu: Gpu) -> Launch:
 
 
 def _choose(product: Product, gpu: Gpu) -> Launch:
-    if gpu.family is None:
-        raise ValueError("no fused kernels for this GPU: dequantize, and use the library's product")
-    if near := _nearest(product, gpu):
+    near = _nearest(product, gpu)
+    if gpu.family is not None and near:
         m, known = near
         if m == product.m:
             return known.launch
         return replace(known.launch, splits=best_splits(product, known.launch, gpu.processors))
+    return untuned(product, gpu)
+
+
+def untuned(product: Product, gpu: Gpu) -> Launch:
+    """What the family of ``gpu`` has for this M. Raises ValueError for a GPU without a family."""
+    if gpu.family is None:
+        raise ValueError("no fused kernels for this GPU: dequantize, and use the library's product")
     launch = next(launch for largest, launch in UNTUNED[gpu.family] if product.m <= largest)
     if product.step_multiple % launch.block_k:
         launch = replace(launch, block_k=32)  # blocks of 32 divide every row
@@ -238,7 +271,7 @@ def measured(product: Product, gpu: Gpu) -> Measured | None:
 
 def _nearest(product: Product, gpu: Gpu) -> tuple[int, Measured] | None:
     by_m = _measured.get((gpu.name, replace(product, m=0)))
-    if not by_m:
+    if not by_m or not product.m:
         return None
     m = min(by_m, key=lambda m: abs(math.log(m / product.m)))
     return (m, by_m[m]) if 1 / NEAREST <= m / product.m <= NEAREST else None
@@ -250,12 +283,8 @@ def load_measured(path: Path, gpu: Gpu) -> int:
     Raises ValueError for a file that is no such table; then nothing is taken from it.
     """
     try:
-        entries: list[dict[str, Any]] = json.loads(path.read_text())["products"]
-        table = {
-            Product(**entry.pop("product")): Measured(launch=Launch(**entry.pop("launch")), **entry)
-            for entry in entries
-        }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        table = dict(measured_entry(entry) for entry in json.loads(path.read_text())["products"])
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no table of kernel measurements: {error!r}") from error
     add_measured(gpu, table)
     return len(table)
@@ -270,8 +299,24 @@ def add_measured(gpu: Gpu, table: Mapping[Product, Measured]) -> None:
 
 def save_measured(path: Path, gpu: str, products: Mapping[Product, Measured]) -> None:
     """Writes a table for :func:`load_measured`."""
-    entries = [{"product": asdict(product)} | asdict(values) for product, values in products.items()]
-    path.write_text(json.dumps({"gpu": gpu, "products": entries}, indent=1) + "\n")
+    path.write_text(json.dumps({"gpu": gpu, "products": measured_entries(products)}, indent=1) + "\n")
+
+
+def measured_entries(products: Mapping[Product, Measured]) -> list[dict[str, Any]]:
+    """The products as a table has them."""
+    return [{"product": asdict(product)} | asdict(values) for product, values in products.items()]
+
+
+def measured_entry(entry: Mapping[str, Any]) -> tuple[Product, Measured]:
+    """A product of a table. Raises KeyError, TypeError or ValueError for what cannot have been measured."""
+    times = {name: float(value) for name, value in entry.items() if name not in ("product", "launch")}
+    product, known = Product(**entry["product"]), Measured(launch=Launch.checked(entry["launch"]), **times)
+    sizes = product.m, product.n, product.k, product.taps
+    if any(type(size) is not int or not 0 < size < 1 << 31 for size in sizes) or product.k % product.taps:
+        raise ValueError(f"no product is of the sizes {sizes}")
+    if not all(0 < time < math.inf for time in times.values()):
+        raise ValueError(f"no product takes {times} microseconds")
+    return product, known
 
 
 def table_name(gpu: str) -> str:
