@@ -15,6 +15,7 @@ import argparse
 import importlib
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -121,8 +122,15 @@ def versions() -> dict[str, str]:
         "target": ARCHITECTURE,
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "llvm": _llvm_version(Path(triton.__file__).parent / "_C/libtriton.so"),
         "emulator": "tinygrad, test/mockgpu/amd/emu.py",
     }
+
+
+def _llvm_version(library: Path) -> str:
+    """The version of LLVM that Triton's library was built with, as it stands in it."""
+    found = re.search(rb"LLVM version ([\w.]+)", library.read_bytes()) if library.is_file() else None
+    return found[1].decode() if found else "unknown"
 
 
 def main() -> None:

@@ -7,6 +7,8 @@ Device pointers are host pointers: the emulated memory is this process's. Mended
   instructions read a copy of the registers.
 - The DPP control ``row_xmask`` (0x160 on) is taken for another. Triton 3.9 uses it in reductions.
 - ``v_permlanex16`` ignores a literal third operand.
+- Lanes that are switched off read local memory all the same, wherever their registers point. Here any address can be
+  read.
 - Waves of a work group share one scratch area. Here each wave has its own.
 - Buffer instructions (MUBUF) are not emulated. ``buffer_gl0_inv`` and ``buffer_gl1_inv`` do nothing here, as no cache
   is modelled; loads and stores are avoided by compiling with ``AMDGCN_USE_BUFFER_OPS=0``, as
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import mmap
 import shutil
 import sys
 from collections.abc import Callable
@@ -33,7 +36,7 @@ USER_KERNARG_POINTER = 1 << 3  # KERNEL_CODE_PROPERTIES: registers 0 and 1 hold 
 USER_REGISTERS = 0x7F  # KERNEL_CODE_PROPERTIES: all that take user registers
 LDS_UNIT = 512  # bytes; COMPUTE_PGM_RSRC2 counts local memory so, from bit 15 on
 # What emulated instructions take, as the emulator numbers it.
-SCALARS, VECTORS, SCRATCH, SNAPSHOT = 0, 1, 4, 5
+SCALARS, VECTORS, LOCAL, SCRATCH, SNAPSHOT = 0, 1, 3, 4, 5
 
 
 class Emulator:
@@ -112,11 +115,26 @@ class Emulator:
             slots = list(program.arg.globals)
             if SNAPSHOT in slots and VECTORS in slots:
                 return program, _Runtime(_on_snapshot(runtime.fxn, slots.index(VECTORS), slots.index(SNAPSHOT)))
+            if LOCAL in slots:
+                return program, _Runtime(self._on_whole_local_memory(runtime.fxn, slots.index(LOCAL)))
             if SCRATCH in slots:
                 return program, _Runtime(self._on_own_scratch(runtime.fxn, slots.index(SCALARS), slots.index(SCRATCH)))
             return program, runtime
 
         emu._load_dpp16_src0, emu._get_runner = read_snapshot, runner
+
+    @cached_property
+    def _local(self) -> mmap.mmap:
+        """All that 32 bits address, of which pages are there once written; work groups run one after another."""
+        return mmap.mmap(-1, (1 << 32) + mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+    def _on_whole_local_memory(self, function: Callable[..., Any], local: int) -> Callable[..., None]:
+        address = ctypes.c_uint64(ctypes.addressof(ctypes.c_char.from_buffer(self._local)))
+
+        def run(*pointers: ctypes.c_uint64) -> None:
+            function(*pointers[:local], address, *pointers[local + 1 :])
+
+        return run
 
     def _on_own_scratch(self, function: Callable[..., Any], scalars: int, scratch: int) -> Callable[..., None]:
         def run(*pointers: ctypes.c_uint64) -> None:
