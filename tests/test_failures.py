@@ -52,7 +52,7 @@ def test_running_out_of_memory_keeps_what_is_finished(
             held.append(weakref.ref(large))
             if isinstance(error, str):
                 torch.empty(2**60, dtype=torch.uint8)
-            raise error
+            raise error  # type: ignore[misc]
 
     finished: list[int] = []
     with pytest.raises(GgufSdError, match=r"out of memory: .* a smaller --batch than 2, or a smaller size") as caught:

@@ -7,7 +7,8 @@ plain text. ``BREAK`` begins a new chunk.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import NamedTuple
 
 ROUND, SQUARE = 1.1, 1 / 1.1  # what a pair of brackets multiplies weights by
@@ -25,43 +26,61 @@ class Part(NamedTuple):
 def parse(prompt: str) -> list[Part]:
     """The parts of a prompt in order; neighbours of equal weight are one part. A prompt without syntax is one part,
     character for character. Brackets that are never closed count to the end."""
-    parts: list[Part] = []
-    open_round: list[int] = []  # indices into parts at which brackets opened
+    texts: list[str | None] = []
+    open_round: list[int] = []  # indices into texts at which brackets opened
     open_square: list[int] = []
-
-    def weigh(start: int, factor: float) -> None:
-        parts[start:] = [part._replace(weight=part.weight * factor) for part in parts[start:]]
-
+    round_spans: list[Span] = []
+    square_spans: list[Span] = []
     for token in TOKEN.findall(prompt):
         if token == "(":
-            open_round.append(len(parts))
+            open_round.append(len(texts))
         elif token == "[":
-            open_square.append(len(parts))
+            open_square.append(len(texts))
         elif token == ")" and open_round:
-            weigh(open_round.pop(), ROUND)
+            round_spans.append(Span(open_round.pop(), len(texts), ROUND))
         elif token == "]" and open_square:
-            weigh(open_square.pop(), SQUARE)
+            square_spans.append(Span(open_square.pop(), len(texts), SQUARE))
         elif token[0] == ":" and token[-1] == ")" and open_round:
-            weigh(open_round.pop(), float(token[1:-1]))
+            round_spans.append(Span(open_round.pop(), len(texts), float(token[1:-1])))
         elif token == BREAK:
-            parts.append(Part(None))
+            texts.append(None)
         else:
-            parts.append(Part(token[1] if token[0] == "\\" and len(token) == 2 else token))
-    for start in open_round:
-        weigh(start, ROUND)
-    for start in open_square:
-        weigh(start, SQUARE)
-    return _joined(parts)
+            texts.append(token[1] if token[0] == "\\" and len(token) == 2 else token)
+    round_spans += [Span(start, len(texts), ROUND) for start in reversed(open_round)]
+    square_spans += [Span(start, len(texts), SQUARE) for start in reversed(open_square)]
+    weights = zip(_weights(round_spans, len(texts)), _weights(square_spans, len(texts)), strict=True)
+    return _joined(Part(text, outer * inner) for text, (outer, inner) in zip(texts, weights, strict=True))
 
 
-def _joined(parts: list[Part]) -> list[Part]:
+class Span(NamedTuple):
+    """A pair of brackets around parts ``start`` to ``stop`` - 1."""
+
+    start: int
+    stop: int
+    factor: float
+
+
+def _weights(spans: list[Span], count: int) -> Iterator[float]:
+    """The product of the factors around each part. ``spans`` nest, the inner before the outer."""
+    waiting = list(spans)
+    waiting.sort(key=lambda span: span.start, reverse=True)  # stable: of equal starts the outermost stays last
+    around: list[tuple[int, float]] = [(count, 1.0)]  # where it ends, and the product so far
+    for index in range(count):
+        while around[-1][0] <= index:
+            around.pop()
+        while waiting and waiting[-1].start <= index:
+            span = waiting.pop()
+            if span.stop > index:
+                around.append((span.stop, around[-1][1] * span.factor))
+        yield around[-1][1]
+
+
+def _joined(parts: Iterable[Part]) -> list[Part]:
+    """Neighbours of equal weight as one; a BREAK stays alone."""
     result: list[Part] = []
-    for part in parts:
-        last = result[-1] if result else None
-        if last is not None and last.text is not None and part.text is not None and last.weight == part.weight:
-            result[-1] = Part(last.text + part.text, last.weight)
-        else:
-            result.append(part)
+    for (weight, is_break), group in groupby(parts, key=lambda part: (part.weight, part.text is None)):
+        texts = [part.text or "" for part in group]
+        result += [Part(None, weight)] * len(texts) if is_break else [Part("".join(texts), weight)]
     return result
 
 

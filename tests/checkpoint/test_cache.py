@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,8 +35,15 @@ def test_all_that_decides_a_conversion_is_in_its_key(
     shutil.copytree(tiny_pipeline(), model)
     tokenizer = tmp_path / "tokenizer"
     shutil.copytree(model / "tokenizer", tokenizer)
-    settings = {"type": "q8_0", "layout": "native", "ema": False, "preset": None, "safety": True}
-    changes = [{}, {"type": "q4_0"}, {"layout": "comfy"}, {"ema": True}, {"preset": "sd15"}, {"safety": False}]
+    settings: dict[str, Any] = {"type": "q8_0", "layout": "native", "ema": False, "preset": None, "safety": True}
+    changes: list[dict[str, Any]] = [
+        {},
+        {"type": "q4_0"},
+        {"layout": "comfy"},
+        {"ema": True},
+        {"preset": "sd15"},
+        {"safety": False},
+    ]
     paths = [cache.conversion_path(model, settings | change, ()) for change in changes]
     paths.append(cache.conversion_path(model, settings, [tokenizer]))
     (tokenizer / "merges.txt").write_text("#version: 0.2\nc a\n")

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def test_assign_warns_of_what_it_leaves_out(caplog: pytest.LogCaptureFixture) ->
     values = {"weight": torch.ones(2, 2), "bias": torch.ones(2), "decay": torch.ones(1)}
     with torch.device("meta"):
         linear = nn.Linear(2, 2)
-    assign(linear, {name: lambda v=v: v for name, v in values.items()}, torch.float32, "f")
+    assign(linear, {name: partial(values.__getitem__, name) for name in values}, torch.float32, "f")
     assert [record.getMessage() for record in caplog.records] == [
         "f holds a tensor that does not belong and is left out: decay"
     ]

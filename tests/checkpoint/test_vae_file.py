@@ -86,7 +86,7 @@ def test_tiny_equals_diffusers(tiny: Any, tmp_path: Path, form: str) -> None:
     vae = load_vae_file(write_tiny(tiny, tmp_path, form), F32, SD15.vae)
     assert isinstance(vae, TinyAutoencoder)
     expected = tiny.encode(images()).latents
-    encoder = Encoder(vae, CPU, F32)  # type: ignore[arg-type]
+    encoder = Encoder(vae, CPU, F32)
     noise = torch.randn(1, 4, 8, 6)
     for image, wanted in zip(images(), expected, strict=True):  # scaled as the UNet takes them, and not random
         assert max_error(encoder(image[None], noise)[0], wanted) < 1e-4

@@ -44,7 +44,7 @@ def test_picture_with_its_settings(model: Path, tmp_path: Path, capsys: pytest.C
     assert report["settings"]["sampler"] == "dpmpp_2m"
     picture = Image.open(out)
     assert picture.size == (32, 32)
-    lines = picture.text["parameters"].split("\n")
+    lines = picture.info["parameters"].split("\n")
     assert lines[:2] == ["a cat, red", "Negative prompt: dog"]
     assert lines[2].startswith(
         "Steps: 2, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 6.5, Seed: 7, Size: 32x32, Model hash: "
@@ -69,9 +69,9 @@ def test_settings_are_read_back(model: Path, tmp_path: Path, capsys: pytest.Capt
     assert main(["generate", str(model), "-o", str(first), "--seed", "7", "--clip-skip", "2", *settings, *FAST]) == 0
     assert main(["generate", str(model), "--from", str(first), "-o", str(again), "--device", "cpu", "--quiet"]) == 0
     assert Image.open(again).tobytes() == Image.open(first).tobytes()
-    assert Image.open(again).text == Image.open(first).text
+    assert Image.open(again).info["parameters"] == Image.open(first).info["parameters"]
     assert main(["generate", str(model), "--from", str(first), "--seed", "8", "-o", str(other), "--quiet"]) == 0
-    assert "Seed: 8," in Image.open(other).text["parameters"]
+    assert "Seed: 8," in Image.open(other).info["parameters"]
     assert Image.open(other).tobytes() != Image.open(first).tobytes()
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     assert main(["generate", str(model), "--from", str(tmp_path / "plain.png"), "-o", str(again)]) == 2
@@ -103,7 +103,7 @@ def test_image_to_image_and_inpainting(model: Path, tmp_path: Path, capsys: pyte
     mask.save(tmp_path / "mask.png")
     command = ["generate", str(model), "-p", "a cat", "--init-image", str(tmp_path / "start.jpg"), "--seed", "1", *FAST]
     assert main([*command, "-o", str(tmp_path / "a.png"), "--strength", "0.5"]) == 0
-    assert "Denoising strength: 0.5" in Image.open(tmp_path / "a.png").text["parameters"]
+    assert "Denoising strength: 0.5" in Image.open(tmp_path / "a.png").info["parameters"]
     assert main([*command, "-o", str(tmp_path / "b.png"), "--mask", str(tmp_path / "mask.png")]) == 0
     left = Image.open(tmp_path / "b.png").crop((0, 0, 16, 32)).getcolors()
     assert left is not None

@@ -42,7 +42,7 @@ def test_two_runs_leave_two_pictures(model: Path, folder: Path, capsys: pytest.C
     assert main(["generate", str(model), "--from", "out-0001.png", "-o", "out-0001.png", "--force"]) == 2
     assert "is an input of this run" in capsys.readouterr().err
     assert Path("out-0001.png").read_bytes() == first
-    assert Image.open("out-0002.preview.png").text["parameters"].startswith("a cat\nSteps: 2,")
+    assert Image.open("out-0002.preview.png").info["parameters"].startswith("a cat\nSteps: 2,")
 
 
 def test_other_programs_flags(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,7 +78,7 @@ def test_everything_of_an_inpainting_comes_back(model: Path, tmp_path: Path) -> 
     settings += ["--clip-skip", "2", "--no-paste", "--seed", str(MAX_SEED), "--steps", "4", "--width", "64"]
     assert main([*begin, *settings, "-o", "first.png", "--dtype", "float32"]) == 0
     assert main([*begin, "--from", "first.png", "-o", "again.png"]) == 0
-    assert Image.open("again.png").text == Image.open("first.png").text
+    assert Image.open("again.png").info["parameters"] == Image.open("first.png").info["parameters"]
     assert Image.open("again.png").tobytes() == Image.open("first.png").tobytes()
     assert Image.open("first.png").size == (64, 40)
 
@@ -180,4 +180,4 @@ def test_values_of_every_kind() -> None:
         ({"width": 2**20, "height": 2**20}, "is too large"),
     ):
         with pytest.raises(GgufSdError, match=message):
-            prepare(Request(**wrong), SD15)  # type: ignore[arg-type]
+            prepare(Request(**wrong), SD15)

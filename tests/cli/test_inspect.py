@@ -33,10 +33,8 @@ def sparse(path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict[str, s
 
 
 def model_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    try:
-        from gguf_sd.checkpoint.inventory import expected_tensors
-    except ImportError:
-        from gguf_sd_convert.sources.inventory import expected_tensors
+    from gguf_sd.checkpoint.inventory import expected_tensors
+
     shapes: dict[str, tuple[int, ...]] = expected_tensors(config)
     return shapes
 

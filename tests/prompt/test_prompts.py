@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,3 +118,11 @@ def test_weights_of_one_change_nothing(engine: Callable[..., Any]) -> None:
     plain = encode(ours, "a red cat", guidance=1.0).positive.context
     assert torch.equal(encode(ours, "a (red:1.0) cat", guidance=1.0).positive.context, plain)
     assert not torch.allclose(encode(ours, "a (red:1.4) cat", guidance=1.0).positive.context, plain, atol=1e-3)
+
+
+def test_brackets_without_end_take_time_in_proportion() -> None:
+    """A quarter of a million of them; in the square of their number it would be hours."""
+    started = time.process_time()
+    parts = parse("(" * 100_000 + "a" + "[b" * 50_000 + ")" * 30_000 + "]" * 30_000)
+    assert time.process_time() - started < 20
+    assert parts[0].weight == math.inf

@@ -131,7 +131,7 @@ def oracle(sampler: str, name: str, config: SchedulerConfig, steps: int, archite
         scheduler.set_timesteps(steps)
         scheduler.timesteps, scheduler.sigmas = ramped.timesteps, ramped.sigmas
         return scheduler
-    scheduler = copy.deepcopy(_constructed(kind, tuple((options | ramp | OWN.get(sampler, {})).items())))
+    scheduler = copy.deepcopy(_constructed(kind, tuple({**options, **ramp, **OWN.get(sampler, {})}.items())))
     if name in FORMULAS:
         sigmas = formula_sigmas(name, config, steps, architecture)
         scheduler._convert_to_exponential = lambda *args, **kwargs: sigmas.double().numpy()
@@ -145,7 +145,8 @@ class Brownian:
     """Stands for torchsde in diffusers' scheduler: a Brownian motion over sigma, from the pictures' generators."""
 
     def __init__(self, latents: torch.Tensor, generators: Any):
-        self.shape, self.dtype, self.generators, self.begun = latents.shape, latents.dtype, generators, None
+        self.shape, self.dtype, self.generators = latents.shape, latents.dtype, generators
+        self.begun: Any = None
 
     def __call__(self, sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
         fresh = randn_tensor(self.shape, generator=self.generators, dtype=self.dtype)
@@ -220,7 +221,8 @@ def k_dpmpp_2s_ancestral(denoise: Any, x: torch.Tensor, sigmas: list[float], dra
 
 
 def k_dpmpp_3m_sde(denoise: Any, x: torch.Tensor, sigmas: list[float], draw: Any) -> list[torch.Tensor]:
-    trajectory, seen = [], []  # (denoised, h) of the steps before, newest first
+    trajectory: list[Any] = []
+    seen: list[Any] = []  # (denoised, h) of the steps before, newest first
     for sigma, sigma_next in pairwise(sigmas):
         denoised = denoise(x, sigma)
         if sigma_next == 0:

@@ -13,7 +13,8 @@ class Product:
     """Predicts latents times ten times the context's mean plus the vector's and the timestep."""
 
     def __init__(self) -> None:
-        self.projected, self.batches = 0, []
+        self.projected = 0
+        self.batches: list[int] = []
 
     def project(self, context: Tensor) -> Tensor:
         self.projected += len(context)

@@ -35,5 +35,5 @@ def call(start: PreparedLaunch, *operands: Any) -> None:
         operands[start.names.index("out")].add_(1)
 
 
-PreparedLaunch.__call__ = call  # type: ignore[method-assign]
+PreparedLaunch.__call__ = call  # type: ignore[method-assign, assignment]
 main()
