@@ -7,16 +7,20 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from gguf_sd.config import Defaults, ModelConfig
 from gguf_sd.errors import GgufSdError
-from gguf_sd.imaging import images, masks
+from gguf_sd.imaging import images
 from gguf_sd.prompt.prompts import unsupported
 from gguf_sd.request_fields import typed
-from gguf_sd.sampling import Schedule, make_schedule, resolve_sampler, resolve_schedule
-from gguf_sd.sampling.init_latents import InitImage
+from gguf_sd.sampling.names import resolve_sampler, resolve_schedule
+
+if TYPE_CHECKING:
+    from gguf_sd.sampling.init_latents import InitImage
+    from gguf_sd.sampling.schedules import Schedule
 
 MAX_SEED = 2**64 - 1  # what torch's generators take
 DRAWN_SEED = 2**32 - 1  # up to here where none is given: what every other program takes too
@@ -102,6 +106,8 @@ def prepare(request: Request, config: ModelConfig) -> Job:
 
     What is asked for and has no effect is told in one line of the log each.
     """
+    from gguf_sd.sampling.schedules import make_schedule  # late, as is all that imports torch: see checked
+
     request = checked(request)
     values = _filled(request, config)
     _check(values, request, config)
@@ -138,7 +144,8 @@ def prepare(request: Request, config: ModelConfig) -> Job:
 
 def checked(request: Request) -> Request:
     """The request with values of the declared types, see :func:`gguf_sd.request_fields.typed`, in the ranges that hold
-    for every model. Raises GgufSdError, so that a wrong value is found before a model is looked at."""
+    for every model. Raises GgufSdError, so that a wrong value is found before a model is looked at, or torch
+    imported."""
     request = typed(request)
     for name, count, most in (("batch", request.batch, MAX_COUNT), ("count", request.count, MAX_COUNT)):
         if not 1 <= count <= most:
@@ -194,6 +201,9 @@ def _picture(request: Request, values: Defaults) -> tuple[InitImage | None, floa
     """The picture to start from and its strength; both None for text-to-image."""
     if request.image is None:
         return None, None
+    from gguf_sd.imaging import masks
+    from gguf_sd.sampling.init_latents import InitImage
+
     strength = request.strength if request.strength is not None else (0.8 if request.mask is None else 1.0)
     steps = min(int(values.steps * strength), values.steps)
     if steps < 1:

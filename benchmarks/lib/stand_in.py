@@ -11,7 +11,8 @@ from unittest.mock import patch
 import torch
 
 from gguf_sd.runtime import kernel_modes
-from gguf_sd_kernels import devices, dispatch
+from gguf_sd_kernels import devices
+from gguf_sd_kernels.tuning import ways
 from gguf_sd_kernels.tuning.launch import Prepared
 
 META = torch.device("meta")
@@ -59,7 +60,7 @@ def stand_in() -> Iterator[Counter[str]]:
     Prepared.forget()
     with ExitStack() as stack:
         stack.enter_context(patch.object(JITFunction, "__getitem__", dispatched))
-        for module in (dispatch, kernel_modes, conv, int8, linear):
+        for module in (ways, kernel_modes, conv, int8, linear):
             stack.enter_context(patch.object(module, "gpu_of", gpu_of))
         yield launches
     Prepared.forget()

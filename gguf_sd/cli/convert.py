@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gguf_sd.cli.preflight import check_source
+from gguf_sd.cli.preflight import check_source, check_type
 
 if TYPE_CHECKING:
     from gguf_sd_convert.convert import ConvertReport
@@ -43,6 +43,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Converts and reports; raises GgufSdError for bad input."""
     check_source(args.source)
+    check_type(args.type)
     from gguf_sd_convert.convert import ConvertOptions, convert
 
     options = ConvertOptions(

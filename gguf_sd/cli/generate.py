@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from gguf_sd.cli.generate_options import add_options
 from gguf_sd.cli.once import first_time
-from gguf_sd.cli.preflight import check_model
+from gguf_sd.cli.preflight import check_model, check_type
 from gguf_sd.errors import GgufSdError
 
 if TYPE_CHECKING:
@@ -39,17 +39,14 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """What can be wrong with the arguments is found out first: a model that is no GGUF takes minutes to convert."""
     model = _model(args)
+    check_type(args.type)
     if args.preview < 0:
         raise GgufSdError(f"--preview is {args.preview}; it takes a number of steps, or 0 for none")
 
-    from gguf_sd.cli.cache import model_path
     from gguf_sd.cli.recorded import make_request, recorded_vae, warn_of_other_model
     from gguf_sd.imaging.outputs import Outputs
     from gguf_sd.imaging.png_metadata import read_parameters
-    from gguf_sd.pipeline import Pipeline
-    from gguf_sd.runtime.tuning import Tuning, seconds_of
 
-    tuning = Tuning(seconds_of(args.tune), quiet=args.quiet)
     recorded = read_parameters(args.settings) if args.settings else {}
     request = make_request(args, recorded)
     vae = recorded_vae(args, recorded, model)
@@ -60,6 +57,11 @@ def run(args: argparse.Namespace) -> int:
     dtype = args.dtype or recorded.get("dtype", "auto")
     _check_engine(args, dtype, vae)
 
+    from gguf_sd.cli.cache import model_path
+    from gguf_sd.pipeline import Pipeline
+    from gguf_sd.runtime.tuning import Tuning, seconds_of
+
+    tuning = Tuning(seconds_of(args.tune), quiet=args.quiet)
     if not (args.model or args.model_option or args.quiet):
         print("no MODEL is given: the small built-in demo model paints", file=sys.stderr)
     path = model_path(model, args.type, args.tokenizer, quiet=args.quiet)

@@ -82,7 +82,11 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     add("--tune", default="45", metavar="SECONDS|off", help="how long kernels are measured on a GPU that is new to a "
         "model, once (45)")  # fmt: skip
     add("--cuda-graph", default="auto", help="replay UNet steps from CUDA graphs: on, off (auto: with Triton kernels)")
-    add("--type", type=str.lower, help="quantisation of a MODEL that is no GGUF: f16, q8_0, q4_1, q4_0 (q8_0)")
+    add(
+        "--type",
+        type=str.lower,
+        help="quantisation of a MODEL that is no GGUF: f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 (q8_0)",
+    )
     add("--tokenizer", type=Path, help="tokenizer for a model that carries none: a folder or a BPE merges file")
 
 

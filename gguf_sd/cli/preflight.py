@@ -21,6 +21,14 @@ def check_model(path: Path) -> None:
         refuse_other_files(path)
 
 
+def check_type(name: str | None) -> None:
+    """Raises GgufSdError for the name of no type that the converter knows."""
+    if name is not None:
+        from gguf_sd_convert.quantize.policy import type_name
+
+        type_name(name)
+
+
 def check_source(path: Path) -> None:
     """Raises GgufSdError for what `convert` cannot take."""
     if not path.exists():

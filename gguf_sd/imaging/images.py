@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from gguf_sd.errors import GgufSdError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RESIZE_MODES = ("crop", "fit", "stretch")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
@@ -119,4 +121,6 @@ def _padded(inner: Image.Image, width: int, height: int) -> Image.Image:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB picture -> float32 [1, 3, H, W], -1 … 1."""
+    import torch  # late: pictures and settings are refused without it
+
     return torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1

@@ -72,6 +72,34 @@ def test_painting_on_a_cpu_imports_no_compiler_and_no_transformers(model: Path, 
     assert not {"transformers", "triton", "sympy", "torch._dynamo", "gguf"} & set(found)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--type", "q9_0"],
+        ["--sampler", "nope"],
+        ["--schedule", "nope", "--sampler", "euler"],
+        ["--steps", "0"],
+        ["--guidance", "nan"],
+        ["--seed", str(2**64)],
+        ["--init-image", "missing.png"],
+        ["--from", "missing.png"],
+        ["--strength", "2"],
+        ["-o", "x.jpg"],
+        ["-o", "missing/x.png"],
+    ],
+)
+def test_wrong_settings_are_refused_without_torch(model: Path, tmp_path: Path, wrong: list[str]) -> None:
+    code, found = imported(["generate", str(model), "-p", "a cat", *wrong], tmp_path)
+    assert code == 2
+    assert "torch" not in found
+
+
+def test_a_wrong_type_is_refused_before_converting(tiny_pipeline: Callable[..., Path], tmp_path: Path) -> None:
+    source = str(tiny_pipeline())
+    assert imported(["convert", source, "-o", "x.gguf", "--type", "q9_0"], tmp_path) == (2, [])
+    assert imported(["generate", source, "-p", "a cat", "--type", "q9_0"], tmp_path) == (2, [])
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_the_summary_is_the_commands_own(name: str) -> None:
     """Commands are listed without importing them: what is listed must be what they say."""
