@@ -13,6 +13,8 @@ from gguf_sd.config import TextConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd.prompt.prompts import parse
 
+MAX_CHUNKS = 100  # of a prompt: each costs a pass of the text encoders, and attention at every step
+
 
 class Tokens(NamedTuple):
     """A prompt in chunks of what the text encoder takes at once, N = ``max_position_embeddings`` tokens."""
@@ -49,6 +51,10 @@ class Tokenizer:
                 if len(chunks[-1]) == room:
                     chunks.append([])
                 chunks[-1].append((token, part.weight))
+        if len(chunks) > MAX_CHUNKS:
+            raise GgufSdError(
+                f"the prompt has {len(chunks)} chunks of up to {room} tokens; gguf-sd takes {MAX_CHUNKS}: shorten it"
+            )
         rows = [_chunk(chunk, config) for chunk in chunks]
         ids = torch.tensor([[token for token, _ in row] for row in rows])
         if ids.max() >= config.vocab_size:

@@ -126,3 +126,11 @@ def test_brackets_without_end_take_time_in_proportion() -> None:
     parts = parse("(" * 100_000 + "a" + "[b" * 50_000 + ")" * 30_000 + "]" * 30_000)
     assert time.process_time() - started < 20
     assert parts[0].weight == math.inf
+
+
+def test_a_prompt_without_end_is_refused(tiny_pipeline: Callable[..., Path], tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    convert(tiny_pipeline(), path, ConvertOptions(type="q8_0"))
+    pipeline = Pipeline.load(path, device="cpu", dtype="float32")
+    with pytest.raises(GgufSdError, match=r"chunks of up to .* shorten it"):
+        pipeline("cat " * 8000, steps=1, width=16, height=16)

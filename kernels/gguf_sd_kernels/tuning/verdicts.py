@@ -141,4 +141,4 @@ def keep_verdicts(device: torch.device, folder: Path) -> Verdicts:
 
 def trusted(subject: Subject, device: torch.device) -> bool:
     """:meth:`Verdicts.trusted` of that device."""
-    return verdicts_of(device).trusted(subject)
+    return not self_check_on(device) or verdicts_of(device).trusted(subject)
