@@ -11,9 +11,7 @@ from unittest.mock import patch
 
 import torch
 
-from gguf_sd.runtime import kernel_modes
 from gguf_sd_kernels import devices
-from gguf_sd_kernels.tuning import ways
 from gguf_sd_kernels.tuning.launch import Prepared
 
 META = torch.device("meta")
@@ -29,8 +27,6 @@ def stand_in() -> Iterator[Counter[str]]:
     What Triton does between being called and the driver's launch is left out; all that comes before is ours and runs.
     """
     from triton.runtime.jit import JITFunction
-
-    from gguf_sd_kernels.triton import conv, int8, linear
 
     launches: Counter[str] = Counter()
 
@@ -55,14 +51,15 @@ def stand_in() -> Iterator[Counter[str]]:
 
         return run
 
+    real = devices._gpu_of
+
     def gpu_of(device: torch.device) -> devices.Gpu:
-        return GPU if device.type == "meta" else devices.gpu_of(device)
+        return GPU if device.type == "meta" else real(device)
 
     Prepared.forget()
     with ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, GGUF_SD_SELF_CHECK="0"))  # nothing computes here
         stack.enter_context(patch.object(JITFunction, "__getitem__", dispatched))
-        for module in (ways, kernel_modes, conv, int8, linear):
-            stack.enter_context(patch.object(module, "gpu_of", gpu_of))
+        stack.enter_context(patch.object(devices, "_gpu_of", gpu_of))
         yield launches
     Prepared.forget()
