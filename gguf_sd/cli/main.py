@@ -6,6 +6,7 @@ import argparse
 import importlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -44,6 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("gguf-sd: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     return code
+
+
+def run() -> NoReturn:
+    """`gguf-sd` as a program: once a command has ended, an interruption cannot turn its exit code into a traceback."""
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -102,4 +110,4 @@ class _Printable(logging.Formatter):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()
