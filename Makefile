@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint check clean
+.PHONY: demo test lint check slow clean
 
 demo: $(VENV)/.engine
 	$(BIN)/gguf-sd demo -o out/demo
@@ -19,6 +19,10 @@ lint: $(VENV)/.test
 
 check: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+
+# The proofs that take minutes each, and that `make test` leaves out.
+slow: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m slow
 
 $(VENV)/.engine: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
