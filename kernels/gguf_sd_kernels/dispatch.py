@@ -27,7 +27,7 @@ from gguf_sd_kernels.tuning.launch import Prepared
 from gguf_sd_kernels.tuning.operands import Use
 from gguf_sd_kernels.tuning.self_check import Subject
 from gguf_sd_kernels.tuning.verdicts import trusted
-from gguf_sd_kernels.tuning.ways import MODES, UNMEASURED, Way, norm_trusted, way_of
+from gguf_sd_kernels.tuning.ways import MODES, UNMEASURED, Way, group_norm_way, layer_norm_trusted, way_of
 
 __all__ = ["MODES", "UNMEASURED", "conv2d_packed", "decode_packed", "group_norm_silu", "layer_norm", "linear_packed"]
 
@@ -155,22 +155,22 @@ def _decoded(weight: PackedWeight, dtype: torch.dtype, buffer: Tensor, way: Way)
 
 def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
     """As :func:`gguf_sd_kernels.triton.norm.group_norm_silu_triton`, which makes it unless it is set aside."""
-    key = "group", x.device, x.dtype, x.shape, groups, silu
-    if key not in _norms:
-        _norms.keep(key, norm_trusted(x, groups, silu))
-    if not _norms[key]:
+    key = x.device, x.dtype, x.shape, groups, silu
+    way = _group_norms.get(key) or _group_norms.keep(key, group_norm_way(x, groups, silu))
+    if way == "torch":
         return ops.group_norm_silu(x, groups, weight, bias, eps, silu)
-    return _triton("norm").group_norm_silu_triton(x, groups, weight, bias, eps, silu)
+    return _triton("norm").group_norm_silu_triton(x, groups, weight, bias, eps, silu, way == "whole")
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """As :func:`gguf_sd_kernels.triton.norm.layer_norm_triton`, which makes it unless it is set aside."""
-    key = "layer", x.device, x.dtype, x.shape[-1]
-    if key not in _norms:
-        _norms.keep(key, norm_trusted(x))
-    if not _norms[key]:
+    key = x.device, x.dtype, x.shape[-1]
+    if key not in _layer_norms:
+        _layer_norms.keep(key, layer_norm_trusted(x))
+    if not _layer_norms[key]:
         return F.layer_norm(x, weight.shape, weight, bias, eps)
     return _triton("norm").layer_norm_triton(x, weight, bias, eps)
 
 
-_norms: Prepared[bool] = Prepared()
+_group_norms: Prepared[str] = Prepared()
+_layer_norms: Prepared[bool] = Prepared()
