@@ -37,9 +37,7 @@ def json_object(text: object, what: str, most: int = MAX_SETTINGS) -> dict[str, 
     if not isinstance(value, dict):
         raise GgufSdError(f"{what} is no JSON object but {shown(value)}")
     if not _shallow(value, MAX_DEPTH):
-        raise GgufSdError(
-            f"{what} is no JSON object that can be read: it is nested too deeply, {MAX_DEPTH} is the most"
-        )
+        raise GgufSdError(f"{what} is no JSON object that can be read: it is nested deeper than {MAX_DEPTH}")
     return value
 
 
