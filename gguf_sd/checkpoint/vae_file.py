@@ -187,7 +187,7 @@ def _full_config(path: Path, shapes: Shapes, settings: Mapping[str, Any], model:
     """Widths and depths from the tensors, the rest from ``settings``, else the model's."""
     blocks = {(int(m[1]), int(m[2])): shapes[name] for name in shapes if (m := WIDTHS.fullmatch(name))}
     first, last = shapes.get("decoder.conv_in.weight", ()), shapes.get("decoder.conv_out.weight", ())
-    if not blocks or len(first) != 4 or len(last) != 4:
+    if not blocks or {len(shape) for shape in (*blocks.values(), first, last)} != {4}:
         raise GgufSdError(f"{path} holds no VAE (no tensors encoder.down.* and decoder.conv_in.weight); {TAKES}")
     widths = {level: shape[0] for (level, _), shape in sorted(blocks.items())}
     layers = len(blocks) // len(widths)

@@ -200,7 +200,8 @@ COSTLY = {
 
 @pytest.mark.parametrize("name", COSTLY)
 def test_a_header_costs_little_more_than_it_has(tmp_path: Path, name: str) -> None:
-    """Twice its bytes (a text beside what it was decoded from), and what a bounded number of keys and short lists take."""
+    """Twice its bytes (a text beside what it was decoded from; up to four bytes a letter where it is not English), and
+    what a bounded number of keys and short lists take."""
     count, value = COSTLY[name]
     body = b"".join(text(f"k{i}") + value for i in range(count))
     (tmp_path / "a.gguf").write_bytes(header(keys=count, body=body))
@@ -209,7 +210,8 @@ def test_a_header_costs_little_more_than_it_has(tmp_path: Path, name: str) -> No
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(metadata) == count
-    assert peak < 2.05 * len(body) + 200_000 + 1500 * (count if count > 1 else 0)
+    most = 4.05 if name == "accents" else 2.05
+    assert peak < most * len(body) + 200_000 + 1500 * (count if count > 1 else 0)
 
 
 def test_long_arrays_of_texts(tmp_path: Path) -> None:
@@ -221,9 +223,8 @@ def test_long_arrays_of_texts(tmp_path: Path) -> None:
 
 
 def test_nested_arrays_have_a_number(tmp_path: Path) -> None:
-    body = text("a") + array_of(
-        TYPE.ARRAY, 16, array_of(TYPE.ARRAY, 16, struct.pack("<IQ", TYPE.UINT8, 0) * 16)[4:] * 16
-    )
+    inner = array_of(TYPE.ARRAY, 16, struct.pack("<IQ", TYPE.UINT8, 0) * 16)[4:]
+    body = text("a") + array_of(TYPE.ARRAY, 16, inner * 16)
     (tmp_path / "a.gguf").write_bytes(header(keys=16, body=body * 16))
-    with pytest.raises(GgufSdError, match="a metadata array of 0 items, depth 2"):
+    with pytest.raises(GgufSdError, match="more than 4096 metadata arrays lie in arrays"):
         GGUFFile(tmp_path / "a.gguf")
