@@ -55,11 +55,9 @@ SAMPLERS: dict[str, SamplerInfo] = {
     "dpmpp_2m_sde": SamplerInfo(
         "DPM++ 2M SDE", "DPMSolverMultistepScheduler", stochastic=True, aliases=("dpmpp_2m_sde_gpu",)
     ),
-    # Steps that are even in time end in one from sigma 0.23 to 0.03, over which the third order overshoots; AUTOMATIC1111
-    # too has exponential ones by default.
-    "dpmpp_3m_sde": replace(
-        _sigma_space("DPM++ 3M SDE", None, "dpmpp_3m_sde_gpu", noise=True), schedule="exponential"
-    ),
+    # Steps that are even in time end in one from sigma 0.23 to 0.03, over which the third order overshoots;
+    # AUTOMATIC1111 too has exponential ones by default.
+    "dpmpp_3m_sde": replace(_sigma_space("DPM++ 3M SDE", None, "dpmpp_3m_sde_gpu", noise=True), schedule="exponential"),
     "dpmpp_sde": _sigma_space("DPM++ SDE", "DPMSolverSDEScheduler", "dpmpp_sde_gpu", noise=True, order=2),
     "dpmpp_2s_a": _sigma_space("DPM++ 2S a", None, "dpmpp_2s_ancestral", noise=True, order=2),
     "unipc": SamplerInfo("UniPC", "UniPCMultistepScheduler", aliases=("uni_pc", "uni_pc_bh2")),
