@@ -146,7 +146,7 @@ class Pipeline:
             yield from self._in_turn(batch[0].job, plan, partial(self._paint, batch, plan, graphed, on_step))
 
     def _graphed(self, steps: int, batches: int, plan: MemoryPlan) -> bool:
-        passes = steps * (batches if "unet" in plan.keep else 1)
+        passes = steps * (batches if plan.placement["unet"] == "resident" else 1)
         return use_graphs(self.execution.cuda_graph, self.device, self.kernels, passes)
 
     def _in_turn(self, job: Job, plan: MemoryPlan, work: Callable[[], T]) -> T:
@@ -182,7 +182,7 @@ class Pipeline:
         return self._encode([job], plan or self.memory_plan(job))[0]
 
     def _encode(self, jobs: Sequence[Job], plan: MemoryPlan) -> list[Conditioning]:
-        return self._encoder(jobs, lambda index: self.parts.text(index, self.dtype, "text" in plan.keep))
+        return self._encoder(jobs, lambda index: self.parts.text(index, self.dtype, plan.placement[f"text {index}"]))
 
     def begin(self, job: Job, noise: NoiseSource, plan: MemoryPlan | None = None) -> InitLatents:
         """What the job's sampling starts from, for as many pictures as ``noise`` has seeds."""
@@ -191,7 +191,7 @@ class Pipeline:
         if job.picture is None and config.unet.in_channels == vae.latent_channels:
             return init_latents.text_only(config, shape, noise, None)
         plan = plan or self.memory_plan(job)
-        with self.parts.vae(self.vae_dtype, "vae" in plan.keep) as autoencoder:
+        with self.parts.vae(self.vae_dtype, plan.placement["vae"]) as autoencoder:
             encoder = Encoder(autoencoder, self.device, self.dtype)
             if job.picture is None:
                 start = init_latents.text_only(config, shape, noise, encoder)
@@ -216,8 +216,8 @@ class Pipeline:
         plan = plan or self.memory_plan(job)
         if graphed is None:
             graphed = self._graphed(job.steps_run, len(list(job.batches())), plan)
-        how, strict = LoadedAs(self.dtype, plan.weights, self.kernels), self.execution.cuda_graph == "on"
-        with self.parts.unet(how, "unet" in plan.keep, graphed, strict) as unet:
+        how = LoadedAs(self.dtype, plan.weights, self.kernels, plan.placement["unet"])
+        with self.parts.unet(how, graphed, self.execution.cuda_graph == "on") as unet:
             guided = conditioning.negative is not None and plan.batch_guidance
             self.tuning.before_steps(unet, start.latents, guided)
             predict = Predictor(unet, conditioning, job.guidance, plan.batch_guidance, start.extra)
@@ -234,7 +234,7 @@ class Pipeline:
         if not latents.isfinite().all():
             raise GgufSdError("the latents to decode hold values that are not finite")
         plan = plan or self._plan(latents)
-        with self.parts.vae(self.vae_dtype, "vae" in plan.keep) as vae:
+        with self.parts.vae(self.vae_dtype, plan.placement["vae"]) as vae:
             pixels = torch.cat([vae.decode(latent[None]) for latent in latents.to(self.vae_dtype)]).float() / 2 + 0.5
         if not pixels.isfinite().all():
             raise GgufSdError(not_finite("VAE", self.vae_dtype))
@@ -247,7 +247,7 @@ class Pipeline:
         plan, config = self._plan(step.latents), self.model.config.vae
         tiny = self.vae_file is not None and self.vae_config == tiny_config(self.vae_config.latent_channels)
         if tiny or family(config) is None:
-            with self.parts.vae(self.vae_dtype, "vae" in plan.keep) as vae:
+            with self.parts.vae(self.vae_dtype, plan.placement["vae"]) as vae:
                 look = previews(step.denoised[:1], config, vae)
         else:
             look = previews(step.denoised[:1], config, None)
@@ -259,7 +259,7 @@ class Pipeline:
         """The pictures as the model's safety checker, if it has one, lets them pass, and which it flagged."""
         if safety == "off" or self.model.config.safety is None:
             return painted, [False] * len(painted)
-        with self.parts.safety(self.dtype, "safety" in plan.keep) as checker:
+        with self.parts.safety(self.dtype, plan.placement["safety"]) as checker:
             flags = checker.flagged(painted)
         blur = safety == "blur"
         return [blurred(x) if flagged and blur else x for x, flagged in zip(painted, flags, strict=True)], flags

@@ -1,7 +1,7 @@
 """What of a model is loaded: text encoders, UNet, VAE and safety checker, and the UNet's CUDA graphs.
 
 Nothing else loads parts or lets them go. A part is loaded when it is first asked for. It stays or goes afterwards as
-whoever borrowed it says, and is loaded anew when it is asked for in another way (another dtype, weights dequantised or
+its placement says, and is loaded anew when it is asked for in another way (another dtype, weights dequantised or
 not, other kernels).
 """
 
@@ -11,7 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import cast
 
@@ -35,11 +35,18 @@ from gguf_sd.sampling.guidance import Denoise
 
 @dataclass(frozen=True)
 class LoadedAs:
-    """The decisions that a part was loaded by; all but ``dtype`` concern the UNet alone."""
+    """The decisions that a part was loaded by; ``weights`` and ``kernels`` concern the UNet alone."""
 
     dtype: torch.dtype
     weights: str = ""  # quantized or resident
     kernels: str = ""  # see gguf_sd.runtime.kernel_modes.choose_kernels
+    placement: str = "resident"  # of gguf_sd.runtime.memory.PLACEMENTS
+
+    def fits(self, wanted: LoadedAs) -> bool:
+        """Whether what was loaded by these serves ``wanted``: a staged part differs from a resident one only in when it
+        goes."""
+        streamed = (self.placement == "streamed") == (wanted.placement == "streamed")
+        return streamed and replace(self, placement=wanted.placement) == wanted
 
 
 @dataclass
@@ -60,28 +67,28 @@ class Parts:
         self._lock = threading.RLock()
 
     @contextmanager
-    def text(self, index: int, dtype: torch.dtype, keep: bool) -> Iterator[TextEncoder]:
+    def text(self, index: int, dtype: torch.dtype, placement: str = "resident") -> Iterator[TextEncoder]:
         """Lends text encoder number ``index``."""
-        with self._borrowed(f"text {index}", LoadedAs(dtype), keep) as loaded:
+        with self._borrowed(f"text {index}", LoadedAs(dtype, placement=placement)) as loaded:
             yield cast(TextEncoder, loaded.part)
 
     @contextmanager
-    def vae(self, dtype: torch.dtype, keep: bool) -> Iterator[Autoencoder | TinyAutoencoder]:
+    def vae(self, dtype: torch.dtype, placement: str = "resident") -> Iterator[Autoencoder | TinyAutoencoder]:
         """Lends the VAE: that of ``vae_file`` where one was given, else the model's."""
-        with self._borrowed("vae", LoadedAs(dtype), keep) as loaded:
+        with self._borrowed("vae", LoadedAs(dtype, placement=placement)) as loaded:
             yield cast(Autoencoder | TinyAutoencoder, loaded.part)
 
     @contextmanager
-    def safety(self, dtype: torch.dtype, keep: bool) -> Iterator[SafetyChecker]:
+    def safety(self, dtype: torch.dtype, placement: str = "resident") -> Iterator[SafetyChecker]:
         """Lends the safety checker. Raises GgufSdError where the model has none."""
-        with self._borrowed("safety", LoadedAs(dtype), keep) as loaded:
+        with self._borrowed("safety", LoadedAs(dtype, placement=placement)) as loaded:
             yield cast(SafetyChecker, loaded.part)
 
     @contextmanager
-    def unet(self, how: LoadedAs, keep: bool, graphed: bool = False, strict: bool = False) -> Iterator[Denoise]:
+    def unet(self, how: LoadedAs, graphed: bool = False, strict: bool = False) -> Iterator[Denoise]:
         """Lends the UNet; with ``graphed`` behind its CUDA graphs, which live as long as it does. ``strict``: see
         :class:`gguf_sd.runtime.cuda_graph.GraphedUNet`."""
-        with self._borrowed("unet", how, keep) as loaded:
+        with self._borrowed("unet", how) as loaded:
             unet = cast(UNet, loaded.part)
             if not graphed:
                 yield unet
@@ -145,17 +152,17 @@ class Parts:
                 self.drop(name)
 
     @contextmanager
-    def _borrowed(self, name: str, how: LoadedAs, keep: bool) -> Iterator[_Loaded]:
+    def _borrowed(self, name: str, how: LoadedAs) -> Iterator[_Loaded]:
         try:
             yield self._get(name, how)
         finally:
-            if not keep:
+            if how.placement != "resident":
                 self.drop(name)
 
     def _get(self, name: str, how: LoadedAs) -> _Loaded:
         with self._lock:
             loaded = self._loaded.get(name)
-            if loaded is None or loaded.how != how:
+            if loaded is None or not loaded.how.fits(how):
                 del loaded  # with drop(), its last reference: the old part goes before the new one comes
                 self.drop(name)
                 self.loads[name] += 1
