@@ -30,6 +30,8 @@ from gguf_sd.models.vae import Autoencoder
 from gguf_sd.runtime.cuda_graph import CudaCapture, GraphedUNet
 from gguf_sd.runtime.kernel_modes import make_resident, use_kernels
 from gguf_sd.runtime.memory import PartValues, held_bytes
+from gguf_sd.runtime.stages import Meter
+from gguf_sd.runtime.streaming import Streamed, StreamedUNet, load_streamed
 from gguf_sd.sampling.guidance import Denoise
 
 
@@ -53,7 +55,12 @@ class LoadedAs:
 class _Loaded:
     part: nn.Module
     how: LoadedAs
+    streamed: Streamed | None = None  # what brings its weights, where they are not held
     graphs: GraphedUNet | None = None  # of a UNet
+
+    def nbytes(self, device: torch.device) -> int:
+        part = self.streamed.nbytes if self.streamed else held_bytes(self.part, device)
+        return part + (self.graphs.nbytes if self.graphs else 0)
 
 
 class Parts:
@@ -63,6 +70,7 @@ class Parts:
     def __init__(self, model: ModelFile, device: torch.device, vae_file: VAEFile | None = None):
         self.model, self.device, self.vae_file = model, device, vae_file
         self.loads: Counter[str] = Counter()  # how often each part was read from the file, by name
+        self.streamed: dict[str, Meter] = {}  # of the parts that were streamed since, by name
         self._loaded: dict[str, _Loaded] = {}
         self._lock = threading.RLock()
 
@@ -90,6 +98,9 @@ class Parts:
         :class:`gguf_sd.runtime.cuda_graph.GraphedUNet`."""
         with self._borrowed("unet", how) as loaded:
             unet = cast(UNet, loaded.part)
+            if loaded.streamed:  # in no graph: what it replays is of the device alone
+                yield StreamedUNet(unet, self.streamed["unet"])
+                return
             if not graphed:
                 yield unet
                 return
@@ -102,8 +113,7 @@ class Parts:
     def nbytes(self) -> int:
         """Bytes that loaded parts and graphs take on the device, see :func:`gguf_sd.runtime.memory.held_bytes`."""
         with self._lock:
-            held = list(self._loaded.values())
-        return sum(held_bytes(x.part, self.device) + (x.graphs.nbytes if x.graphs else 0) for x in held)
+            return sum(loaded.nbytes(self.device) for loaded in self._loaded.values())
 
     @property
     def graph_bytes(self) -> int:
@@ -167,8 +177,15 @@ class Parts:
                 self.drop(name)
                 self.loads[name] += 1
                 with torch.inference_mode(False), torch.no_grad():  # the same tensors whoever comes first
-                    self._loaded[name] = _Loaded(self._load(name, how), how)
+                    self._loaded[name] = self._loaded_anew(name, how)
             return self._loaded[name]
+
+    def _loaded_anew(self, name: str, how: LoadedAs) -> _Loaded:
+        if how.placement != "streamed" or name == "vae":  # whose weights are few, and read for every tile
+            return _Loaded(self._load(name, how), how)
+        meter = self.streamed.setdefault(name, Meter())
+        streamed = load_streamed(self.model, name, self.device, how.dtype, how.kernels, meter)
+        return _Loaded(streamed.part, how, streamed)
 
     def _load(self, name: str, how: LoadedAs) -> nn.Module:
         part: nn.Module
