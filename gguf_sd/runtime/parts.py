@@ -11,13 +11,16 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import cast
 
 import torch
 from torch import nn
 
+from gguf_sd.adapters.lora import Active
+from gguf_sd.adapters.read_lora import layer_factors
+from gguf_sd.adapters.side_path import attach, detach
 from gguf_sd.checkpoint.check_tensors import text_names
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.checkpoint.tensor_names import SAFETY, UNET, VAE
@@ -40,6 +43,7 @@ class LoadedAs:
     dtype: torch.dtype
     weights: str = ""  # quantized or resident
     kernels: str = ""  # see gguf_sd.runtime.kernel_modes.choose_kernels
+    loras: tuple[Active, ...] = ()  # beside the weights: they come and go without loading anew
 
 
 @dataclass
@@ -60,9 +64,9 @@ class Parts:
         self._lock = threading.RLock()
 
     @contextmanager
-    def text(self, index: int, dtype: torch.dtype, keep: bool) -> Iterator[TextEncoder]:
+    def text(self, index: int, dtype: torch.dtype, keep: bool, loras: tuple[Active, ...] = ()) -> Iterator[TextEncoder]:
         """Lends text encoder number ``index``."""
-        with self._borrowed(f"text {index}", LoadedAs(dtype), keep) as loaded:
+        with self._borrowed(f"text {index}", LoadedAs(dtype, loras=loras), keep) as loaded:
             yield cast(TextEncoder, loaded.part)
 
     @contextmanager
@@ -155,13 +159,28 @@ class Parts:
     def _get(self, name: str, how: LoadedAs) -> _Loaded:
         with self._lock:
             loaded = self._loaded.get(name)
-            if loaded is None or loaded.how != how:
+            if loaded is None or replace(loaded.how, loras=how.loras) != how:
                 del loaded  # with drop(), its last reference: the old part goes before the new one comes
                 self.drop(name)
                 self.loads[name] += 1
                 with torch.inference_mode(False), torch.no_grad():  # the same tensors whoever comes first
-                    self._loaded[name] = _Loaded(self._load(name, how), how)
+                    self._loaded[name] = _Loaded(self._load(name, how), replace(how, loras=()))
+            if self._loaded[name].how.loras != how.loras:
+                self._adapt(self._loaded[name], name, how)
             return self._loaded[name]
+
+    def _adapt(self, loaded: _Loaded, name: str, how: LoadedAs) -> None:
+        """Lays other LoRAs beside a part's weights, which stay where they are."""
+        detach(loaded.part)
+        loaded.graphs, loaded.how = None, replace(how, loras=())
+        with torch.inference_mode(False), torch.no_grad():
+            changes = layer_factors(how.loras, name, self.model.config)
+            try:
+                attach(loaded.part, changes, how.dtype, self.device)
+            except BaseException:
+                detach(loaded.part)
+                raise
+        loaded.how = how
 
     def _load(self, name: str, how: LoadedAs) -> nn.Module:
         part: nn.Module
