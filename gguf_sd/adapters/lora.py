@@ -124,6 +124,11 @@ def _weighted(path: Path, weights: list[str], text: str) -> Lora:
     return Lora(path, *numbers)
 
 
+def parse_weights(path: Path, text: str) -> Lora:
+    """A LoRA with the weights that stand behind its name in a tag, ``:0.8``, ``:0.8:1`` or nothing."""
+    return _weighted(path, text.split(":")[1:], f"{path.stem}{text}")
+
+
 def _checked_weight(weight: Any, where: str) -> float:
     try:
         number = float(weight)
@@ -176,7 +181,7 @@ def _tagged(prompt: str, folder: Path | None) -> Iterator[Lora]:
             raise GgufSdError(f"{tag} in the prompt: there is no {name.removesuffix(SUFFIX)}{SUFFIX} in {folder}")
         if len(paths) > 1:
             raise GgufSdError(f"{tag} in the prompt may be {paths[0]} or {paths[1]}; give one of them with --lora")
-        yield _weighted(paths[0], match[2].split(":")[1:], match[0].strip())
+        yield parse_weights(paths[0], match[2])
 
 
 def _files(folder: Path) -> dict[str, list[Path]]:
@@ -192,9 +197,9 @@ def _files(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def short_hash(lora: Lora) -> str:
-    """The start of the SHA-256 of what lies behind the header ("AutoV3"), as AUTOMATIC1111 and Civitai name a LoRA."""
-    return _short_hash(lora.path, lora.stamp)
+def short_hash(path: Path) -> str:
+    """The start of the SHA-256 of what lies behind a LoRA's header ("AutoV3"), as AUTOMATIC1111 and Civitai name it."""
+    return _short_hash(path, Lora(path).stamp)
 
 
 @lru_cache(maxsize=MAX_LORAS)

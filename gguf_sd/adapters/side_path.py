@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -203,7 +203,7 @@ def _stacks(model: nn.Module) -> dict[str, tuple[str, slice]]:
     for name, module in model.named_modules():
         if isinstance(module, Attention) and module.to_qkv is not None:
             (out,) = module.to_out
-            dim = int(out.shape[1] if isinstance(out, Quantized) else out.weight.shape[1])
+            dim = out.shape[1] if isinstance(out, Quantized) else cast(nn.Linear, out).in_features
             for index, leaf in enumerate(("to_q", "to_k", "to_v")):
                 places[f"{name}.{leaf}"] = (f"{name}.to_qkv", slice(index * dim, (index + 1) * dim))
         elif isinstance(module, ResBlock) and module.place is not None:

@@ -44,14 +44,19 @@ def all_targets(config: ModelConfig, parts: Iterable[str] = ("unet", "text 0", "
     return [target for target in dict.fromkeys(targets(config).values()) if target.part in set(parts)]
 
 
-def random_lora(chosen: Iterable[Target], rank: int = 3, alpha: float | None = 2.0, size: float = 0.5) -> Changes:
+def random_lora(
+    config: ModelConfig, chosen: Iterable[Target] | None = None, rank: int = 3, alpha: float | None = 2.0
+) -> Changes:
     """Low-rank factors for each layer, of a size that changes pictures."""
     generator, changes = torch.Generator().manual_seed(rank), Changes()
-    for target in chosen:
+    for target in chosen or all_targets(config):
         out, channels, *kernel = target.shape
+        leaf = target.module.rpartition(".")[2]
+        if leaf == "skip_connection" or (leaf in ("proj_in", "proj_out") and not config.unet.linear_projection):
+            kernel = [1, 1]
         inner = channels * (kernel[0] * kernel[1] if kernel else 1)
-        down = torch.randn(rank, channels, *kernel, generator=generator) * (size / inner**0.5)
-        up = torch.randn(out, rank, *(1 for _ in kernel), generator=generator) * (size / rank**0.5)
+        down = torch.randn(rank, channels, *kernel, generator=generator) * (0.5 / inner**0.5)
+        up = torch.randn(out, rank, *(1 for _ in kernel), generator=generator) * (0.5 / rank**0.5)
         changes[target] = {"lora_down.weight": down, "lora_up.weight": up}
         if alpha is not None:
             changes[target]["alpha"] = torch.tensor(alpha)
@@ -73,12 +78,12 @@ def peft(changes: Changes, config: ModelConfig) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     leaves = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight", "alpha": "alpha"}
     for target, tensors in changes.items():
-        path = DIFFUSERS[target.part] + name_of(target, config, False)
+        path = DIFFUSERS[target.part] + name_of(target, config)
         state |= {f"{path}.{leaves[leaf]}": tensor for leaf, tensor in tensors.items()}
     return state
 
 
-def name_of(target: Target, config: ModelConfig, original: bool) -> str:
+def name_of(target: Target, config: ModelConfig, original: bool = False) -> str:
     from gguf_sd.checkpoint.tensor_names import inverted, rename, unet_modules
 
     if target.part != "unet":
