@@ -25,6 +25,8 @@ class PointwiseForward:
 class Linear(nn.Linear):
     """y = x W^T + b, and what is to be added to it."""
 
+    origins: tuple[str, ...] = ()  # the weights that its rows are, in order, where they stay in a file
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [..., in], residual [..., out] -> [..., out]."""
         y = ops.product(x, self.weight, self.bias)
@@ -86,6 +88,7 @@ class Quantized(nn.Module):
     """Holds the blocks as a buffer, so that `.to(device)` moves them and `.to(dtype)` leaves them alone."""
 
     blocks: Tensor
+    origins: tuple[str, ...] = ()  # as Linear's
 
     def __init__(self, weight: QuantTensor, bias: Tensor | None):
         super().__init__()
@@ -174,6 +177,13 @@ def quantized(module: nn.Linear | nn.Conv2d, weight: QuantTensor) -> nn.Module:
 def stacked(linears: Sequence[nn.Module]) -> nn.Module | None:
     """One linear that makes the outputs of several side by side, from weights below one another; None where they are
     not all plain, or all in blocks of one type. For linears of one input width, with or without biases, not packed."""
+    joined = _stacked(linears)
+    if joined is not None:
+        joined.origins = tuple(origin for linear in linears for origin in linear.origins)  # type: ignore[union-attr]
+    return joined
+
+
+def _stacked(linears: Sequence[nn.Module]) -> Linear | QuantLinear | None:
     biases = [linear.bias for linear in linears if isinstance(linear.bias, Tensor)]
     if len(biases) not in (0, len(linears)):
         return None
