@@ -14,12 +14,12 @@ from gguf_sd.writers import remove_stale, temporary_name
 @contextlib.contextmanager
 def temporary_beside(target: Path) -> Iterator[Path]:
     """A new empty file in the target's folder, removed at the end unless it was renamed to its place. What dead
-    processes left of the same target is removed first.
+    processes left unfinished there is removed first.
 
     Whatever the operating system refuses meanwhile (a full disk, a file or folder that must not be written or is gone)
     is raised as GgufSdError; FileExistsError stays what it is.
     """
-    remove_stale(target)
+    remove_stale(target.parent)
     path = temporary_name(target)
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))

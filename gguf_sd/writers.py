@@ -58,21 +58,20 @@ def _running(found: re.Match[str], path: Path) -> bool:
     return _started(pid) == started
 
 
-def _partials(target: Path) -> Iterator[tuple[Path, re.Match[str]]]:
-    """The temporary files of a target, however many processes write it."""
+def _partials(folder: Path) -> Iterator[tuple[Path, re.Match[str]]]:
+    """The temporary files in a folder, of whatever targets and processes."""
     try:
-        names = os.listdir(target.parent)
+        names = os.listdir(folder)
     except OSError:  # no such folder: the caller finds out
         return
     for name in names:
-        found = NAME.fullmatch(name)
-        if found is not None and found["target"] == target.name[:STEM]:
-            yield target.with_name(name), found
+        if (found := NAME.fullmatch(name)) is not None:
+            yield folder / name, found
 
 
-def remove_stale(target: Path) -> None:
-    """Removes what processes that are no more left unfinished of a target."""
-    for path, found in _partials(target):
+def remove_stale(folder: Path) -> None:
+    """Removes what processes that are no more left unfinished in a folder."""
+    for path, found in _partials(folder):
         if not _running(found, path):
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -80,5 +79,7 @@ def remove_stale(target: Path) -> None:
 
 def other_writer(target: Path) -> int | None:
     """The number of another process that writes the target at this moment."""
-    running = (int(found["pid"]) for path, found in _partials(target) if _running(found, path))
-    return next((pid for pid in running if pid != os.getpid()), None)
+    for path, found in _partials(target.parent):
+        if found["target"] == target.name[:STEM] and int(found["pid"]) != os.getpid() and _running(found, path):
+            return int(found["pid"])
+    return None

@@ -169,11 +169,13 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> No
     left, _ = partial_of_another(tmp_path / "m.png", wait=False)
     other = tmp_path / left.name.replace("m.png", "n.png", 1)
     other.touch()
+    stranger = tmp_path / ".m.png.partial"  # no name of ours
+    stranger.touch()
     reused = tmp_path / left.name.replace(left.name.split("-")[1], str(os.getpid()))  # our number, another start
     reused.touch()
     assert left.exists()
     save_png(PICTURE, tmp_path / "m.png")
-    assert {path.name for path in tmp_path.iterdir()} == {"m.png", other.name}
+    assert {path.name for path in tmp_path.iterdir()} == {"m.png", stranger.name}
 
 
 def test_files_of_another_machine_are_left_for_a_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
