@@ -18,6 +18,9 @@ from typing import cast
 import torch
 from torch import nn
 
+from gguf_sd.adapters.lora import Active
+from gguf_sd.adapters.read_lora import layer_factors
+from gguf_sd.adapters.side_path import attach, detach
 from gguf_sd.checkpoint.check_tensors import text_names
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.checkpoint.tensor_names import SAFETY, UNET, VAE
@@ -43,12 +46,13 @@ class LoadedAs:
     weights: str = ""  # quantized or resident
     kernels: str = ""  # see gguf_sd.runtime.kernel_modes.choose_kernels
     placement: str = "resident"  # of gguf_sd.runtime.memory.PLACEMENTS
+    loras: tuple[Active, ...] = ()  # beside the weights: they come and go without loading anew
 
     def fits(self, wanted: LoadedAs) -> bool:
-        """Whether what was loaded by these serves ``wanted``: a staged part differs from a resident one only in when it
-        goes."""
+        """Whether what was loaded by these serves ``wanted``, once its LoRAs are exchanged: a staged part differs from
+        a resident one only in when it goes."""
         streamed = (self.placement == "streamed") == (wanted.placement == "streamed")
-        return streamed and replace(self, placement=wanted.placement) == wanted
+        return streamed and replace(self, placement=wanted.placement, loras=wanted.loras) == wanted
 
 
 @dataclass
@@ -75,9 +79,11 @@ class Parts:
         self._lock = threading.RLock()
 
     @contextmanager
-    def text(self, index: int, dtype: torch.dtype, placement: str = "resident") -> Iterator[TextEncoder]:
+    def text(
+        self, index: int, dtype: torch.dtype, placement: str = "resident", loras: tuple[Active, ...] = ()
+    ) -> Iterator[TextEncoder]:
         """Lends text encoder number ``index``."""
-        with self._borrowed(f"text {index}", LoadedAs(dtype, placement=placement)) as loaded:
+        with self._borrowed(f"text {index}", LoadedAs(dtype, placement=placement, loras=loras)) as loaded:
             yield cast(TextEncoder, loaded.part)
 
     @contextmanager
@@ -177,7 +183,9 @@ class Parts:
                 self.drop(name)
                 self.loads[name] += 1
                 with torch.inference_mode(False), torch.no_grad():  # the same tensors whoever comes first
-                    self._loaded[name] = self._loaded_anew(name, how)
+                    self._loaded[name] = self._loaded_anew(name, replace(how, loras=()))
+            if self._loaded[name].how.loras != how.loras:
+                self._adapt(self._loaded[name], name, how)
             return self._loaded[name]
 
     def _loaded_anew(self, name: str, how: LoadedAs) -> _Loaded:
@@ -186,6 +194,19 @@ class Parts:
         meter = self.streamed.setdefault(name, Meter())
         streamed = load_streamed(self.model, name, self.device, how.dtype, how.kernels, meter)
         return _Loaded(streamed.part, how, streamed)
+
+    def _adapt(self, loaded: _Loaded, name: str, how: LoadedAs) -> None:
+        """Lays other LoRAs beside a part's weights, which stay where they are."""
+        detach(loaded.part)
+        loaded.graphs, loaded.how = None, replace(how, loras=())
+        with torch.inference_mode(False), torch.no_grad():
+            changes = layer_factors(how.loras, name, self.model.config)
+            try:
+                attach(loaded.part, changes, how.dtype, self.device)
+            except BaseException:
+                detach(loaded.part)
+                raise
+        loaded.how = how
 
     def _load(self, name: str, how: LoadedAs) -> nn.Module:
         part: nn.Module
