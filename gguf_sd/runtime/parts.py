@@ -31,6 +31,7 @@ from gguf_sd.models.tiny_vae import TinyAutoencoder
 from gguf_sd.models.unet import UNet
 from gguf_sd.models.vae import Autoencoder
 from gguf_sd.runtime.cuda_graph import NO_GRAPHS, CudaCapture, GraphedUNet, Graphing
+from gguf_sd.runtime.host_heap import be_frugal
 from gguf_sd.runtime.kernel_modes import make_resident, use_kernels
 from gguf_sd.runtime.memory import PartValues, held_bytes
 from gguf_sd.runtime.stages import Meter
@@ -167,6 +168,8 @@ class Parts:
 
     @contextmanager
     def _borrowed(self, name: str, how: LoadedAs) -> Iterator[_Loaded]:
+        if self.device.type == "cpu":
+            be_frugal(how.placement == "streamed")
         try:
             yield self._get(name, how)
         finally:
