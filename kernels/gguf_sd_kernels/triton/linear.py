@@ -14,7 +14,7 @@ from gguf_sd_kernels.checks import linear_key, linear_product, linear_shape
 from gguf_sd_kernels.devices import gpu_of
 from gguf_sd_kernels.repack import PackedWeight
 from gguf_sd_kernels.row_parts import MAX_PARTS, FoldedNorm, RowParts
-from gguf_sd_kernels.triton.launcher import PreparedLaunch, in_order
+from gguf_sd_kernels.triton.launcher import PreparedLaunch, allocator, in_order
 from gguf_sd_kernels.triton.row_norm import apply_row_norm, row_norm
 from gguf_sd_kernels.triton.tiles import decode_tile, finish_tile, multiply, split_range, tile_position, weight_rows
 from gguf_sd_kernels.triton.workspace import divide
@@ -115,17 +115,17 @@ class PreparedLinear:
         launch: Launch | None = None,
         normed: tuple[RowParts, float] | None = None,
     ):
-        self.result = linear_shape(x, weight, bias, residual, geglu)
-        self.dtype, self.device = x.dtype, x.device
+        self.device = x.device
+        self.result = allocator(linear_shape(x, weight, bias, residual, geglu), x.dtype, x.device)
         self.start: PreparedLaunch | None = None
         product = linear_product(x, weight, geglu)
-        self.rows, self.columns = product.m, product.n
         if not product.m:
             return
         launch = launch or choose(product, gpu_of(x.device))
         if normed is not None:
             normed[0].check(product.m, product.k)
         self.part_width = launch.block_n // (2 if launch.block_m * launch.block_n > 16384 else 1)
+        self.parts = allocator((2, -(-product.n // self.part_width), product.m), torch.float32, x.device)
         self.programs = divide(product, launch)
         part_width, eps = (normed[0].width, normed[1]) if normed else (0, 0.0)
         self.start = PreparedLaunch(
@@ -152,8 +152,7 @@ class PreparedLinear:
         """The product, and the parts of its rows; None where it has none."""
         if self.start is None:
             return self(x, weight, bias, residual), None
-        shape = 2, -(-self.columns // self.part_width), self.rows
-        parts = torch.empty(shape, dtype=torch.float32, device=self.device)
+        parts = self.parts()
         return self._run(x, weight, bias, residual, _NO_NORM, parts), RowParts(parts, self.part_width)
 
     def _run(
@@ -165,7 +164,7 @@ class PreparedLinear:
         norm: tuple[Tensor | None, Tensor | None, Tensor | None],
         parts: Tensor | None,
     ) -> Tensor:
-        out = torch.empty(self.result, dtype=self.dtype, device=self.device)
+        out = self.result()
         if self.start is not None:
             arrays = in_order(x), weight.quants, weight.scales, weight.mins, *norm
             self.start(*arrays, in_order(bias), in_order(residual), out, parts, *self.programs.shared(self.device))
@@ -191,7 +190,7 @@ def linear_fused(
     ``[..., N/2]``; there is no residual then. float16 and bfloat16; sums are float32.
     Raises ValueError for other dtypes, or shapes that do not fit.
     """
-    key = launch, geglu, *linear_key(x, weight, bias, residual)
+    key = linear_key(launch, geglu, x, weight, bias, residual)
     run = _prepared.get(key) or _prepared.keep(key, PreparedLinear(x, weight, bias, residual, geglu, launch))
     return run(x, weight, bias, residual)
 
@@ -205,7 +204,7 @@ def linear_measured(
     launch: Launch | None = None,
 ) -> tuple[Tensor, RowParts | None]:
     """As :func:`linear_fused`, and what a norm of the result's rows takes; None where there are no rows."""
-    key = launch, "measured", *linear_key(x, weight, bias, residual)
+    key = linear_key((launch, "measured"), False, x, weight, bias, residual)
     run = _prepared.get(key) or _prepared.keep(key, PreparedLinear(x, weight, bias, residual, False, launch))
     return run.measured(x, weight, bias, residual)
 
@@ -223,7 +222,7 @@ def linear_normed(
 
     Raises ValueError for parts that are not of x's rows, or too many, as well.
     """
-    key = launch, geglu, parts.width, norm.eps, *linear_key(x, weight, norm.bias, None)
+    key = linear_key((launch, parts.width, norm.eps), geglu, x, weight, norm.bias, None)
     run = _prepared.get(key)
     if run is None:
         run = _prepared.keep(key, PreparedLinear(x, weight, norm.bias, None, geglu, launch, normed=(parts, norm.eps)))
