@@ -37,6 +37,10 @@ class Adapted(AroundNorm, nn.Module):
             path(x, y)
         return y
 
+    def enlarged(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The layer of x enlarged to ``size`` (H, W), by its nearest neighbours."""
+        return self(F.interpolate(x, size=size))
+
     def geglu(self, x: Tensor) -> Tensor:
         """value * gelu(gate), the halves of y: x [..., in] -> [..., out / 2]."""
         return ops.geglu(self(x))

@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 from gguf_sd.checkpoint.quant_tensor import QuantTensor
 from gguf_sd_kernels import custom_ops, dispatch, ops
 from gguf_sd_kernels.dispatch import conv2d_packed, linear_packed
+from gguf_sd_kernels.enlarged import conv2d_enlarged
 from gguf_sd_kernels.normed import Measured, fold, linear_measured, normed_linear
 from gguf_sd_kernels.repack import PACKED_TYPES, PackedWeight, repack, unpack
 from gguf_sd_kernels.row_parts import FoldedNorm
@@ -63,6 +64,10 @@ class Conv2d(nn.Conv2d):
         """x [B, C, H, W], emb [B, out] for every pixel, residual [B, out, H', W'] -> [B, out, H', W']."""
         assert not isinstance(self.padding, str)
         return _added(ops.convolve(x, self.weight, self.bias, self.stride[0], self.padding[0]), emb, residual)
+
+    def enlarged(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The layer of x enlarged to ``size`` (H, W), by its nearest neighbours."""
+        return self(nn.functional.interpolate(x, size=size))
 
 
 def _added(y: Tensor, emb: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -209,6 +214,13 @@ class QuantConv2d(Quantized):
             tap_major=self.tap_major,
         )
         return _added(y, emb, residual)
+
+    def enlarged(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The layer of x enlarged to ``size`` (H, W), by its nearest neighbours; in one launch where the kernels have
+        one for it."""
+        if self.packed is None or self.stride != 1 or is_compiling():
+            return self(nn.functional.interpolate(x, size=size))
+        return conv2d_enlarged(x, self.packed, self._parameters.get("bias"), size, self.padding, self.mode)
 
 
 def quantized(module: nn.Linear | nn.Conv2d, weight: QuantTensor) -> nn.Module:

@@ -186,7 +186,7 @@ class Upsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.conv(nn.functional.interpolate(x, size=size))
+        return self.conv.enlarged(x, size)
 
 
 class Stage(nn.ModuleList):
