@@ -25,6 +25,11 @@ def _opened(path: Path, stamp: tuple[int, int], config: ModelConfig) -> LoraFile
     return LoraFile.open(path, config)
 
 
+def lora_file(lora: Active, config: ModelConfig) -> LoraFile:
+    """As :meth:`LoraFile.open`; what was found before is kept, as long as the file is the same."""
+    return _opened(lora.path, lora.stamp, config)
+
+
 @lru_cache(maxsize=128)
 def _checked(path: Path, stamp: tuple[int, int], config: ModelConfig) -> None:
     file = _opened(path, stamp, config)
@@ -54,10 +59,18 @@ def layer_factors(loras: Iterable[Active], part: str, config: ModelConfig) -> It
     """What LoRAs, each times its weight, add to the layers of a part of the model: one layer of one file after another,
     in float32."""
     for lora in loras:
-        file = _opened(lora.path, lora.stamp, config)
-        for change, tensors in _read(lora.path, (x for x in file.changes if x.target.part == part)):
-            made = factors(change.kind, tensors, change.target.shape, change.scale)
-            yield change.target, made.scaled(lora.weight)
+        for change, tensors in _read(lora.path, (x for x in lora_file(lora, config).changes if x.target.part == part)):
+            yield change.target, _made(lora, change, tensors)
+
+
+def change_factors(lora: Active, change: LayerChange) -> Factors:
+    """What one layer gets, in float32."""
+    ((_, tensors),) = _read(lora.path, [change])
+    return _made(lora, change, tensors)
+
+
+def _made(lora: Active, change: LayerChange, tensors: dict[str, Tensor]) -> Factors:
+    return factors(change.kind, tensors, change.target.shape, change.scale).scaled(lora.weight)
 
 
 def _read(path: Path, changes: Iterable[LayerChange]) -> Iterator[tuple[LayerChange, dict[str, Tensor]]]:
