@@ -106,7 +106,8 @@ def merged(qtype: str, deltas: dict[Target, np.ndarray], weight: float) -> UNet:
     ("qtype", "mode", "bound"),
     [
         ("Q4_0", "torch", 2e-5),
-        ("Q4_0", "fused", 5e-3),
+        ("Q4_0", "stacked", 2e-5),
+        pytest.param("Q4_0", "fused", 5e-3, marks=pytest.mark.slow),
         pytest.param("Q8_0", "dequantize", 5e-3, marks=pytest.mark.slow),
         pytest.param("Q8_0", "int8", 3e-2, marks=pytest.mark.slow),
         pytest.param("Q8_0", "resident", 5e-3, marks=pytest.mark.slow),
@@ -120,15 +121,18 @@ def test_every_kind_on_every_kernel(
     assert check_loras([Lora(path)], MODEL) == []
     latents, timesteps, context = inputs(CPU)
     want = merged(qtype, deltas, 0.7)(latents.float(), timesteps, context.float())
-    dtype = torch.float32 if mode == "torch" else torch.float16
+    plain = mode in ("torch", "stacked")
+    dtype = torch.float32 if plain else torch.float16
     model = unet(qtype, True, dtype, CPU)
     if mode == "resident":
         make_resident(model, dtype)
-    if mode != "torch":
+    if not plain:
         use_kernels(model, mode)
-        assert model.emb_layers is not None, "nothing is stacked"
+    elif mode == "stacked":
+        model.stack()
+    assert (model.emb_layers is None) == (mode == "torch")
     latents, context = latents.to(dtype), context.to(dtype)
-    before = model(latents, timesteps, context) if mode == "torch" else None
+    before = model(latents, timesteps, context) if plain else None
     attach(model, layer_factors(active([Lora(path, 0.7)], "unet"), "unet", MODEL), dtype, CPU)
     assert sum(isinstance(module, Adapted) for module in model.modules()) > 30
     got = model(latents, timesteps, context)
