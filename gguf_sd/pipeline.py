@@ -31,7 +31,7 @@ from gguf_sd.models.tiny_vae import tiny_config
 from gguf_sd.prompt.conditioning import PromptEncoder
 from gguf_sd.request import Job, Request, prepare
 from gguf_sd.runtime import memory
-from gguf_sd.runtime.cuda_graph import use_graphs
+from gguf_sd.runtime.cuda_graph import Graphing, use_graphs
 from gguf_sd.runtime.execution import Execution
 from gguf_sd.runtime.memory import MemoryNeeds, MemoryPlan, plan_memory
 from gguf_sd.runtime.parts import LoadedAs, Parts
@@ -146,12 +146,12 @@ class Pipeline:
         plan = self.memory_plan(*jobs)
         conditionings = self._in_turn(jobs[0], plan, partial(self._encode, jobs, plan))
         planned = list(batches(jobs, conditionings))
-        graphed = self._graphed(jobs[0].steps_run, len(planned), plan)
+        graphing = self._graphing(jobs[0].steps_run, len(planned), plan)
         for batch in planned:
-            yield from self._in_turn(batch[0].job, plan, partial(self._paint, batch, plan, graphed, on_step))
+            yield from self._in_turn(batch[0].job, plan, partial(self._paint, batch, plan, graphing, on_step))
 
-    def _graphed(self, steps: int, batches: int, plan: MemoryPlan) -> bool:
-        passes = steps * (batches if "unet" in plan.keep else 1)
+    def _graphing(self, steps: int, batches: int, plan: MemoryPlan) -> Graphing:
+        passes = steps * (batches if plan.placement["unet"] == "resident" else 1)
         return use_graphs(self.execution.cuda_graph, self.device, self.kernels, passes)
 
     def _in_turn(self, job: Job, plan: MemoryPlan, work: Callable[[], T]) -> T:
@@ -165,14 +165,14 @@ class Pipeline:
         size = job.width, job.height
         raise GgufSdError(memory.out_of_memory_advice(self.device, plan.weights, job.batch, size))
 
-    def _paint(self, batch: Sequence[Task], plan: MemoryPlan, graphed: bool, on_step: OnStep) -> list[Picture]:
+    def _paint(self, batch: Sequence[Task], plan: MemoryPlan, graphing: Graphing, on_step: OnStep) -> list[Picture]:
         """The pictures of one batch."""
         job, seeds = batch[0].job, [task.seed for task in batch]
         noise = NoiseSource(seeds, self.dtype, self.device)
         start = self.begin(job, noise, plan)
         latents, graph_bytes = start.latents, 0
         conditioning = Conditioning.joined([task.conditioning for task in batch])
-        for step in self.denoise(job, start, conditioning, noise, plan, graphed):
+        for step in self.denoise(job, start, conditioning, noise, plan, graphing):
             latents, graph_bytes = step.latents, self.parts.graph_bytes
             on_step(step)
         painted = [_pasted(Image.fromarray(pixels.numpy()), job) for pixels in self.decode(latents, plan)]
@@ -193,7 +193,8 @@ class Pipeline:
         return conditionings
 
     def _lent_text(self, plan: MemoryPlan, loras: tuple[Lora, ...], index: int) -> AbstractContextManager[TextEncoder]:
-        return self.parts.text(index, self.dtype, "text" in plan.keep, active(loras, text_part(index)))
+        part = text_part(index)
+        return self.parts.text(index, self.dtype, plan.placement[part], active(loras, part))
 
     def begin(self, job: Job, noise: NoiseSource, plan: MemoryPlan | None = None) -> InitLatents:
         """What the job's sampling starts from, for as many pictures as ``noise`` has seeds."""
@@ -202,7 +203,7 @@ class Pipeline:
         if job.picture is None and config.unet.in_channels == vae.latent_channels:
             return init_latents.text_only(config, shape, noise, None)
         plan = plan or self.memory_plan(job)
-        with self.parts.vae(self.vae_dtype, "vae" in plan.keep) as autoencoder:
+        with self.parts.vae(self.vae_dtype, plan.placement["vae"]) as autoencoder:
             encoder = Encoder(autoencoder, self.device, self.dtype)
             if job.picture is None:
                 start = init_latents.text_only(config, shape, noise, encoder)
@@ -219,17 +220,16 @@ class Pipeline:
         conditioning: Conditioning,
         noise: NoiseSource,
         plan: MemoryPlan | None = None,
-        graphed: bool | None = None,
+        graphing: Graphing | None = None,
     ) -> Iterator[Step]:
-        """Walks latents [B, 4, h, w] down the job's schedule, yielding after every step; with ``graphed`` through CUDA
-        graphs (None: where that pays). Raises GgufSdError where they stop being finite, on a GPU after the last
-        step."""
+        """Walks latents [B, 4, h, w] down the job's schedule, yielding after every step; ``graphing``: whether through
+        CUDA graphs (None: as the pipeline was told). Raises GgufSdError where they stop being finite, on a GPU after
+        the last step."""
         plan = plan or self.memory_plan(job)
-        if graphed is None:
-            graphed = self._graphed(job.steps_run, len(list(job.batches())), plan)
-        how = LoadedAs(self.dtype, plan.weights, self.kernels, active(job.loras, UNET_PART))
-        strict = self.execution.cuda_graph == "on"
-        with self.parts.unet(how, "unet" in plan.keep, graphed, strict) as unet:
+        graphing = graphing or self._graphing(job.steps_run, len(list(job.batches())), plan)
+        loras = active(job.loras, UNET_PART)
+        how = LoadedAs(self.dtype, plan.weights, self.kernels, plan.placement[UNET_PART], loras)
+        with self.parts.unet(how, graphing) as unet:
             guided = conditioning.negative is not None and plan.batch_guidance
             self.tuning.before_steps(unet, start.latents, guided)
             predict = Predictor(unet, conditioning, job.guidance, plan.batch_guidance, start.extra)
@@ -246,7 +246,7 @@ class Pipeline:
         if not latents.isfinite().all():
             raise GgufSdError("the latents to decode hold values that are not finite")
         plan = plan or self._plan(latents)
-        with self.parts.vae(self.vae_dtype, "vae" in plan.keep) as vae:
+        with self.parts.vae(self.vae_dtype, plan.placement["vae"]) as vae:
             pixels = torch.cat([vae.decode(latent[None]) for latent in latents.to(self.vae_dtype)]).float() / 2 + 0.5
         if not pixels.isfinite().all():
             raise GgufSdError(not_finite("VAE", self.vae_dtype))
@@ -259,7 +259,7 @@ class Pipeline:
         plan, config = self._plan(step.latents), self.model.config.vae
         tiny = self.vae_file is not None and self.vae_config == tiny_config(self.vae_config.latent_channels)
         if tiny or family(config) is None:
-            with self.parts.vae(self.vae_dtype, "vae" in plan.keep) as vae:
+            with self.parts.vae(self.vae_dtype, plan.placement["vae"]) as vae:
                 look = previews(step.denoised[:1], config, vae)
         else:
             look = previews(step.denoised[:1], config, None)
@@ -271,7 +271,7 @@ class Pipeline:
         """The pictures as the model's safety checker, if it has one, lets them pass, and which it flagged."""
         if safety == "off" or self.model.config.safety is None:
             return painted, [False] * len(painted)
-        with self.parts.safety(self.dtype, "safety" in plan.keep) as checker:
+        with self.parts.safety(self.dtype, plan.placement["safety"]) as checker:
             flags = checker.flagged(painted)
         blur = safety == "blur"
         return [blurred(x) if flagged and blur else x for x, flagged in zip(painted, flags, strict=True)], flags

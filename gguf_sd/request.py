@@ -21,7 +21,7 @@ from gguf_sd.errors import GgufSdError
 from gguf_sd.imaging import images
 from gguf_sd.prompt.prompts import unsupported
 from gguf_sd.request_fields import typed
-from gguf_sd.sampling.names import resolve_sampler, resolve_schedule
+from gguf_sd.sampling.names import SAMPLERS, resolve_sampler, resolve_schedule
 
 if TYPE_CHECKING:
     from gguf_sd.adapters.embeddings import Embedding
@@ -126,7 +126,7 @@ def prepare(request: Request, config: ModelConfig) -> Job:
     values = _filled(request, config)
     _check(values, request, config)
     sampler, implied = resolve_sampler(request.sampler or values.sampler)
-    own_schedule = values.schedule if request.sampler is None else "model"
+    own_schedule = values.schedule if request.sampler is None else SAMPLERS[sampler].schedule
     schedule_name = resolve_schedule(request.schedule or implied or own_schedule, sampler)
     picture, strength = _picture(request, values)
     loras = requested_loras(request)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-import tokenizers
 import torch
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from gguf_sd.adapters.embeddings import Embedding, Words
 from gguf_sd.checkpoint.metadata_keys import TOKENIZER
 from gguf_sd.config import TextConfig
 from gguf_sd.errors import GgufSdError
+from gguf_sd.prompt.clip_bpe import END, START, build, read_clip_bpe, rust_errors
 from gguf_sd.prompt.prompts import parse
 
 MAX_CHUNKS = 100  # of a prompt: each costs a pass of the text encoders, and attention at every step
@@ -34,13 +34,13 @@ class Tokens(NamedTuple):
 
 
 class Tokenizer:
-    """CLIP's byte-pair encoding. ``text`` is the `tokenizers.Tokenizer.to_str` JSON of it."""
+    """CLIP's byte-pair encoding. ``text`` is the `tokenizers.Tokenizer.to_str` JSON of it, of which the tables are
+    taken; ``where`` names the file in the GgufSdError raised for one that is damaged or of another kind."""
 
     def __init__(self, text: str, where: str):
-        try:
-            self._bpe = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # tokenizers raises plain Exception
-            raise GgufSdError(f"{where} carries a damaged tokenizer ({TOKENIZER}): {error}") from error
+        self._what = f"{where} carries a tokenizer ({TOKENIZER}) that"
+        bpe = read_clip_bpe(text, self._what)
+        self._bpe = build(bpe, START, END, self._what)
 
     def encode(self, prompt: str, config: TextConfig, embeddings: Sequence[Embedding] = ()) -> Tokens:
         """The prompt's tokens with their weights (:mod:`gguf_sd.prompt.prompts`), in at least one chunk.
@@ -74,7 +74,8 @@ class Tokenizer:
         return Tokens(ids, torch.tensor([[weight for _, weight in row] for row in rows]))
 
     def _ids(self, text: str, config: TextConfig) -> list[int]:
-        ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
+        with rust_errors(self._what):
+            ids: list[int] = self._bpe.encode(text, add_special_tokens=False).ids
         if ids and max(ids) >= config.vocab_size:
             raise GgufSdError(
                 f"the tokenizer gives token {max(ids)}, the text encoder knows {config.vocab_size}; "
