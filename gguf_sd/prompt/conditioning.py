@@ -51,10 +51,18 @@ class PromptEncoder:
         texts = list(dict.fromkeys(text for pair in wanted for text in pair if text is not None))
         encoded: dict[_Text, list[Encoded]] = {text: [] for text in texts}
         for index in range(len(self.config.text)):
-            with lend(index) as encoder:
-                for text, results in encoded.items():
-                    results.append(self._encode(index, encoder, text))
+            self._through(index, lend, encoded)
         return [self._conditioning(job, *pair, encoded) for job, pair in zip(jobs, wanted, strict=True)]
+
+    def _through(self, index: int, lend: Lend, encoded: dict[_Text, list[Encoded]]) -> None:
+        """All texts through one encoder, which nothing refers to afterwards: the next one may need its memory."""
+        with lend(index) as encoder:
+            for text, results in encoded.items():
+                results.append(self._encode(index, encoder, text))
+
+    def chunks(self, job: Job) -> int:
+        """Chunks of the longer of a job's prompt and negative prompt."""
+        return self._texts(job)[0].chunks
 
     def _texts(self, job: Job) -> tuple[_Text, _Text | None]:
         """A job's prompt and negative prompt; None for one that is not encoded."""
