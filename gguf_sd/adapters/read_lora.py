@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -10,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gguf_sd.adapters.factors import Factors, factors
-from gguf_sd.adapters.lora import Active, Lora
+from gguf_sd.adapters.lora import Active, Lora, active
 from gguf_sd.adapters.lora_file import LayerChange, LoraFile
 from gguf_sd.adapters.targets import Target
 from gguf_sd.checkpoint.finite import is_finite
@@ -61,6 +62,16 @@ def layer_factors(loras: Iterable[Active], part: str, config: ModelConfig) -> It
     for lora in loras:
         for change, tensors in _read(lora.path, (x for x in lora_file(lora, config).changes if x.target.part == part)):
             yield change.target, _made(lora, change, tensors)
+
+
+def lora_values(loras: Iterable[Lora], config: ModelConfig) -> Counter[str]:
+    """How many values lie beside the layers of each part of the model: unet, text 0, text 1."""
+    count: Counter[str] = Counter()
+    for lora in loras:
+        for change in _opened(lora.path, lora.stamp, config).changes:
+            if active([lora], change.target.part):
+                count[change.target.part] += change.values
+    return count
 
 
 def change_factors(lora: Active, change: LayerChange) -> Factors:

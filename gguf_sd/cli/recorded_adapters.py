@@ -64,7 +64,7 @@ def _loras(args: argparse.Namespace, recorded: dict[str, Any], folders: Iterable
                 "its folder with --lora-dir"
             )
         found.append(parse_weights(path, match[2]))
-    return {"prompt": TAG.sub("", prompt), "loras": found} if found or given else {}
+    return {"prompt": TAG.sub("", prompt).rstrip(" "), "loras": found} if found or given else {}
 
 
 def _find(folders: Iterable[Path], names: Iterable[str], wanted: str, hash_of: Callable[[Path], str]) -> Path | None:
