@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from gguf_sd import keywords
+from gguf_sd.adapters.lora import Lora, active
+from gguf_sd.adapters.targets import UNET_PART, text_part
 from gguf_sd.batching import Task, batches
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.checkpoint.vae_file import VAEFile
@@ -23,6 +28,7 @@ from gguf_sd.imaging.png_metadata import PARAMETERS, parameters
 from gguf_sd.imaging.preview import family, previews
 from gguf_sd.models import tiled_vae
 from gguf_sd.models.safety import blurred
+from gguf_sd.models.text import TextEncoder
 from gguf_sd.models.tiny_vae import tiny_config
 from gguf_sd.prompt.conditioning import PromptEncoder
 from gguf_sd.request import Job, Request, prepare
@@ -217,7 +223,14 @@ class Pipeline:
         return self._encode([job], plan or self.memory_plan(job))[0]
 
     def _encode(self, jobs: Sequence[Job], plan: MemoryPlan) -> list[Conditioning]:
-        return self._encoder(jobs, lambda index: self.parts.text(index, self.dtype, plan.placement[f"text {index}"]))
+        conditionings: list[Conditioning] = []
+        for loras, group in groupby(jobs, key=lambda job: job.loras):
+            conditionings += self._encoder(list(group), partial(self._lent_text, plan, loras))
+        return conditionings
+
+    def _lent_text(self, plan: MemoryPlan, loras: tuple[Lora, ...], index: int) -> AbstractContextManager[TextEncoder]:
+        part = text_part(index)
+        return self.parts.text(index, self.dtype, plan.placement[part], active(loras, part))
 
     def begin(self, job: Job, noise: NoiseSource, plan: MemoryPlan | None = None) -> InitLatents:
         """What the job's sampling starts from, for as many pictures as ``noise`` has seeds."""
@@ -251,7 +264,8 @@ class Pipeline:
         plan = plan or self.memory_plan(job)
         if graphed is None:
             graphed = self._graphed(job.steps_run, len(list(job.batches())), plan)
-        how = LoadedAs(self.dtype, plan.weights, self.kernels, plan.placement["unet"])
+        loras = active(job.loras, UNET_PART)
+        how = LoadedAs(self.dtype, plan.weights, self.kernels, plan.placement[UNET_PART], loras)
         with self.parts.unet(how, graphed, self.execution.cuda_graph == "on") as unet:
             guided = conditioning.negative is not None and plan.batch_guidance
             self.tuning.before_steps(unet, start.latents, guided)

@@ -147,10 +147,11 @@ class ModelFile:
         from gguf_sd.models.text import TextEncoder
 
         texts = self.config.text
-        self.part(TEXT if len(texts) == 1 else XL_TEXTS[index])  # raises where there is none
+        prefix = TEXT if len(texts) == 1 else XL_TEXTS[index]
+        self.part(prefix)  # raises where there is none
         names = text_names(self.names, len(texts), index)
         tensors = self._copied(names, dtype) if deferred is None else self._mapped(names)
-        return TextEncoder.load(texts[index], tensors, dtype, str(self.path), deferred)
+        return TextEncoder.load(texts[index], tensors, dtype, str(self.path), deferred, prefix)
 
     def load_safety(self, dtype: torch.dtype, deferred: dict[str, Deferred] | None = None) -> SafetyChecker:
         """The model's safety checker. Raises GgufSdError where the file carries none (``config.safety`` is None)."""

@@ -142,15 +142,17 @@ class TextEncoder(nn.Module):
         dtype: torch.dtype,
         where: str,
         deferred: dict[str, Deferred] | None = None,
+        prefix: str = "",
     ) -> TextEncoder:
         """Builds the encoder from tensors named as in transformers (with or without ``text_model.``) or OpenCLIP;
-        ``where`` names the file in errors. ``deferred``: see :func:`gguf_sd.checkpoint.assign.assign`."""
+        ``where`` names the file in errors, ``prefix`` stands before the names there. ``deferred``: see
+        :func:`gguf_sd.checkpoint.assign.assign`."""
         with torch.device("meta"):
             encoder = cls(config)
         if "positional_embedding" in tensors:
             tensors = from_openclip(tensors)
         bare = {name.removeprefix("text_model."): source for name, source in tensors.items()}
-        assign(encoder, bare, dtype, where, keep_quantized=False, deferred=deferred)
+        assign(encoder, bare, dtype, where, keep_quantized=False, prefix=prefix, deferred=deferred)
         return encoder.eval()
 
     @torch.inference_mode()

@@ -17,6 +17,9 @@ from typing import cast
 import torch
 from torch import nn
 
+from gguf_sd.adapters.lora import Active
+from gguf_sd.adapters.read_lora import layer_factors
+from gguf_sd.adapters.side_path import attach, detach
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.checkpoint.vae_file import VAEFile
 from gguf_sd.models.safety import SafetyChecker
@@ -27,6 +30,8 @@ from gguf_sd.models.vae import Autoencoder
 from gguf_sd.runtime.cuda_graph import CudaCapture, GraphedUNet
 from gguf_sd.runtime.kernel_modes import make_resident, use_kernels
 from gguf_sd.runtime.memory import give_back, held_bytes
+from gguf_sd.runtime.stages import Meter
+from gguf_sd.runtime.streaming import Streamed, StreamedUNet, load_streamed
 from gguf_sd.sampling.guidance import Denoise
 
 
@@ -38,19 +43,25 @@ class LoadedAs:
     weights: str = ""  # quantized or resident
     kernels: str = ""  # see gguf_sd.runtime.kernel_modes.choose_kernels
     placement: str = "resident"  # of gguf_sd.runtime.memory.PLACEMENTS
+    loras: tuple[Active, ...] = ()  # beside the weights: they come and go without loading anew
 
     def fits(self, wanted: LoadedAs) -> bool:
-        """Whether what was loaded by these serves ``wanted``: a staged part differs from a resident one only in when it
-        goes."""
+        """Whether what was loaded by these serves ``wanted``, once its LoRAs are exchanged: a staged part differs from
+        a resident one only in when it goes."""
         streamed = (self.placement == "streamed") == (wanted.placement == "streamed")
-        return streamed and replace(self, placement=wanted.placement) == wanted
+        return streamed and replace(self, placement=wanted.placement, loras=wanted.loras) == wanted
 
 
 @dataclass
 class _Loaded:
     part: nn.Module
     how: LoadedAs
+    streamed: Streamed | None = None  # what brings its weights, where they are not held
     graphs: GraphedUNet | None = None  # of a UNet
+
+    def nbytes(self, device: torch.device) -> int:
+        part = self.streamed.nbytes if self.streamed else held_bytes(self.part, device)
+        return part + (self.graphs.nbytes if self.graphs else 0)
 
 
 class Parts:
@@ -60,13 +71,16 @@ class Parts:
     def __init__(self, model: ModelFile, device: torch.device, vae_file: VAEFile | None = None):
         self.model, self.device, self.vae_file = model, device, vae_file
         self.loads: Counter[str] = Counter()  # how often each part was read from the file, by name
+        self.streamed: dict[str, Meter] = {}  # of the parts that were streamed since, by name
         self._loaded: dict[str, _Loaded] = {}
         self._lock = threading.RLock()
 
     @contextmanager
-    def text(self, index: int, dtype: torch.dtype, placement: str = "resident") -> Iterator[TextEncoder]:
+    def text(
+        self, index: int, dtype: torch.dtype, placement: str = "resident", loras: tuple[Active, ...] = ()
+    ) -> Iterator[TextEncoder]:
         """Lends text encoder number ``index``."""
-        with self._borrowed(f"text {index}", LoadedAs(dtype, placement=placement)) as loaded:
+        with self._borrowed(f"text {index}", LoadedAs(dtype, placement=placement, loras=loras)) as loaded:
             yield cast(TextEncoder, loaded.part)
 
     @contextmanager
@@ -87,6 +101,9 @@ class Parts:
         :class:`gguf_sd.runtime.cuda_graph.GraphedUNet`."""
         with self._borrowed("unet", how) as loaded:
             unet = cast(UNet, loaded.part)
+            if loaded.streamed:  # in no graph: what it replays is of the device alone
+                yield StreamedUNet(unet, self.streamed["unet"])
+                return
             if not graphed:
                 yield unet
                 return
@@ -99,8 +116,7 @@ class Parts:
     def nbytes(self) -> int:
         """Bytes that loaded parts and graphs take on the device, see :func:`gguf_sd.runtime.memory.held_bytes`."""
         with self._lock:
-            held = list(self._loaded.values())
-        return sum(held_bytes(x.part, self.device) + (x.graphs.nbytes if x.graphs else 0) for x in held)
+            return sum(loaded.nbytes(self.device) for loaded in self._loaded.values())
 
     @property
     def graph_bytes(self) -> int:
@@ -145,8 +161,30 @@ class Parts:
                 give_back(self.device)  # what the part before it took, whose borrower has let it go by now
                 self.loads[name] += 1
                 with torch.inference_mode(False), torch.no_grad():  # the same tensors whoever comes first
-                    self._loaded[name] = _Loaded(self._load(name, how), how)
+                    self._loaded[name] = self._loaded_anew(name, replace(how, loras=()))
+            if self._loaded[name].how.loras != how.loras:
+                self._adapt(self._loaded[name], name, how)
             return self._loaded[name]
+
+    def _loaded_anew(self, name: str, how: LoadedAs) -> _Loaded:
+        if how.placement != "streamed" or name == "vae":  # whose weights are few, and read for every tile
+            return _Loaded(self._load(name, how), how)
+        meter = self.streamed.setdefault(name, Meter())
+        streamed = load_streamed(self.model, name, self.device, how.dtype, how.kernels, meter)
+        return _Loaded(streamed.part, how, streamed)
+
+    def _adapt(self, loaded: _Loaded, name: str, how: LoadedAs) -> None:
+        """Lays other LoRAs beside a part's weights, which stay where they are."""
+        detach(loaded.part)
+        loaded.graphs, loaded.how = None, replace(how, loras=())
+        with torch.inference_mode(False), torch.no_grad():
+            changes = layer_factors(how.loras, name, self.model.config)
+            try:
+                attach(loaded.part, changes, how.dtype, self.device)
+            except BaseException:
+                detach(loaded.part)
+                raise
+        loaded.how = how
 
     def _load(self, name: str, how: LoadedAs) -> nn.Module:
         part: nn.Module

@@ -33,7 +33,7 @@ from gguf_sd_kernels.repack import PackedWeight, repack_into
 # Called from outside of the block that it lies in: the prompt's keys and values are made once a picture.
 APART = re.compile(r"\.attn2\.to_[kv]+$")
 # What runs before the blocks, wherever it was registered.
-FIRST = ("time_embed.", "label_emb.", "emb_layers")
+FIRST = re.compile(r"time_embed|label_emb|emb_layers$")
 ALIGNMENT = 256  # bytes, of every weight; what CUDA's own allocations begin at
 
 
@@ -72,7 +72,7 @@ def load_streamed(
     resident: the same kernels (see :mod:`gguf_sd.runtime.kernel_modes`; "" for parts but the UNet), the same values."""
     deferred: dict[str, Deferred] = {}
     part = _without_weights(model, name, dtype, deferred)
-    in_place = device.type == "cpu" and kernels in ("", "torch")
+    in_place = used_in_place(device, kernels)
     for owner, weight in deferred.items():
         module = part.get_submodule(owner)
         if isinstance(module, TokenEmbedding):
@@ -98,6 +98,11 @@ def load_streamed(
     for stage in stages:
         stream.attach(part.get_submodule(stage.name), stage)
     return Streamed(part.to(device), stream, nbytes + lane.nbytes + held)
+
+
+def used_in_place(device: torch.device, kernels: str) -> bool:
+    """Whether blocks are decoded from where the file is mapped."""
+    return device.type == "cpu" and kernels in ("", "torch")
 
 
 def _without_weights(model: ModelFile, name: str, dtype: torch.dtype, deferred: dict[str, Deferred]) -> nn.Module:
@@ -201,8 +206,8 @@ def _member(module: nn.Module, sources: list[Deferred], dtype: torch.dtype, in_p
 
 
 def _by_stage(part: nn.Module, members: Mapping[str, _Member]) -> dict[str, list[_Member]]:
-    """The members of each stage, in the order in which stages run, near enough: a stage is an element of a list of
-    modules that holds no list itself, or a module outside of such."""
+    """The members of each stage, in the order in which stages run: a stage is an element of a list of modules that
+    holds no list itself, or a module outside of such."""
     found: dict[str, list[_Member]] = {}
     modules = dict(part.named_modules())
     for name, member in members.items():
@@ -210,7 +215,7 @@ def _by_stage(part: nn.Module, members: Mapping[str, _Member]) -> dict[str, list
         outer = [".".join(levels[: n + 1]) for n in range(1, len(levels))]
         stages = [at for at in outer if _is_stage(modules, at)]
         found.setdefault(stages[0] if stages and not APART.search(name) else name, []).append(member)
-    return dict(sorted(found.items(), key=lambda item: not item[0].startswith(FIRST)))
+    return dict(sorted(found.items(), key=lambda item: (not APART.search(item[0]), not FIRST.match(item[0]))))
 
 
 def _is_stage(modules: Mapping[str, nn.Module], name: str) -> bool:
