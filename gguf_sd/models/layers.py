@@ -11,7 +11,10 @@ from torch.compiler import is_compiling
 from gguf_sd.checkpoint.quant_tensor import QuantTensor
 from gguf_sd_kernels import custom_ops, dispatch, ops
 from gguf_sd_kernels.dispatch import conv2d_packed, linear_packed
+from gguf_sd_kernels.enlarged import conv2d_enlarged
+from gguf_sd_kernels.normed import Measured, fold, linear_measured, normed_linear
 from gguf_sd_kernels.repack import PACKED_TYPES, PackedWeight, repack, unpack
+from gguf_sd_kernels.row_parts import FoldedNorm
 
 
 class PointwiseForward:
@@ -22,7 +25,20 @@ class PointwiseForward:
         return super().forward(x.permute(0, 2, 3, 1), last).permute(0, 3, 1, 2)  # type: ignore[misc]
 
 
-class Linear(nn.Linear):
+class AroundNorm:
+    """Mixin for linears that a layer norm follows or precedes: here that is a module of its own."""
+
+    def measured(self, x: Tensor, residual: Tensor | None = None) -> Measured:
+        """The layer's result, which is to be normalised."""
+        return Measured(self(x, residual), None)  # type: ignore[operator]
+
+    def after_norm(self, norm: LayerNorm, x: Measured, geglu: bool = False) -> Tensor:
+        """The layer, with GEGLU if ``geglu``, of norm(x)."""
+        rows = norm(x.rows)
+        return self.geglu(rows) if geglu else self(rows)  # type: ignore[attr-defined,operator]
+
+
+class Linear(AroundNorm, nn.Linear):
     """y = x W^T + b, and what is to be added to it."""
 
     origins: tuple[str, ...] = ()  # the weights that its rows are, in order, where they stay in a file
@@ -48,6 +64,10 @@ class Conv2d(nn.Conv2d):
         """x [B, C, H, W], emb [B, out] for every pixel, residual [B, out, H', W'] -> [B, out, H', W']."""
         assert not isinstance(self.padding, str)
         return _added(ops.convolve(x, self.weight, self.bias, self.stride[0], self.padding[0]), emb, residual)
+
+    def enlarged(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The layer of x enlarged to ``size`` (H, W), by its nearest neighbours."""
+        return self(nn.functional.interpolate(x, size=size))
 
 
 def _added(y: Tensor, emb: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -105,6 +125,7 @@ class Quantized(nn.Module):
         self.qtype, self.shape, self.tap_major = weight.qtype, weight.shape, weight.tap_major
         self.bias = bias
         self.packed: PackedWeight | None = None  # the blocks as the GPU kernels take them, in place of `blocks`
+        self.folded: FoldedNorm | None = None  # with the norm before it, once it was met
         self.mode = ""
 
     @property
@@ -118,13 +139,13 @@ class Quantized(nn.Module):
         ``mode`` is one of gguf_sd_kernels.dispatch.MODES. Types without a kernel are left as they are."""
         if self.qtype in PACKED_TYPES:
             self.packed = repack(self.blocks, self.qtype, self.shape, tap_major=self.tap_major)
-            self.mode, self.blocks = mode, self.blocks.new_empty(0)
+            self.mode, self.blocks, self.folded = mode, self.blocks.new_empty(0), None
 
     def extra_repr(self) -> str:
         return f"{self.qtype}, shape={list(self.shape)}, bias={self.bias is not None}"
 
 
-class QuantLinear(Quantized):
+class QuantLinear(AroundNorm, Quantized):
     """y = x W^T + b, with W [out, in] in blocks, and what is to be added to it."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -141,6 +162,27 @@ class QuantLinear(Quantized):
             multiply = custom_ops.linear_packed if is_compiling() else linear_packed
             return multiply(x, self.packed, self._parameters.get("bias"), geglu=True, mode=self.mode)
         return (custom_ops if is_compiling() else ops).linear_geglu(x, self.blocks, self.qtype, self.bias)
+
+    def measured(self, x: Tensor, residual: Tensor | None = None) -> Measured:
+        """As :class:`AroundNorm` has it, with what the norm takes where the kernels leave it."""
+        if self.packed is None or is_compiling():
+            return super().measured(x, residual)
+        return linear_measured(x, self.packed, self._parameters.get("bias"), residual, self.mode)
+
+    def after_norm(self, norm: LayerNorm, x: Measured, geglu: bool = False) -> Tensor:
+        """As :class:`AroundNorm` has it, in one launch where the kernels have one for it."""
+        if x.parts is not None and self.packed is not None and norm.fused and not is_compiling():
+            bias = self._parameters.get("bias")
+            run = normed_linear(x.rows, x.parts, self.packed, bias, norm.eps, geglu=geglu, mode=self.mode)
+            if run is not None:
+                return run.normed(x.rows, self.packed, x.parts, self._fold(norm, x.rows))
+        return super().after_norm(norm, x, geglu)
+
+    def _fold(self, norm: LayerNorm, x: Tensor) -> FoldedNorm:
+        assert self.packed is not None
+        if self.folded is None or not self.folded.fits(x):
+            self.folded = fold(self.packed, self.bias, norm.weight, norm.bias, norm.eps, x.dtype)
+        return self.folded
 
 
 class QuantPointwise(PointwiseForward, QuantLinear):
@@ -173,6 +215,13 @@ class QuantConv2d(Quantized):
         )
         return _added(y, emb, residual)
 
+    def enlarged(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The layer of x enlarged to ``size`` (H, W), by its nearest neighbours; in one launch where the kernels have
+        one for it."""
+        if self.packed is None or self.stride != 1 or is_compiling():
+            return self(nn.functional.interpolate(x, size=size))
+        return conv2d_enlarged(x, self.packed, self._parameters.get("bias"), size, self.padding, self.mode)
+
 
 def quantized(module: nn.Linear | nn.Conv2d, weight: QuantTensor) -> nn.Module:
     """The quantised counterpart of a linear, pointwise or convolution module; it takes over the bias."""
@@ -183,7 +232,7 @@ def quantized(module: nn.Linear | nn.Conv2d, weight: QuantTensor) -> nn.Module:
     return kind(weight, module.bias)
 
 
-def stacked(linears: Sequence[nn.Module]) -> nn.Module | None:
+def stacked(linears: Sequence[nn.Module]) -> Linear | QuantLinear | None:
     """One linear that makes the outputs of several side by side, from weights below one another; None where they are
     not all plain, or all in blocks of one type. For linears of one input width, with or without biases, not packed."""
     joined = _stacked(linears)
