@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gguf_sd.config import UNetConfig
 from gguf_sd.models.layers import Conv2d, GroupNorm, LayerNorm, Linear, Pointwise, stacked
+from gguf_sd.models.members import child
 from gguf_sd_kernels import ops
 
 
@@ -29,6 +30,11 @@ def feature_map(x: Tensor, height: int, width: int) -> Tensor:
 
 class ResBlock(nn.Module):
     """Two 3x3 convolutions with the timestep embedding added between them, around a skip connection."""
+
+    in_layers: nn.Sequential = child()
+    emb_layers: nn.Sequential = child()
+    out_layers: nn.Sequential = child()
+    skip_connection: nn.Module = child()
 
     def __init__(self, in_channels: int, out_channels: int, time_dim: int, groups: int):
         super().__init__()
@@ -62,6 +68,12 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention of x to itself, or to the prompt: cross-attention, which is told by its ``context_dim``."""
 
+    to_q: Linear = child()
+    to_k: Linear = child()
+    to_v: Linear = child()
+    to_out: nn.Sequential = child()
+    to_qkv: nn.Module | None = child()
+
     def __init__(self, dim: int, context_dim: int | None, heads: int):
         super().__init__()
         self.heads = heads
@@ -69,7 +81,7 @@ class Attention(nn.Module):
         self.to_k = Linear(context_dim or dim, dim, bias=False)
         self.to_v = Linear(context_dim or dim, dim, bias=False)
         self.to_out = nn.Sequential(Linear(dim, dim))
-        self.to_qkv: nn.Module | None = None  # all three, after :meth:`stack`
+        self.to_qkv = None  # all three, after :meth:`stack`
         self.crosses = context_dim is not None
         self.place = slice(0)  # of cross-attention's keys and values among those of all layers
 
@@ -88,9 +100,8 @@ class Attention(nn.Module):
         """x and residual [B, N, dim] -> [B, N, dim]; for cross-attention ``projected`` [B, M, …] holds its keys and
         values at ``place``."""
         batch, tokens, _ = x.shape
-        to_qkv = self.to_qkv
-        if to_qkv is not None:
-            q, k, v = to_qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
+        if self.to_qkv is not None:
+            q, k, v = self.to_qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
         else:
             q = self._by_heads(self.to_q(x))
             if projected is None:
@@ -109,6 +120,8 @@ class Attention(nn.Module):
 class GEGLU(nn.Module):
     """x * gelu(gate), both from one projection (Shazeer 2020, arXiv:2002.05202)."""
 
+    proj: Linear = child()
+
     def __init__(self, dim: int, inner: int):
         super().__init__()
         self.proj = Linear(dim, 2 * inner)
@@ -118,6 +131,8 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    net: nn.Sequential = child()
+
     def __init__(self, dim: int):
         super().__init__()
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim))
@@ -129,6 +144,13 @@ class FeedForward(nn.Module):
 
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the prompt, feed-forward; each with a LayerNorm before it."""
+
+    attn1: Attention = child()
+    ff: FeedForward = child()
+    attn2: Attention = child()
+    norm1: LayerNorm = child()
+    norm2: LayerNorm = child()
+    norm3: LayerNorm = child()
 
     def __init__(self, dim: int, context_dim: int, heads: int):
         super().__init__()
@@ -147,6 +169,11 @@ class TransformerBlock(nn.Module):
 
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of a feature map."""
+
+    norm: GroupNorm = child()
+    proj_in: Linear = child()
+    transformer_blocks: nn.ModuleList = child()
+    proj_out: Linear = child()
 
     def __init__(self, dim: int, context_dim: int, heads: int, depth: int, groups: int):
         super().__init__()
