@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from gguf_sd import keywords
+from gguf_sd.adapters.lora import Lora, active
+from gguf_sd.adapters.targets import UNET_PART, text_part
 from gguf_sd.batching import Task, batches
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.checkpoint.vae_file import VAEFile
@@ -22,6 +26,7 @@ from gguf_sd.imaging import masks
 from gguf_sd.imaging.png_metadata import PARAMETERS, parameters
 from gguf_sd.imaging.preview import family, previews
 from gguf_sd.models.safety import blurred
+from gguf_sd.models.text import TextEncoder
 from gguf_sd.models.tiny_vae import tiny_config
 from gguf_sd.prompt.conditioning import PromptEncoder
 from gguf_sd.request import Job, Request, prepare
@@ -146,7 +151,7 @@ class Pipeline:
             yield from self._in_turn(batch[0].job, plan, partial(self._paint, batch, plan, graphing, on_step))
 
     def _graphing(self, steps: int, batches: int, plan: MemoryPlan) -> Graphing:
-        passes = steps * (batches if "unet" in plan.keep else 1)
+        passes = steps * (batches if plan.placement["unet"] == "resident" else 1)
         return use_graphs(self.execution.cuda_graph, self.device, self.kernels, passes)
 
     def _in_turn(self, job: Job, plan: MemoryPlan, work: Callable[[], T]) -> T:
@@ -182,7 +187,14 @@ class Pipeline:
         return self._encode([job], plan or self.memory_plan(job))[0]
 
     def _encode(self, jobs: Sequence[Job], plan: MemoryPlan) -> list[Conditioning]:
-        return self._encoder(jobs, lambda index: self.parts.text(index, self.dtype, "text" in plan.keep))
+        conditionings: list[Conditioning] = []
+        for loras, group in groupby(jobs, key=lambda job: job.loras):
+            conditionings += self._encoder(list(group), partial(self._lent_text, plan, loras))
+        return conditionings
+
+    def _lent_text(self, plan: MemoryPlan, loras: tuple[Lora, ...], index: int) -> AbstractContextManager[TextEncoder]:
+        part = text_part(index)
+        return self.parts.text(index, self.dtype, plan.placement[part], active(loras, part))
 
     def begin(self, job: Job, noise: NoiseSource, plan: MemoryPlan | None = None) -> InitLatents:
         """What the job's sampling starts from, for as many pictures as ``noise`` has seeds."""
@@ -191,7 +203,7 @@ class Pipeline:
         if job.picture is None and config.unet.in_channels == vae.latent_channels:
             return init_latents.text_only(config, shape, noise, None)
         plan = plan or self.memory_plan(job)
-        with self.parts.vae(self.vae_dtype, "vae" in plan.keep) as autoencoder:
+        with self.parts.vae(self.vae_dtype, plan.placement["vae"]) as autoencoder:
             encoder = Encoder(autoencoder, self.device, self.dtype)
             if job.picture is None:
                 start = init_latents.text_only(config, shape, noise, encoder)
@@ -215,8 +227,9 @@ class Pipeline:
         the last step."""
         plan = plan or self.memory_plan(job)
         graphing = graphing or self._graphing(job.steps_run, len(list(job.batches())), plan)
-        how = LoadedAs(self.dtype, plan.weights, self.kernels)
-        with self.parts.unet(how, "unet" in plan.keep, graphing) as unet:
+        loras = active(job.loras, UNET_PART)
+        how = LoadedAs(self.dtype, plan.weights, self.kernels, plan.placement[UNET_PART], loras)
+        with self.parts.unet(how, graphing) as unet:
             guided = conditioning.negative is not None and plan.batch_guidance
             self.tuning.before_steps(unet, start.latents, guided)
             predict = Predictor(unet, conditioning, job.guidance, plan.batch_guidance, start.extra)
@@ -233,7 +246,7 @@ class Pipeline:
         if not latents.isfinite().all():
             raise GgufSdError("the latents to decode hold values that are not finite")
         plan = plan or self._plan(latents)
-        with self.parts.vae(self.vae_dtype, "vae" in plan.keep) as vae:
+        with self.parts.vae(self.vae_dtype, plan.placement["vae"]) as vae:
             pixels = torch.cat([vae.decode(latent[None]) for latent in latents.to(self.vae_dtype)]).float() / 2 + 0.5
         if not pixels.isfinite().all():
             raise GgufSdError(not_finite("VAE", self.vae_dtype))
@@ -246,7 +259,7 @@ class Pipeline:
         plan, config = self._plan(step.latents), self.model.config.vae
         tiny = self.vae_file is not None and self.vae_config == tiny_config(self.vae_config.latent_channels)
         if tiny or family(config) is None:
-            with self.parts.vae(self.vae_dtype, "vae" in plan.keep) as vae:
+            with self.parts.vae(self.vae_dtype, plan.placement["vae"]) as vae:
                 look = previews(step.denoised[:1], config, vae)
         else:
             look = previews(step.denoised[:1], config, None)
@@ -258,7 +271,7 @@ class Pipeline:
         """The pictures as the model's safety checker, if it has one, lets them pass, and which it flagged."""
         if safety == "off" or self.model.config.safety is None:
             return painted, [False] * len(painted)
-        with self.parts.safety(self.dtype, "safety" in plan.keep) as checker:
+        with self.parts.safety(self.dtype, plan.placement["safety"]) as checker:
             flags = checker.flagged(painted)
         blur = safety == "blur"
         return [blurred(x) if flagged and blur else x for x, flagged in zip(painted, flags, strict=True)], flags

@@ -7,9 +7,11 @@ no model comes near before anything is allocated, so a damaged or hostile file c
 
 from __future__ import annotations
 
+import os
 import struct
 import sys
 from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,12 +21,13 @@ from gguf_sd.checkpoint.ggml_types import GGML_TYPES, PLAIN, GGMLType
 from gguf_sd.errors import GgufSdError
 
 MAX_DIMS = 4
-MAX_ENTRIES = 1 << 17  # tensors, and metadata keys: SDXL has 2,600, ComfyUI-GGUF adds a key for each convolution
+MAX_ENTRIES = 1 << 16  # tensors, and metadata keys: SDXL has 2,600, ComfyUI-GGUF adds a key for each convolution
 MAX_NAME = 1 << 16  # bytes of a key or of a tensor's name
-MAX_VALUE = 64 << 20  # bytes of one metadata value; the largest vocabularies have 10 MB
-MAX_STRINGS = 1 << 21  # in one array: a vocabulary and then some
-MAX_HEADER = 256 << 20  # bytes before the data
-LONG_ARRAY = 4096  # arrays of more numbers stay packed, as array.array: a list takes up to 40 bytes for each
+MAX_VALUE = 16 << 20  # bytes of one metadata value; the largest vocabularies have 10 MB
+MAX_STRINGS = 1 << 19  # in one array: a vocabulary and then some
+MAX_NESTED = 1 << 12  # arrays in arrays, in all
+MAX_HEADER = 48 << 20  # bytes before the data
+LONG_ARRAY = 16  # arrays of more items stay packed, in array.array and Texts: a list takes up to 60 bytes for each
 DEFAULT_ALIGNMENT = 32
 
 STRING, ARRAY = 8, 9  # numbers of the metadata types that are no scalars
@@ -46,9 +49,33 @@ class TensorInfo:
         return self.type.name not in PLAIN
 
 
+class Texts(Sequence[str]):
+    """A long array of texts, as it lies in the file, each behind its length; taken apart when it is asked for."""
+
+    def __init__(self, data: bytes, count: int):
+        self._data, self._count = data, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[str]:
+        at = 0
+        for _ in range(self._count):
+            end = at + 8 + int.from_bytes(self._data[at : at + 8], "little")
+            yield _text(self._data[at + 8 : end])
+            at = end
+
+    def __getitem__(self, index: Any) -> Any:
+        return list(self)[index]
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", errors="replace")
+
+
 @dataclass(frozen=True)
 class Header:
-    """``metadata`` values are str, int, float, bool, lists of these, and array.array for long arrays of numbers."""
+    """``metadata`` values are str, int, float, bool, lists of these, and array.array and Texts for long arrays."""
 
     size: int  # bytes of the whole file
     metadata: dict[str, Any]
@@ -131,7 +158,7 @@ class _Reader:
 
     def __init__(self, file: BinaryIO, path: Path):
         self.file, self.path = file, path
-        self.size, self.at = file.seek(0, 2), 0
+        self.size, self.at, self.nested = file.seek(0, 2), 0, 0
 
     def error(self, what: str) -> GgufSdError:
         return GgufSdError(f"{self.path} {what}")
@@ -142,6 +169,14 @@ class _Reader:
         return self.file.read(4)
 
     def take(self, count: int, limit: int = MAX_VALUE) -> bytes:
+        self._check(count, limit)
+        data = self.file.read(count)
+        if len(data) != count:
+            raise self.error("became shorter while it was read; is it still being written?")
+        self.at += count
+        return data
+
+    def _check(self, count: int, limit: int) -> None:
         if count > self.size - self.at:
             raise self.error(
                 f"is truncated or damaged: its header wants {count} bytes at {self.at} of {self.size}; "
@@ -152,11 +187,6 @@ class _Reader:
                 f"is damaged: its header wants {count} bytes at {self.at}, where {limit} are read at most, and "
                 f"{MAX_HEADER} in all; download or convert it again"
             )
-        data = self.file.read(count)
-        if len(data) != count:
-            raise self.error("became shorter while it was read; is it still being written?")
-        self.at += count
-        return data
 
     def unpack(self, fields: str) -> tuple[Any, ...]:
         layout = struct.Struct("<" + fields)
@@ -164,7 +194,7 @@ class _Reader:
 
     def string(self, limit: int = MAX_VALUE) -> str:
         (length,) = self.unpack("Q")
-        return self.take(length, limit).decode("utf-8", errors="replace")
+        return _text(self.take(length, limit))
 
     def value(self) -> Any:
         return self._typed(self.unpack("I")[0], depth=0)
@@ -180,11 +210,27 @@ class _Reader:
 
     def _array(self, depth: int) -> Any:
         item, count = self.unpack("IQ")
+        self.nested += depth > 0
+        if self.nested > MAX_NESTED:
+            raise self.error(f"is damaged: more than {MAX_NESTED} metadata arrays lie in arrays")
         if (code := _SCALARS.get(item)) is not None:
             return self._numbers(code, count)
-        if depth > 2 or count > (MAX_STRINGS if item == STRING else LONG_ARRAY):
+        most = MAX_STRINGS if item == STRING else LONG_ARRAY
+        if depth > 2 or count > most:
             raise self.error(f"is damaged: a metadata array of {count} items, depth {depth}")
+        if count > LONG_ARRAY:
+            return self._texts(count)
         return [self._typed(item, depth + 1) for _ in range(count)]
+
+    def _texts(self, count: int) -> Texts:
+        """Passes over them once to see where they end, then reads all at once."""
+        start = self.at
+        for _ in range(count):
+            length = int.from_bytes(self.take(8), "little")
+            self._check(length, MAX_VALUE)
+            self.at = self.file.seek(length, os.SEEK_CUR)
+        end, self.at = self.at, self.file.seek(start)
+        return Texts(self.take(end - start, MAX_HEADER), count)
 
     def _numbers(self, code: str, count: int) -> Any:
         data = self.take(count * struct.calcsize("<" + code))

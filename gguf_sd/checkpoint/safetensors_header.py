@@ -5,15 +5,15 @@ The format: u64 header length, JSON header, data (https://github.com/huggingface
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from gguf_sd.errors import GgufSdError
+from gguf_sd.field_checks import shown
+from gguf_sd.json_text import MAX_TABLE, json_object
 
-MAX_HEADER = 100_000_000  # bytes, the limit that the safetensors library sets
 MAX_DIMS = 8
 BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6,
@@ -24,11 +24,13 @@ BITS = {
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor as the header describes it; ``dtype`` in safetensors' words, ``shape`` in torch order."""
+    """A tensor as the header describes it; ``dtype`` in safetensors' words, ``shape`` in torch order, ``offset``
+    from the start of the file."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -55,32 +57,38 @@ def read_table(path: Path) -> Table:
         size = path.stat().st_size
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
+            if size < 8 or not 2 <= length <= min(MAX_TABLE, size - 8):
                 raise GgufSdError(
                     f"{path} is truncated or no safetensors file: its header claims {length} bytes, the file has "
                     f"{size}; download it again"
                 )
-            header = json.loads(file.read(length))
+            text = file.read(length)
     except OSError as error:
         raise GgufSdError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise GgufSdError(f"{path} is damaged: its safetensors header is no JSON; download it again") from error
-    metadata = header.pop("__metadata__", None) or {} if isinstance(header, dict) else None
-    if not isinstance(metadata, dict):
-        raise GgufSdError(f"{path} is damaged: its safetensors header is no JSON object; download it again")
-    tensors = {name: _stored(path, name, row, size - 8 - length) for name, row in header.items()}
-    return Table(size, {key: str(value) for key, value in metadata.items()}, tensors)
+    header = json_object(text, f"{path} is damaged: its safetensors header", MAX_TABLE)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise GgufSdError(
+            f"{path} is damaged: __metadata__ in its header is {shown(metadata)}; it takes an object of texts"
+        )
+    tensors = {name: _stored(path, name, row, 8 + length, size) for name, row in header.items()}
+    return Table(size, metadata, tensors)
 
 
-def _stored(path: Path, name: str, row: Any, room: int) -> Stored:
+def _stored(path: Path, name: str, row: Any, start: int, size: int) -> Stored:
     try:
         kind, shape, (begin, end) = row["dtype"], tuple(row["shape"]), row["data_offsets"]
         bits = BITS[kind]
     except (KeyError, TypeError, ValueError):
-        raise GgufSdError(f"{path} is damaged or too new: tensor {name} is described as {str(row)[:100]}") from None
+        raise GgufSdError(f"{path} is damaged or too new: tensor {name} is described as {shown(row)}") from None
     sane = len(shape) <= MAX_DIMS and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
     if not sane or (end - begin) * 8 != prod(shape) * bits:
-        raise GgufSdError(f"{path} is damaged: tensor {name}, {kind}, has shape {str(list(shape))[:100]}")
-    if end > room:
-        raise GgufSdError(f"{path} is truncated: tensor {name} ends {end - room} bytes behind it; download it again")
-    return Stored(kind, shape, end - begin)
+        raise GgufSdError(
+            f"{path} is damaged: tensor {name} {shown(kind)} {shown(list(shape))} has data offsets {shown(begin)} to "
+            f"{shown(end)}"
+        )
+    if start + end > size:
+        raise GgufSdError(
+            f"{path} is truncated: tensor {name} ends at byte {start + end}, the file at {size}; download it again"
+        )
+    return Stored(kind, shape, end - begin, start + begin)

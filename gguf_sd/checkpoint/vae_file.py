@@ -6,11 +6,10 @@ reads headers only, so that a wrong file is found out before anything is painted
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,9 @@ from gguf_sd.checkpoint.tensor_names import VAE, canonical_names, rename, vae_mo
 from gguf_sd.checkpoint.tiny_family import tiny_family
 from gguf_sd.config import SD15, VAEConfig
 from gguf_sd.errors import GgufSdError
+from gguf_sd.field_checks import shown
 from gguf_sd.imaging.preview import family
+from gguf_sd.json_text import read_json_object
 from gguf_sd.models.tiny_vae import TinyAutoencoder, tiny_config
 from gguf_sd.models.vae import Autoencoder
 
@@ -186,7 +187,7 @@ def _full_config(path: Path, shapes: Shapes, settings: Mapping[str, Any], model:
     """Widths and depths from the tensors, the rest from ``settings``, else the model's."""
     blocks = {(int(m[1]), int(m[2])): shapes[name] for name in shapes if (m := WIDTHS.fullmatch(name))}
     first, last = shapes.get("decoder.conv_in.weight", ()), shapes.get("decoder.conv_out.weight", ())
-    if not blocks or len(first) != 4 or len(last) != 4:
+    if not blocks or {len(shape) for shape in (*blocks.values(), first, last)} != {4}:
         raise GgufSdError(f"{path} holds no VAE (no tensors encoder.down.* and decoder.conv_in.weight); {TAKES}")
     widths = {level: shape[0] for (level, _), shape in sorted(blocks.items())}
     layers = len(blocks) // len(widths)
@@ -195,13 +196,13 @@ def _full_config(path: Path, shapes: Shapes, settings: Mapping[str, Any], model:
     groups = settings.get("norm_num_groups", 32)
     if type(groups) is not int or groups < 1 or any(not width or width % groups for width in widths.values()):
         raise GgufSdError(
-            f"{path}: the VAE's widths {list(widths.values())} do not split into {groups!r} groups; "
+            f"{path}: the VAE's widths {shown(list(widths.values()))} do not split into {shown(groups)} groups; "
             f"name it {DIFFUSERS_WEIGHTS[0]} and put its config.json beside it"
         )
     scale = settings.get("scaling_factor", model.scaling_factor)
     if not isinstance(scale, int | float) or not 0 < scale < math.inf:
-        raise GgufSdError(f"{path}: scaling_factor in its config.json is {scale!r}; it must be a positive number")
-    return VAEConfig(
+        raise GgufSdError(f"{path}: scaling_factor in its config.json is {shown(scale)}; it must be a positive number")
+    config = VAEConfig(
         in_channels=last[0],
         latent_channels=first[1],
         block_out_channels=tuple(widths.values()),
@@ -210,6 +211,10 @@ def _full_config(path: Path, shapes: Shapes, settings: Mapping[str, Any], model:
         scaling_factor=float(scale),
         overflows_float16=model.overflows_float16 and bool(settings.get("force_upcast", True)),
     )
+    try:
+        return VAEConfig.from_dict(asdict(config))
+    except ValueError as error:
+        raise GgufSdError(f"{path} holds no VAE that can be: {error}") from error
 
 
 def _load_full(path: Path, places: Places, config: VAEConfig, dtype: torch.dtype) -> Autoencoder:
@@ -255,15 +260,13 @@ def _settings(path: Path, kind: str, fixed: Mapping[str, tuple[Any, ...]]) -> di
     if path.name not in DIFFUSERS_WEIGHTS or not source.is_file():
         return {}
     try:
-        values = json.loads(source.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise GgufSdError(f"cannot read {source}, which belongs to the VAE: {error}") from error
-    if not isinstance(values, dict):
-        raise GgufSdError(f"{source} is no JSON object; download it again")
+        values = read_json_object(source)
+    except OSError as error:
+        raise GgufSdError(f"cannot read {source}, which belongs to the VAE: {error.strerror}") from error
     for key, allowed in {"_class_name": (kind,), **fixed}.items():
         if key in values and values[key] not in allowed:
             takes = " or ".join(map(repr, allowed))
-            raise GgufSdError(f"{source}: {key} is {values[key]!r}; gguf-sd takes {takes} with these tensors")
+            raise GgufSdError(f"{source}: {key} is {shown(values[key])}; gguf-sd takes {takes} with these tensors")
     return values
 
 

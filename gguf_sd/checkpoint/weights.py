@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 from gguf_sd.checkpoint.safetensors_header import Stored, is_safetensors, read_table
 from gguf_sd.checkpoint.what_is_it import Kind, what_is
 from gguf_sd.errors import GgufSdError
-
-MAX_JSON = 1 << 20  # bytes of a config.json
+from gguf_sd.json_text import read_json_object
 
 
 @dataclass(frozen=True)
@@ -74,16 +72,9 @@ def _files(folder: Path) -> list[Path]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise GgufSdError(f"{path} has {path.stat().st_size} bytes; a configuration has {MAX_JSON} at most")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except OSError as error:
         raise GgufSdError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise GgufSdError(f"{path} is damaged: it is no JSON") from error
-    if not isinstance(values, dict):
-        raise GgufSdError(f"{path} is damaged: it is no JSON object")
-    return values
 
 
 def refuse_other_files(path: Path) -> None:

@@ -44,10 +44,12 @@ def run(args: argparse.Namespace) -> int:
         raise GgufSdError(f"--preview is {args.preview}; it takes a number of steps, or 0 for none")
 
     from gguf_sd.cli.recorded import make_request, recorded_vae, warn_of_other_model
+    from gguf_sd.cli.recorded_adapters import recorded_adapters
     from gguf_sd.imaging.outputs import Outputs
     from gguf_sd.imaging.png_metadata import read_parameters
 
     recorded = read_parameters(args.settings) if args.settings else {}
+    recorded |= recorded_adapters(args, recorded, model)
     request = make_request(args, recorded)
     vae = recorded_vae(args, recorded, model)
     given = (args.settings, args.image, args.mask, args.tokenizer, model, vae)
@@ -185,7 +187,7 @@ def _report(pipeline: Pipeline, job: Job, ran: dict[str, Any], seconds: float, i
 
 def _tell(files: list[dict[str, Any]], report: dict[str, Any] | None) -> None:
     if report is not None:
-        print(json.dumps(report | {"files": files}, indent=2), flush=True)
+        print(json.dumps(report | {"files": files}, indent=2, default=str), flush=True)
         return
     for file in files:
         print(f"{file['path']}  seed {file['seed']}", flush=True)

@@ -28,16 +28,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "cache first (default: the built-in demo model)")  # fmt: skip
     add("--from", type=Path, dest="settings", metavar="PNG", help="take the settings from a picture; others given here "
         "override them")  # fmt: skip
-    add("-p", "--prompt", help="what to paint; (x:1.2) weighs x, BREAK starts a new chunk")
+    add("-p", "--prompt", help="what to paint; (x:1.2) weighs x, BREAK starts a new chunk, <lora:name:0.8> adds a LoRA "
+        "from --lora-dir")  # fmt: skip
     add("-n", "--negative-prompt", help="what to keep away from; needs guidance above 1")
     add("-o", "--output", type=Path, help="PNG to write; several get -1, -2, … (default: the next free out-0001.png)")
     add("--force", action="store_true", help="let --output replace a file that gguf-sd did not write")
+    _add_adapters(parser)
     _add_sampling(parser)
     _add_picture(parser)
     _add_engine(parser)
     add("--quiet", action="store_true", help="no progress bars and notes: only the paths and seeds")
     add("--json", action="store_true", help="print settings, files and times as JSON")
     _add_aliases(parser)
+
+
+def _add_adapters(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--lora", action="append", dest="loras", metavar="FILE[:WEIGHT]", help="a LoRA, LoHa or LoKr to add, and how "
+        "much of it (1); may be given several times")  # fmt: skip
+    add("--lora-dir", type=Path, help="folder of the LoRAs that the prompt names")
+    add("--embedding", action="append", dest="embeddings", metavar="[NAME=]FILE", help="a textual-inversion embedding; "
+        "NAME, or else the file's name, stands for it in the prompts; may be given several times")  # fmt: skip
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -86,7 +86,7 @@ def _pickled(path: Path) -> Weights:
     from gguf_sd_convert.sources.checkpoints import open_checkpoint
 
     tensors = {
-        name: Stored(str(entry.dtype).removeprefix("torch."), entry.shape, entry.nbytes)
+        name: Stored(str(entry.dtype).removeprefix("torch."), entry.shape, entry.nbytes, 0)
         for name, entry in open_checkpoint(path).entries.items()
     }
     return Weights(path, "pickled checkpoint", path.stat().st_size, {"": tensors})

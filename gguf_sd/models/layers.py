@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from gguf_sd.checkpoint.quant_tensor import QuantTensor
 from gguf_sd.models.members import parameter
-from gguf_sd_kernels import dispatch, ops
+from gguf_sd_kernels import custom_ops, dispatch, ops
 from gguf_sd_kernels.dispatch import conv2d_packed, linear_packed
 from gguf_sd_kernels.repack import PACKED_TYPES, PackedWeight, repack, unpack
 
@@ -27,6 +28,7 @@ class Linear(nn.Linear):
 
     weight: nn.Parameter = parameter()
     bias: nn.Parameter = parameter()
+    origins: tuple[str, ...] = ()  # the weights that its rows are, in order, where they stay in a file
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [..., in], residual [..., out] -> [..., out]."""
@@ -73,7 +75,8 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused:
-            return dispatch.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
+            norm = custom_ops.group_norm_silu if is_compiling() else dispatch.group_norm_silu
+            return norm(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
         return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
 
 
@@ -86,7 +89,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused:
-            return dispatch.layer_norm(x, self.weight, self.bias, self.eps)
+            norm = custom_ops.layer_norm if is_compiling() else dispatch.layer_norm
+            return norm(x, self.weight, self.bias, self.eps)
         return super().forward(x)
 
 
@@ -95,6 +99,7 @@ class Quantized(nn.Module):
 
     blocks: Tensor
     bias: Tensor | None = parameter()
+    origins: tuple[str, ...] = ()  # as Linear's
 
     def __init__(self, weight: QuantTensor, bias: Tensor | None):
         super().__init__()
@@ -127,15 +132,17 @@ class QuantLinear(Quantized):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [..., in], residual [..., out] -> [..., out]."""
         if self.packed is not None:
-            return linear_packed(x, self.packed, self.bias, residual, mode=self.mode)
-        y = ops.linear(x, self.blocks, self.qtype, self.bias)
+            multiply = custom_ops.linear_packed if is_compiling() else linear_packed
+            return multiply(x, self.packed, self.bias, residual, mode=self.mode)
+        y = (custom_ops if is_compiling() else ops).linear(x, self.blocks, self.qtype, self.bias)
         return y if residual is None else y.add_(residual)
 
     def geglu(self, x: Tensor) -> Tensor:
         """value * gelu(gate), the halves of y: x [..., in] -> [..., out / 2]."""
         if self.packed is not None:
-            return linear_packed(x, self.packed, self.bias, geglu=True, mode=self.mode)
-        return ops.linear_geglu(x, self.blocks, self.qtype, self.bias)
+            multiply = custom_ops.linear_packed if is_compiling() else linear_packed
+            return multiply(x, self.packed, self.bias, geglu=True, mode=self.mode)
+        return (custom_ops if is_compiling() else ops).linear_geglu(x, self.blocks, self.qtype, self.bias)
 
 
 class QuantPointwise(PointwiseForward, QuantLinear):
@@ -153,9 +160,10 @@ class QuantConv2d(Quantized):
         """x [B, C, H, W], emb [B, out] for every pixel, residual [B, out, H', W'] -> [B, out, H', W']."""
         if self.packed is not None:
             stride, padding = self.stride, self.padding
-            return conv2d_packed(x, self.packed, self.bias, stride, padding, residual=residual, emb=emb, mode=self.mode)
+            convolve = custom_ops.conv2d_packed if is_compiling() else conv2d_packed
+            return convolve(x, self.packed, self.bias, stride, padding, residual=residual, emb=emb, mode=self.mode)
         out, channels, kh, kw = self.shape
-        y = ops.conv2d(
+        y = (custom_ops if is_compiling() else ops).conv2d(
             x,
             self.blocks,
             self.qtype,
@@ -180,6 +188,13 @@ def quantized(module: nn.Linear | nn.Conv2d, weight: QuantTensor) -> nn.Module:
 def stacked(linears: Sequence[nn.Module]) -> nn.Module | None:
     """One linear that makes the outputs of several side by side, from weights below one another; None where they are
     not all plain, or all in blocks of one type. For linears of one input width, with or without biases, not packed."""
+    joined = _stacked(linears)
+    if joined is not None:
+        joined.origins = tuple(origin for linear in linears for origin in linear.origins)  # type: ignore[union-attr]
+    return joined
+
+
+def _stacked(linears: Sequence[nn.Module]) -> Linear | QuantLinear | None:
     biases = [linear.bias for linear in linears if isinstance(linear.bias, Tensor)]
     if len(biases) not in (0, len(linears)):
         return None

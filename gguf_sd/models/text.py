@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gguf_sd.checkpoint.assign import Source, assign
+from gguf_sd.checkpoint.assign import Deferred, Source, assign
 from gguf_sd.checkpoint.quant_tensor import QuantTensor
 from gguf_sd.checkpoint.tensor_names import OPENCLIP, OPENCLIP_LAYER
 from gguf_sd.config import TextConfig
@@ -48,12 +48,22 @@ class Embedding(nn.Embedding):
         """Draws nothing: on the meta device torch imports its compiler to draw normal numbers, for seconds."""
 
 
+class TokenEmbedding(Embedding):
+    """A table of which few rows are used."""
+
+    by_row = True
+    gather: Callable[[Tensor], Tensor] | None = None  # int64 [B, N] -> [B, N, D], where the table is not held
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) if self.gather is None else self.gather(ids)
+
+
 class Embeddings(nn.Module):
     """Tokens and their positions."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.token_embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.token_embedding = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -125,15 +135,24 @@ class TextEncoder(nn.Module):
             self.text_projection = Linear(config.hidden_size, config.projection_dim, bias=False)
 
     @classmethod
-    def load(cls, config: TextConfig, tensors: Mapping[str, Source], dtype: torch.dtype, where: str) -> TextEncoder:
+    def load(
+        cls,
+        config: TextConfig,
+        tensors: Mapping[str, Source],
+        dtype: torch.dtype,
+        where: str,
+        deferred: dict[str, Deferred] | None = None,
+        prefix: str = "",
+    ) -> TextEncoder:
         """Builds the encoder from tensors named as in transformers (with or without ``text_model.``) or OpenCLIP;
-        ``where`` names the file in errors."""
+        ``where`` names the file in errors, ``prefix`` stands before the names there. ``deferred``: see
+        :func:`gguf_sd.checkpoint.assign.assign`."""
         with torch.device("meta"):
             encoder = cls(config)
         if "positional_embedding" in tensors:
             tensors = from_openclip(tensors)
         bare = {name.removeprefix("text_model."): source for name, source in tensors.items()}
-        assign(encoder, bare, dtype, where, keep_quantized=False)
+        assign(encoder, bare, dtype, where, keep_quantized=False, prefix=prefix, deferred=deferred)
         return encoder.eval()
 
     @torch.inference_mode()

@@ -70,13 +70,17 @@ class TinyAutoencoder(nn.Module):
 
         Raises GgufSdError where only a decoder was loaded.
         """
+        mean = self.trained_encoder()((images / 2 + 0.5).contiguous(memory_format=torch.channels_last))
+        return mean, torch.zeros_like(mean)
+
+    def trained_encoder(self) -> nn.Sequential:
+        """The encoder. Raises GgufSdError where only a decoder was loaded."""
         if self.encoder is None:
             raise GgufSdError(
                 f"{self.source} holds only the decoder of a tiny autoencoder, but a picture has to be encoded; "
                 "put its encoder (taesd_encoder.safetensors) beside it, or choose another --vae"
             )
-        mean = self.encoder((images / 2 + 0.5).contiguous(memory_format=torch.channels_last))
-        return mean, torch.zeros_like(mean)
+        return self.encoder
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, 4, h, w], as the UNet gives them -> images [B, 3, 8h, 8w], about -1 … 1."""

@@ -11,6 +11,7 @@ from gguf_sd.models.unet import feature_map, tokens
 from gguf_sd_kernels import ops
 
 EPS = 1e-6
+SCORE_BYTES = 64 << 20  # of a picture's scores in the attention of the middle; those of 512x512 in float32
 
 
 class ResnetBlock(nn.Module):
@@ -28,6 +29,15 @@ class ResnetBlock(nn.Module):
         return self.conv2(self.norm2(h), residual=self.nin_shortcut(x))
 
 
+def query_chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention, as many queries at a time as have SCORE_BYTES of scores: where torch has no fused kernel for heads
+    this wide, it holds them all, and 1024x1024 pixels have 16384 x 16384."""
+    chunk = max(1, SCORE_BYTES // (k.shape[2] * q.element_size()))
+    if chunk >= q.shape[2]:
+        return ops.attention(q, k, v)
+    return torch.cat([ops.attention(part, k, v) for part in q.split(chunk, 2)], 2)
+
+
 class AttnBlock(nn.Module):
     """Self-attention with one head over all pixels."""
 
@@ -41,7 +51,7 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = tokens(self.norm(x))[:, None]
-        h = ops.attention(self.q(h), self.k(h), self.v(h))
+        h = query_chunks(self.q(h), self.k(h), self.v(h))
         return feature_map(self.proj_out(h[:, 0], tokens(x)), x.shape[2], x.shape[3])
 
 
@@ -81,6 +91,7 @@ class Level(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int):
         super().__init__()
+        self.width = out_channels
         self.block = nn.ModuleList(
             ResnetBlock(in_channels if i == 0 else out_channels, out_channels, groups) for i in range(layers)
         )
@@ -158,7 +169,11 @@ class Autoencoder(nn.Module):
         """Images [B, 3, H, W] in -1 … 1 -> mean and standard deviation [B, 4, H/8, W/8] of the *unscaled* latents
         (multiply by ``config.scaling_factor`` for the UNet)."""
         x = images.contiguous(memory_format=torch.channels_last)
-        mean, log_variance = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return self.distribution(self.encoder(x))
+
+    def distribution(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
+        """What the encoder made, [B, 8, h, w] -> mean and standard deviation [B, 4, h, w]."""
+        mean, log_variance = self.quant_conv(encoded).chunk(2, dim=1)
         return mean, (0.5 * log_variance.clamp(-30.0, 20.0)).exp()
 
     def decode(self, latents: Tensor) -> Tensor:

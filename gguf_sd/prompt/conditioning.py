@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gguf_sd.adapters.lora import without_tags
 from gguf_sd.config import ModelConfig
 from gguf_sd.errors import GgufSdError, not_finite
 from gguf_sd.models.text import Encoded, TextEncoder
@@ -58,7 +59,7 @@ class PromptEncoder:
         negative = job.negative_prompt if job.guided else None
         if job.guided and negative is None and not self.config.zero_empty_negative:
             negative = ""
-        both = [text for text in (job.prompt, negative) if text is not None]
+        both = [text for text in (without_tags(job.prompt), negative) if text is not None]
         chunks = max(len(self.tokenizer.encode(text, self.config.text[0]).ids) for text in both)
         first, *second = [_Text(text, chunks, job.clip_skip) for text in both]
         return first, second[0] if second else None

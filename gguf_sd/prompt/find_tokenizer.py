@@ -1,29 +1,25 @@
-"""Finding the CLIP tokenizer that goes into the file, and building it.
-
-CLIP's byte-pair encoding: https://github.com/openai/CLIP, ``clip/simple_tokenizer.py``.
-"""
+"""Finding the CLIP tokenizer that goes into the file, and reading it, from whatever it is kept in."""
 
 from __future__ import annotations
 
 import gzip
 import importlib.util
-import json
+import io
 import socket
 import urllib.parse
 import urllib.request
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-
 from gguf_sd.config import TextConfig
 from gguf_sd.errors import GgufSdError
+from gguf_sd.json_text import MAX_TABLE, read_json_object
+from gguf_sd.prompt.clip_bpe import END, START, ClipBPE, Merges, build, checked, read_clip_bpe, token_id
 
-START, END = "<|startoftext|>", "<|endoftext|>"
 OPEN_CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
 HUB_REPOSITORY = "openai/clip-vit-large-patch14"
 HUB_SECONDS = 5  # to take a connection
-WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 WAYS = (
     "give --tokenizer with a diffusers tokenizer folder, a tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; "
     "or convert a diffusers folder that has a tokenizer; or pip install open-clip-torch; "
@@ -72,26 +68,36 @@ def read_tokenizer(path: Path, vocab_size: int) -> ClipTokenizer:
     try:
         if not path.is_dir():
             return _read_file(path, vocab_size)
-        settings = _special_tokens(path)
+        settings, what = _special_tokens(path), f"the tokenizer {path}"
         if (path / "tokenizer.json").is_file():
-            return _describe(Tokenizer.from_file(str(path / "tokenizer.json")), str(path), settings)
-        vocabulary = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
-        merges = _merges((path / "merges.txt").read_text(encoding="utf-8"))
-        return _describe(build(vocabulary, merges, settings["bos_token"], settings["eos_token"]), str(path), settings)
-    except GgufSdError:
-        raise
-    except Exception as error:  # the tokenizers library raises bare Exceptions
+            return _describe(read_clip_bpe(_text(path / "tokenizer.json"), what), path, settings)
+        vocabulary = read_json_object(path / "vocab.json", MAX_TABLE)
+        bpe = checked(vocabulary, _merges(_text(path / "merges.txt"), what), what)
+        return _describe(bpe, path, settings)
+    except OSError as error:
+        raise GgufSdError(f"cannot read the tokenizer {path}: {error.strerror or error}") from error
+    except (ValueError, EOFError, zlib.error) as error:  # no UTF-8, or no whole gzip
         raise GgufSdError(f"cannot read the tokenizer {path}: {error}") from error
 
 
-def _read_file(path: Path, vocab_size: int) -> ClipTokenizer:
-    data = path.read_bytes()
+def _text(path: Path) -> str:
+    """A file's text, packed by gzip or not. Raises GgufSdError for more than a vocabulary has."""
+    with open(path, "rb") as file:
+        data = file.read(MAX_TABLE + 1)
     if data[:2] == b"\x1f\x8b":
-        data = gzip.decompress(data)
-    text, settings = data.decode("utf-8"), {"bos_token": START, "eos_token": END, "pad_token": END}
+        with gzip.open(io.BytesIO(data)) as packed:
+            data = packed.read(MAX_TABLE + 1)
+    if len(data) > MAX_TABLE:
+        raise GgufSdError(f"{path} has more than {MAX_TABLE:,} bytes, too many for a tokenizer")
+    return data.decode("utf-8")
+
+
+def _read_file(path: Path, vocab_size: int) -> ClipTokenizer:
+    text, what = _text(path), f"the tokenizer {path}"
+    settings = {"bos_token": START, "eos_token": END, "pad_token": END}
     if text.lstrip().startswith("{"):
-        return _describe(Tokenizer.from_str(text), str(path), settings)
-    merges = _merges(text)
+        return _describe(read_clip_bpe(text, what), path, settings)
+    merges = _merges(text, what)
     wanted = vocab_size - 514
     if not 0 <= wanted <= len(merges):
         raise GgufSdError(f"{path} holds {len(merges)} merges, a vocabulary of {vocab_size} tokens takes {wanted}")
@@ -100,14 +106,14 @@ def _read_file(path: Path, vocab_size: int) -> ClipTokenizer:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     symbols = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     tokens = [*symbols, *(s + "</w>" for s in symbols), *(a + b for a, b in merges), START, END]
-    return _describe(build({token: i for i, token in enumerate(tokens)}, merges, START, END), str(path), settings)
+    return _describe(checked({token: i for i, token in enumerate(tokens)}, merges, what), path, settings)
 
 
-def _merges(text: str) -> list[tuple[str, str]]:
+def _merges(text: str, what: str) -> Merges:
     lines = [line.split() for line in text.splitlines() if "#version" not in line]
     pairs = [(line[0], line[1]) for line in lines if len(line) == 2]
     if len(pairs) != sum(map(bool, lines)):
-        raise GgufSdError("its merges are no lines of two symbols")
+        raise GgufSdError(f"{what}: its merges are no lines of two symbols")
     return pairs
 
 
@@ -115,49 +121,20 @@ def _special_tokens(folder: Path) -> dict[str, str]:
     tokens = {"bos_token": START, "eos_token": END}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (path := folder / name).is_file():
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json_object(path)
             for key in ("bos_token", "eos_token", "pad_token"):
                 if (value := values.get(key)) is not None:
-                    tokens[key] = str(value["content"] if isinstance(value, dict) else value)
+                    tokens[key] = str(value.get("content") if isinstance(value, dict) else value)
     return {"pad_token": tokens["eos_token"]} | tokens
 
 
-def build(vocabulary: dict[str, int], merges: list[tuple[str, str]], start: str, end: str) -> Tokenizer:
-    """CLIP's tokenizer over a vocabulary and its merges: NFC, lower case, single spaces, words, bytes, BPE."""
-    tokenizer = Tokenizer(
-        models.BPE(vocabulary, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=end)
-    )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    words = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([start, end])
-    tokenizer.post_processor = processors.RobertaProcessing(
-        (end, _id(tokenizer, end)), (start, _id(tokenizer, start)), trim_offsets=False, add_prefix_space=False
-    )
-    return tokenizer
-
-
-def _describe(tokenizer: Tokenizer, origin: str, settings: dict[str, str]) -> ClipTokenizer:
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    ids = {key: _id(tokenizer, token) for key, token in settings.items()}
+def _describe(bpe: ClipBPE, origin: Path, settings: dict[str, str]) -> ClipTokenizer:
+    what = f"the tokenizer {origin}"
+    ids = {key: token_id(bpe, token, what) for key, token in settings.items()}
+    tokenizer = build(bpe, settings["bos_token"], settings["eos_token"], what)
     return ClipTokenizer(
-        tokenizer.to_str(),
-        origin,
-        tokenizer.get_vocab_size(),
-        ids["bos_token"],
-        ids["eos_token"],
-        ids["pad_token"],
+        tokenizer.to_str(), str(origin), bpe.size, ids["bos_token"], ids["eos_token"], ids["pad_token"]
     )
-
-
-def _id(tokenizer: Tokenizer, token: str) -> int:
-    if (number := tokenizer.token_to_id(token)) is None:
-        raise GgufSdError(f"a tokenizer without its token {token!r} is no CLIP tokenizer")
-    return number
 
 
 def _open_clip_vocabulary() -> Path | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import tokenizers
 import torch
 from torch import Tensor
 
 from gguf_sd.checkpoint.metadata_keys import TOKENIZER
 from gguf_sd.config import TextConfig
 from gguf_sd.errors import GgufSdError
+from gguf_sd.prompt.clip_bpe import END, START, build, read_clip_bpe, rust_errors
 from gguf_sd.prompt.prompts import parse
 
 MAX_CHUNKS = 100  # of a prompt: each costs a pass of the text encoders, and attention at every step
@@ -31,13 +31,13 @@ class Tokens(NamedTuple):
 
 
 class Tokenizer:
-    """CLIP's byte-pair encoding. ``text`` is the `tokenizers.Tokenizer.to_str` JSON of it."""
+    """CLIP's byte-pair encoding. ``text`` is the `tokenizers.Tokenizer.to_str` JSON of it, of which the tables are
+    taken; ``where`` names the file in the GgufSdError raised for one that is damaged or of another kind."""
 
     def __init__(self, text: str, where: str):
-        try:
-            self._bpe = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # tokenizers raises plain Exception
-            raise GgufSdError(f"{where} carries a damaged tokenizer ({TOKENIZER}): {error}") from error
+        self._what = f"{where} carries a tokenizer ({TOKENIZER}) that"
+        bpe = read_clip_bpe(text, self._what)
+        self._bpe = build(bpe, START, END, self._what)
 
     def encode(self, prompt: str, config: TextConfig) -> Tokens:
         """The prompt's tokens with their weights (:mod:`gguf_sd.prompt.prompts`), in at least one chunk."""
@@ -47,7 +47,9 @@ class Tokenizer:
             if part.text is None:
                 chunks.append([])
                 continue
-            for token in self._bpe.encode(part.text, add_special_tokens=False).ids:
+            with rust_errors(self._what):
+                found = self._bpe.encode(part.text, add_special_tokens=False).ids
+            for token in found:
                 if len(chunks[-1]) == room:
                     chunks.append([])
                 chunks[-1].append((token, part.weight))

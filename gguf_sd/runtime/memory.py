@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,8 @@ LIVE_FEATURE_MAPS = 40
 # And the VAE's decoder about this many of its own finest: its last level begins with twice the channels, and holds
 # what goes in, what is normalised, what comes out and the shortcut.
 LIVE_DECODER_MAPS = 8
+# Of a part: it stays loaded; it is loaded for its stage and goes behind it; its layers come and go one by one.
+PLACEMENTS = ("resident", "staged", "streamed")
 KEPT_FIRST = ("unet", "vae", "text", "safety")  # what takes longest to load again comes first
 HEADROOM = 0.8  # share of the free memory that keeping parts may use up
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
@@ -133,11 +136,25 @@ class PartValues:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a job makes do with the memory there is. What is kept does not depend on how the UNet's weights lie."""
+    """How a job makes do with the memory there is."""
 
-    weights: str  # "quantized": blocks, dequantised a layer at a time; "resident": dequantised at load
-    keep: frozenset[str]  # of KEPT_FIRST: the parts that stay loaded afterwards, the others go when they are done
+    weights: str  # "quantized": the UNet's blocks, dequantised a layer at a time; "resident": dequantised at load
+    placement: Mapping[str, str]  # of PLACEMENTS, by the name of the part: text 0, text 1, unet, vae, safety
     batch_guidance: bool  # both halves of guidance in one UNet call
+    vae_tile: int | None = None  # edge of a VAE tile in latent pixels; None = the whole picture at once
+    attention_bytes: int | None = None  # at most so much for the scores of a chunk; None = the kernel's own measure
+    peak: int = 0  # bytes that this takes, as modelled
+    budget: int = 0  # bytes that it may take
+
+    @property
+    def keep(self) -> frozenset[str]:
+        """The kinds of parts (text, unet, vae, safety) that stay loaded afterwards."""
+        going = {_kind(name) for name, placement in self.placement.items() if placement != "resident"}
+        return frozenset(map(_kind, self.placement)) - going
+
+
+def _kind(part: str) -> str:
+    return part.partition(" ")[0]
 
 
 def plan_memory(free: int, needs: MemoryNeeds, weights: str = "auto") -> MemoryPlan:
@@ -150,7 +167,10 @@ def plan_memory(free: int, needs: MemoryNeeds, weights: str = "auto") -> MemoryP
     unet = needs.unet_full if weights == "resident" else needs.unet_blocks
     batch_guidance = free - unet > 2 * needs.step
     step = needs.step * (2 if batch_guidance else 1)
-    return MemoryPlan(weights, _kept(HEADROOM * free, unet, needs, step), batch_guidance)
+    kept = _kept(HEADROOM * free, unet, needs, step)
+    parts = [*(f"text {index}" for index in range(len(needs.text))), "unet", "vae", *["safety"] * bool(needs.safety)]
+    placement = {part: "resident" if _kind(part) in kept else "staged" for part in parts}
+    return MemoryPlan(weights, placement, batch_guidance, budget=free)
 
 
 def _kept(free: float, unet: int, needs: MemoryNeeds, step: int) -> frozenset[str]:

@@ -1,7 +1,7 @@
 """What of a model is loaded: text encoders, UNet, VAE and safety checker, and the UNet's CUDA graphs.
 
 Nothing else loads parts or lets them go. A part is loaded when it is first asked for. It stays or goes afterwards as
-whoever borrowed it says, and is loaded anew when it is asked for in another way (another dtype, weights dequantised or
+its placement says, and is loaded anew when it is asked for in another way (another dtype, weights dequantised or
 not, other kernels).
 """
 
@@ -11,13 +11,16 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import cast
 
 import torch
 from torch import nn
 
+from gguf_sd.adapters.lora import Active
+from gguf_sd.adapters.read_lora import layer_factors
+from gguf_sd.adapters.side_path import attach, detach
 from gguf_sd.checkpoint.check_tensors import text_names
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.checkpoint.tensor_names import SAFETY, UNET, VAE
@@ -28,25 +31,41 @@ from gguf_sd.models.tiny_vae import TinyAutoencoder
 from gguf_sd.models.unet import UNet
 from gguf_sd.models.vae import Autoencoder
 from gguf_sd.runtime.cuda_graph import NO_GRAPHS, CudaCapture, GraphedUNet, Graphing
+from gguf_sd.runtime.host_heap import be_frugal
 from gguf_sd.runtime.kernel_modes import make_resident, use_kernels
 from gguf_sd.runtime.memory import PartValues, held_bytes
+from gguf_sd.runtime.stages import Meter
+from gguf_sd.runtime.streaming import Streamed, StreamedUNet, load_streamed
 from gguf_sd.sampling.guidance import Denoise
 
 
 @dataclass(frozen=True)
 class LoadedAs:
-    """The decisions that a part was loaded by; all but ``dtype`` concern the UNet alone."""
+    """The decisions that a part was loaded by; ``weights`` and ``kernels`` concern the UNet alone."""
 
     dtype: torch.dtype
     weights: str = ""  # quantized or resident
     kernels: str = ""  # see gguf_sd.runtime.kernel_modes.choose_kernels
+    placement: str = "resident"  # of gguf_sd.runtime.memory.PLACEMENTS
+    loras: tuple[Active, ...] = ()  # beside the weights: they come and go without loading anew
+
+    def fits(self, wanted: LoadedAs) -> bool:
+        """Whether what was loaded by these serves ``wanted``, once its LoRAs are exchanged: a staged part differs from
+        a resident one only in when it goes."""
+        streamed = (self.placement == "streamed") == (wanted.placement == "streamed")
+        return streamed and replace(self, placement=wanted.placement, loras=wanted.loras) == wanted
 
 
 @dataclass
 class _Loaded:
     part: nn.Module
     how: LoadedAs
+    streamed: Streamed | None = None  # what brings its weights, where they are not held
     graphs: GraphedUNet | None = None  # of a UNet
+
+    def nbytes(self, device: torch.device) -> int:
+        part = self.streamed.nbytes if self.streamed else held_bytes(self.part, device)
+        return part + (self.graphs.nbytes if self.graphs else 0)
 
 
 class Parts:
@@ -56,32 +75,38 @@ class Parts:
     def __init__(self, model: ModelFile, device: torch.device, vae_file: VAEFile | None = None):
         self.model, self.device, self.vae_file = model, device, vae_file
         self.loads: Counter[str] = Counter()  # how often each part was read from the file, by name
+        self.streamed: dict[str, Meter] = {}  # of the parts that were streamed since, by name
         self._loaded: dict[str, _Loaded] = {}
         self._lock = threading.RLock()
 
     @contextmanager
-    def text(self, index: int, dtype: torch.dtype, keep: bool) -> Iterator[TextEncoder]:
+    def text(
+        self, index: int, dtype: torch.dtype, placement: str = "resident", loras: tuple[Active, ...] = ()
+    ) -> Iterator[TextEncoder]:
         """Lends text encoder number ``index``."""
-        with self._borrowed(f"text {index}", LoadedAs(dtype), keep) as loaded:
+        with self._borrowed(f"text {index}", LoadedAs(dtype, placement=placement, loras=loras)) as loaded:
             yield cast(TextEncoder, loaded.part)
 
     @contextmanager
-    def vae(self, dtype: torch.dtype, keep: bool) -> Iterator[Autoencoder | TinyAutoencoder]:
+    def vae(self, dtype: torch.dtype, placement: str = "resident") -> Iterator[Autoencoder | TinyAutoencoder]:
         """Lends the VAE: that of ``vae_file`` where one was given, else the model's."""
-        with self._borrowed("vae", LoadedAs(dtype), keep) as loaded:
+        with self._borrowed("vae", LoadedAs(dtype, placement=placement)) as loaded:
             yield cast(Autoencoder | TinyAutoencoder, loaded.part)
 
     @contextmanager
-    def safety(self, dtype: torch.dtype, keep: bool) -> Iterator[SafetyChecker]:
+    def safety(self, dtype: torch.dtype, placement: str = "resident") -> Iterator[SafetyChecker]:
         """Lends the safety checker. Raises GgufSdError where the model has none."""
-        with self._borrowed("safety", LoadedAs(dtype), keep) as loaded:
+        with self._borrowed("safety", LoadedAs(dtype, placement=placement)) as loaded:
             yield cast(SafetyChecker, loaded.part)
 
     @contextmanager
-    def unet(self, how: LoadedAs, keep: bool, graphing: Graphing = NO_GRAPHS) -> Iterator[Denoise]:
+    def unet(self, how: LoadedAs, graphing: Graphing = NO_GRAPHS) -> Iterator[Denoise]:
         """Lends the UNet; unless ``graphing`` is off, behind its CUDA graphs, which live as long as it does."""
-        with self._borrowed("unet", how, keep) as loaded:
+        with self._borrowed("unet", how) as loaded:
             unet = cast(UNet, loaded.part)
+            if loaded.streamed:  # in no graph: what it replays is of the device alone
+                yield StreamedUNet(unet, self.streamed["unet"])
+                return
             if graphing.mode == "off":
                 yield unet
                 return
@@ -93,8 +118,7 @@ class Parts:
     def nbytes(self) -> int:
         """Bytes that loaded parts and graphs take on the device, see :func:`gguf_sd.runtime.memory.held_bytes`."""
         with self._lock:
-            held = list(self._loaded.values())
-        return sum(held_bytes(x.part, self.device) + (x.graphs.nbytes if x.graphs else 0) for x in held)
+            return sum(loaded.nbytes(self.device) for loaded in self._loaded.values())
 
     @property
     def graph_bytes(self) -> int:
@@ -143,23 +167,47 @@ class Parts:
                 self.drop(name)
 
     @contextmanager
-    def _borrowed(self, name: str, how: LoadedAs, keep: bool) -> Iterator[_Loaded]:
+    def _borrowed(self, name: str, how: LoadedAs) -> Iterator[_Loaded]:
+        if self.device.type == "cpu":
+            be_frugal(how.placement == "streamed")
         try:
             yield self._get(name, how)
         finally:
-            if not keep:
+            if how.placement != "resident":
                 self.drop(name)
 
     def _get(self, name: str, how: LoadedAs) -> _Loaded:
         with self._lock:
             loaded = self._loaded.get(name)
-            if loaded is None or loaded.how != how:
+            if loaded is None or not loaded.how.fits(how):
                 del loaded  # with drop(), its last reference: the old part goes before the new one comes
                 self.drop(name)
                 self.loads[name] += 1
                 with torch.inference_mode(False), torch.no_grad():  # the same tensors whoever comes first
-                    self._loaded[name] = _Loaded(self._load(name, how), how)
+                    self._loaded[name] = self._loaded_anew(name, replace(how, loras=()))
+            if self._loaded[name].how.loras != how.loras:
+                self._adapt(self._loaded[name], name, how)
             return self._loaded[name]
+
+    def _loaded_anew(self, name: str, how: LoadedAs) -> _Loaded:
+        if how.placement != "streamed" or name == "vae":  # whose weights are few, and read for every tile
+            return _Loaded(self._load(name, how), how)
+        meter = self.streamed.setdefault(name, Meter())
+        streamed = load_streamed(self.model, name, self.device, how.dtype, how.kernels, meter)
+        return _Loaded(streamed.part, how, streamed)
+
+    def _adapt(self, loaded: _Loaded, name: str, how: LoadedAs) -> None:
+        """Lays other LoRAs beside a part's weights, which stay where they are."""
+        detach(loaded.part)
+        loaded.graphs, loaded.how = None, replace(how, loras=())
+        with torch.inference_mode(False), torch.no_grad():
+            changes = layer_factors(how.loras, name, self.model.config)
+            try:
+                attach(loaded.part, changes, how.dtype, self.device)
+            except BaseException:
+                detach(loaded.part)
+                raise
+        loaded.how = how
 
     def _load(self, name: str, how: LoadedAs) -> nn.Module:
         part: nn.Module

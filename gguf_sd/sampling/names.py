@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gguf_sd.errors import GgufSdError
 
@@ -31,6 +31,7 @@ class SamplerInfo:
     spacing: str = "linspace"  # of timesteps where neither the model nor the user names one, as that class has it
     ends_clean: bool = False  # the last step goes to no noise where the model does not say where to
     schedules: tuple[str, ...] = SCHEDULES
+    schedule: str = "model"  # where the user names the sampler and no schedule
     aliases: tuple[str, ...] = ()
 
 
@@ -54,7 +55,9 @@ SAMPLERS: dict[str, SamplerInfo] = {
     "dpmpp_2m_sde": SamplerInfo(
         "DPM++ 2M SDE", "DPMSolverMultistepScheduler", stochastic=True, aliases=("dpmpp_2m_sde_gpu",)
     ),
-    "dpmpp_3m_sde": _sigma_space("DPM++ 3M SDE", None, "dpmpp_3m_sde_gpu", noise=True),
+    # Steps that are even in time end in one from sigma 0.23 to 0.03, over which the third order overshoots;
+    # AUTOMATIC1111 too has exponential ones by default.
+    "dpmpp_3m_sde": replace(_sigma_space("DPM++ 3M SDE", None, "dpmpp_3m_sde_gpu", noise=True), schedule="exponential"),
     "dpmpp_sde": _sigma_space("DPM++ SDE", "DPMSolverSDEScheduler", "dpmpp_sde_gpu", noise=True, order=2),
     "dpmpp_2s_a": _sigma_space("DPM++ 2S a", None, "dpmpp_2s_ancestral", noise=True, order=2),
     "unipc": SamplerInfo("UniPC", "UniPCMultistepScheduler", aliases=("uni_pc", "uni_pc_bh2")),

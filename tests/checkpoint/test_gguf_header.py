@@ -181,3 +181,50 @@ def test_a_file_that_shrinks_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"")
     with pytest.raises(GgufSdError, match=r"cannot read .*a\.gguf"):
         file.tensor("w")
+
+
+def array_of(kind: int, count: int, body: bytes) -> bytes:
+    return struct.pack("<IIQ", TYPE.ARRAY, kind, count) + body
+
+
+COSTLY = {
+    "one text": (1, struct.pack("<IQ", TYPE.STRING, 2_000_000) + b"x" * 2_000_000),
+    "accents": (1, struct.pack("<IQ", TYPE.STRING, 2_000_000) + "é".encode() * 1_000_000),
+    "many texts": (1, array_of(TYPE.STRING, 200_000, (struct.pack("<Q", 2) + b"ab") * 200_000)),
+    "no texts": (1, array_of(TYPE.STRING, 250_000, bytes(8) * 250_000)),
+    "short lists of texts": (4000, array_of(TYPE.STRING, 16, (struct.pack("<Q", 2) + b"ab") * 16)),
+    "short lists of numbers": (4000, array_of(TYPE.UINT16, 16, struct.pack("<16H", *range(1000, 1016)))),
+    "bytes": (1, array_of(TYPE.UINT8, 2_000_000, bytes(2_000_000))),
+}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_a_header_costs_little_more_than_it_has(tmp_path: Path, name: str) -> None:
+    """Twice its bytes (a text beside what it was decoded from; up to four bytes a letter where it is not English), and
+    what a bounded number of keys and short lists take."""
+    count, value = COSTLY[name]
+    body = b"".join(text(f"k{i}") + value for i in range(count))
+    (tmp_path / "a.gguf").write_bytes(header(keys=count, body=body))
+    tracemalloc.start()
+    metadata = GGUFFile(tmp_path / "a.gguf").metadata
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(metadata) == count
+    most = 4.05 if name == "accents" else 2.05
+    assert peak < most * len(body) + 200_000 + 1500 * (count if count > 1 else 0)
+
+
+def test_long_arrays_of_texts(tmp_path: Path) -> None:
+    words = ["", "a", "dög", "x" * 300] * 20
+    body = text("a") + array_of(TYPE.STRING, len(words), b"".join(text(word) for word in words))
+    (tmp_path / "a.gguf").write_bytes(header(keys=1, body=body))
+    value = GGUFFile(tmp_path / "a.gguf").metadata["a"]
+    assert (len(value), list(value), value[2], value[-1]) == (80, words, "dög", "x" * 300)
+
+
+def test_nested_arrays_have_a_number(tmp_path: Path) -> None:
+    inner = array_of(TYPE.ARRAY, 16, struct.pack("<IQ", TYPE.UINT8, 0) * 16)[4:]
+    body = text("a") + array_of(TYPE.ARRAY, 16, inner * 16)
+    (tmp_path / "a.gguf").write_bytes(header(keys=16, body=body * 16))
+    with pytest.raises(GgufSdError, match="more than 4096 metadata arrays lie in arrays"):
+        GGUFFile(tmp_path / "a.gguf")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gguf_sd import Pipeline
+from gguf_sd import Pipeline, Request
 from gguf_sd.config import SD15, SDXL, SDXL_TURBO, SchedulerConfig
 from gguf_sd.sampling import SAMPLERS, make_schedule
 from gguf_sd_convert.convert import ConvertOptions, convert
@@ -137,6 +137,18 @@ def test_the_schedule_of_k_diffusion_where_none_is_named(sampler: str) -> None:
 
 def test_the_schedule_of_ddim_where_none_is_named() -> None:
     assert make_schedule(SD15.scheduler, "ddim", steps=20).timesteps.tolist() == list(range(951, 0, -50))
+
+
+def test_the_schedule_of_dpmpp_3m_sde_where_none_is_named(model: tuple[Pipeline, Any]) -> None:
+    """Over linspace's last steps the third order overshoots: the picture breaks."""
+
+    def schedule(**named: str) -> str:
+        return model[0].prepare(Request("a cat", steps=4, **named)).schedule_name
+
+    assert schedule(sampler="DPM++ 3M SDE") == "exponential"
+    assert schedule(sampler="dpmpp_3m_sde", schedule="linspace") == "linspace"
+    assert schedule(sampler="DPM++ 3M SDE Karras") == "karras"
+    assert schedule(sampler="dpmpp_2m_sde") == "model"
 
 
 def test_an_unknown_spacing_in_a_file_is_refused() -> None:

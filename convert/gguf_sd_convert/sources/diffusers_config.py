@@ -56,6 +56,7 @@ VAE_FIXED: dict[str, tuple[Any, ...]] = {
     "use_post_quant_conv": (True,),
     "mid_block_add_attention": (True,),
 }
+MAX_LEVELS = 8  # of a UNet or an autoencoder
 TEXT_FIXED: dict[str, tuple[Any, ...]] = {"layer_norm_eps": (1e-5,)}
 
 
@@ -109,9 +110,9 @@ def _own_defaults(index: dict[str, Any], defaults: Defaults) -> Defaults:
 
 def _channels(values: dict[str, Any], default: tuple[int, ...]) -> tuple[int, ...]:
     channels = values.get("block_out_channels", default)
-    if not isinstance(channels, list | tuple) or not channels or not all(type(n) is int and n > 0 for n in channels):
-        raise refusal(values, "block_out_channels", "a list of positive integers")
-    return tuple(channels)
+    if not isinstance(channels, list | tuple) or not 1 <= len(channels) <= MAX_LEVELS:
+        raise refusal(values, "block_out_channels", f"a list of up to {MAX_LEVELS} positive integers")
+    return integers(values, "block_out_channels", channels, len(channels))
 
 
 def _texts(value: object, count: int) -> bool:

@@ -9,6 +9,8 @@ from gguf_sd.errors import GgufSdError
 from gguf_sd.field_checks import shown
 from gguf_sd.json_text import read_json_object
 
+LARGEST = 1 << 31  # of any size or count
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The settings in a JSON file, and under "_path" where they come from."""
@@ -32,7 +34,7 @@ def integers(values: dict[str, Any], key: str, default: Any, count: int) -> tupl
     """A setting that is one positive integer for all levels, or a list of one each."""
     value = values.get(key, default)
     numbers = tuple(value) if isinstance(value, list | tuple) else (value,) * count
-    if len(numbers) != count or not all(type(n) is int and n > 0 for n in numbers):
+    if len(numbers) != count or not all(type(n) is int and 0 < n <= LARGEST for n in numbers):
         raise refusal(values, key, f"a positive integer or {count} of them")
     return numbers
 

@@ -1,0 +1,53 @@
+"""Tensors of weight files that are known at once and read when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gguf_sd.errors import GgufSdError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor that can be read. ``load`` returns a contiguous tensor of this shape and dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of one or more weight files, under the names that stand there."""
+
+    entries: dict[str, Entry]
+    files: tuple[Path, ...]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def read_bytes(path: Path, offset: int, nbytes: int) -> Tensor:
+    """A file's bytes as uint8 [nbytes]. Raises GgufSdError where it has become shorter or cannot be read."""
+    buffer = torch.empty(nbytes, dtype=torch.uint8)
+    view, done = buffer.numpy().data, 0
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            while done < nbytes:
+                if not (count := file.readinto(view[done:])):
+                    raise GgufSdError(
+                        f"{path} ended at byte {offset + done} while it was read; is it still being written?"
+                    )
+                done += count
+    except OSError as error:
+        raise GgufSdError(f"cannot read {path}: {error.strerror}") from error
+    return buffer
