@@ -12,7 +12,9 @@ from gguf_sd.checkpoint.quant_tensor import QuantTensor
 from gguf_sd.models.members import parameter
 from gguf_sd_kernels import custom_ops, dispatch, ops
 from gguf_sd_kernels.dispatch import conv2d_packed, linear_packed
+from gguf_sd_kernels.normed import Measured, fold, linear_measured, normed_linear
 from gguf_sd_kernels.repack import PACKED_TYPES, PackedWeight, repack, unpack
+from gguf_sd_kernels.row_parts import FoldedNorm
 
 
 class PointwiseForward:
@@ -38,6 +40,14 @@ class Linear(nn.Linear):
     def geglu(self, x: Tensor) -> Tensor:
         """value * gelu(gate), the halves of y: x [..., in] -> [..., out / 2]."""
         return ops.product_geglu(x, self.weight, self.bias)
+
+    def measured(self, x: Tensor, residual: Tensor | None = None) -> Measured:
+        """As :meth:`forward`, for a result that is to be normalised."""
+        return Measured(self(x, residual), None)
+
+    def after_norm(self, norm: LayerNorm, x: Measured, geglu: bool = False) -> Tensor:
+        """Of norm(x)."""
+        return self.geglu(norm(x.rows)) if geglu else self(norm(x.rows))
 
 
 class Pointwise(PointwiseForward, Linear):
@@ -107,6 +117,7 @@ class Quantized(nn.Module):
         self.qtype, self.shape, self.tap_major = weight.qtype, weight.shape, weight.tap_major
         self.bias = bias
         self.packed: PackedWeight | None = None  # the blocks as the GPU kernels take them, in place of `blocks`
+        self.folded: FoldedNorm | None = None  # with the norm before it, once it was met
         self.mode = ""
 
     @property
@@ -120,7 +131,7 @@ class Quantized(nn.Module):
         ``mode`` is one of gguf_sd_kernels.dispatch.MODES. Types without a kernel are left as they are."""
         if self.qtype in PACKED_TYPES:
             self.packed = repack(self.blocks, self.qtype, self.shape, tap_major=self.tap_major)
-            self.mode, self.blocks = mode, self.blocks.new_empty(0)
+            self.mode, self.blocks, self.folded = mode, self.blocks.new_empty(0), None
 
     def extra_repr(self) -> str:
         return f"{self.qtype}, shape={list(self.shape)}, bias={self.bias is not None}"
@@ -143,6 +154,27 @@ class QuantLinear(Quantized):
             multiply = custom_ops.linear_packed if is_compiling() else linear_packed
             return multiply(x, self.packed, self.bias, geglu=True, mode=self.mode)
         return (custom_ops if is_compiling() else ops).linear_geglu(x, self.blocks, self.qtype, self.bias)
+
+    def measured(self, x: Tensor, residual: Tensor | None = None) -> Measured:
+        """As :meth:`forward`, for a result that is to be normalised; torch.compile does that by itself."""
+        if self.packed is None or is_compiling():
+            return Measured(self(x, residual), None)
+        return linear_measured(x, self.packed, self.bias, residual, self.mode)
+
+    def after_norm(self, norm: LayerNorm, x: Measured, geglu: bool = False) -> Tensor:
+        """Of norm(x), in one launch where the kernels have one for it."""
+        if self.packed is not None and norm.fused:
+            run = normed_linear(x, self.packed, self.bias, norm.eps, geglu=geglu, mode=self.mode)
+            if run is not None:
+                assert x.parts is not None
+                return run.normed(x.rows, self.packed, x.parts, self._fold(norm, x.rows))
+        return self.geglu(norm(x.rows)) if geglu else self(norm(x.rows))
+
+    def _fold(self, norm: LayerNorm, x: Tensor) -> FoldedNorm:
+        assert self.packed is not None
+        if self.folded is None or not self.folded.fits(x):
+            self.folded = fold(self.packed, self.bias, norm.weight, norm.bias, norm.eps, x.dtype)
+        return self.folded
 
 
 class QuantPointwise(PointwiseForward, QuantLinear):
@@ -185,7 +217,7 @@ def quantized(module: nn.Linear | nn.Conv2d, weight: QuantTensor) -> nn.Module:
     return kind(weight, module.bias)
 
 
-def stacked(linears: Sequence[nn.Module]) -> nn.Module | None:
+def stacked(linears: Sequence[nn.Module]) -> Linear | QuantLinear | None:
     """One linear that makes the outputs of several side by side, from weights below one another; None where they are
     not all plain, or all in blocks of one type. For linears of one input width, with or without biases, not packed."""
     joined = _stacked(linears)

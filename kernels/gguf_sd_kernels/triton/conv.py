@@ -83,7 +83,7 @@ def conv_kernel(
     for k in range(start, stop, BLOCK_K):
         shift, inside = tap_at(k, top, left, H, W, IC, TAPS_W)
         values = tl.load(x + (corner + (shift * IC + k))[:, None] + channels[None, :], mask=inside[:, None], other=0.0)
-        weights = decode_tile(quants, scales, mins, rows_n, k, K, QTYPE, DTYPE, PTX, BLOCK_K)
+        weights = decode_tile(quants, scales, mins, None, rows_n, k, K, QTYPE, DTYPE, PTX, BLOCK_K)
         acc = multiply(values, weights, acc, SWAP, WIDEN)
     if SWAP:
         acc = acc.T
@@ -94,6 +94,7 @@ def conv_kernel(
         residual,
         emb,
         emb_stride,
+        None,
         partials,
         counters,
         tile_m,
