@@ -31,7 +31,7 @@ from gguf_sd.models.tiny_vae import tiny_config
 from gguf_sd.prompt.conditioning import PromptEncoder
 from gguf_sd.request import Job, Request, prepare
 from gguf_sd.runtime import memory
-from gguf_sd.runtime.cuda_graph import use_graphs
+from gguf_sd.runtime.cuda_graph import Graphing, use_graphs
 from gguf_sd.runtime.execution import Execution
 from gguf_sd.runtime.memory import MemoryNeeds, MemoryPlan, plan_memory
 from gguf_sd.runtime.parts import LoadedAs, Parts
@@ -146,11 +146,11 @@ class Pipeline:
         plan = self.memory_plan(*jobs)
         conditionings = self._in_turn(jobs[0], plan, partial(self._encode, jobs, plan))
         planned = list(batches(jobs, conditionings))
-        graphed = self._graphed(jobs[0].steps_run, len(planned), plan)
+        graphing = self._graphing(jobs[0].steps_run, len(planned), plan)
         for batch in planned:
-            yield from self._in_turn(batch[0].job, plan, partial(self._paint, batch, plan, graphed, on_step))
+            yield from self._in_turn(batch[0].job, plan, partial(self._paint, batch, plan, graphing, on_step))
 
-    def _graphed(self, steps: int, batches: int, plan: MemoryPlan) -> bool:
+    def _graphing(self, steps: int, batches: int, plan: MemoryPlan) -> Graphing:
         passes = steps * (batches if plan.placement["unet"] == "resident" else 1)
         return use_graphs(self.execution.cuda_graph, self.device, self.kernels, passes)
 
@@ -165,14 +165,14 @@ class Pipeline:
         size = job.width, job.height
         raise GgufSdError(memory.out_of_memory_advice(self.device, plan.weights, job.batch, size))
 
-    def _paint(self, batch: Sequence[Task], plan: MemoryPlan, graphed: bool, on_step: OnStep) -> list[Picture]:
+    def _paint(self, batch: Sequence[Task], plan: MemoryPlan, graphing: Graphing, on_step: OnStep) -> list[Picture]:
         """The pictures of one batch."""
         job, seeds = batch[0].job, [task.seed for task in batch]
         noise = NoiseSource(seeds, self.dtype, self.device)
         start = self.begin(job, noise, plan)
         latents, graph_bytes = start.latents, 0
         conditioning = Conditioning.joined([task.conditioning for task in batch])
-        for step in self.denoise(job, start, conditioning, noise, plan, graphed):
+        for step in self.denoise(job, start, conditioning, noise, plan, graphing):
             latents, graph_bytes = step.latents, self.parts.graph_bytes
             on_step(step)
         painted = [_pasted(Image.fromarray(pixels.numpy()), job) for pixels in self.decode(latents, plan)]
@@ -220,17 +220,16 @@ class Pipeline:
         conditioning: Conditioning,
         noise: NoiseSource,
         plan: MemoryPlan | None = None,
-        graphed: bool | None = None,
+        graphing: Graphing | None = None,
     ) -> Iterator[Step]:
-        """Walks latents [B, 4, h, w] down the job's schedule, yielding after every step; with ``graphed`` through CUDA
-        graphs (None: where that pays). Raises GgufSdError where they stop being finite, on a GPU after the last
-        step."""
+        """Walks latents [B, 4, h, w] down the job's schedule, yielding after every step; ``graphing``: whether through
+        CUDA graphs (None: as the pipeline was told). Raises GgufSdError where they stop being finite, on a GPU after
+        the last step."""
         plan = plan or self.memory_plan(job)
-        if graphed is None:
-            graphed = self._graphed(job.steps_run, len(list(job.batches())), plan)
+        graphing = graphing or self._graphing(job.steps_run, len(list(job.batches())), plan)
         loras = active(job.loras, UNET_PART)
         how = LoadedAs(self.dtype, plan.weights, self.kernels, plan.placement[UNET_PART], loras)
-        with self.parts.unet(how, graphed, self.execution.cuda_graph == "on") as unet:
+        with self.parts.unet(how, graphing) as unet:
             guided = conditioning.negative is not None and plan.batch_guidance
             self.tuning.before_steps(unet, start.latents, guided)
             predict = Predictor(unet, conditioning, job.guidance, plan.batch_guidance, start.extra)

@@ -12,12 +12,16 @@ from torch import Tensor, nn
 
 from gguf_sd.models.layers import GroupNorm, LayerNorm, PointwiseForward, QuantConv2d, Quantized, QuantPointwise
 from gguf_sd.models.unet import UNet
+from gguf_sd_kernels.normed import Measured
+from gguf_sd_kernels.row_parts import RowParts
 from gguf_sd_kernels.tuning.launch import Product
 from gguf_sd_kernels.tuning.operands import Use
 from gguf_sd_kernels.tuning.self_check import Subject
 from gguf_sd_kernels.tuning.ways import norm_subject
 
 CONTEXT_TOKENS = 77
+NORM_MODES = ("auto", "fused")  # whose products can take a norm in
+_PARTS = RowParts(torch.empty(2, 1, 0, device="meta"), 1)  # stands for those of a result without values
 
 
 @dataclass
@@ -100,6 +104,22 @@ class _RecordingLinear(_Recorder):
         n, k = self.shape
         self._note(Use(Product("geglu", self.qtype, x.numel() // k, n, k), self._added()))
         return x.new_empty(*x.shape[:-1], n // 2)
+
+    def measured(self, x: Tensor, residual: Tensor | None = None) -> Measured:
+        n, k = self.shape
+        use = Use(Product("linear", self.qtype, x.numel() // k, n, k), (*self._added(residual=residual), "parts"))
+        if self.mode not in NORM_MODES:
+            return Measured(self(x, residual), None)
+        self._note(use)
+        return Measured(x.new_empty(*x.shape[:-1], n), _PARTS)
+
+    def after_norm(self, norm: nn.Module, x: Measured, geglu: bool = False) -> Tensor:
+        if self.mode not in NORM_MODES or x.parts is None:
+            return self.geglu(norm(x.rows)) if geglu else self(norm(x.rows))
+        n, k = self.shape
+        op = "geglu" if geglu else "linear"
+        self._note(Use(Product(op, self.qtype, x.rows.numel() // k, n, k), (*self._added(), "norm")))
+        return x.rows.new_empty(*x.rows.shape[:-1], n // 2 if geglu else n)
 
 
 class _RecordingPointwise(PointwiseForward, _RecordingLinear):

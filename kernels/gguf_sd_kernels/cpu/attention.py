@@ -29,12 +29,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Strided views are welcome: heads split from ``[B, N, H*D]`` need no copy.
     Raises ValueError on other shapes.
     """
-    if q.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+    of_q, of_k = q.shape, k.shape
+    if len(of_q) != 4 or of_k != v.shape or of_q[:2] != of_k[:2] or of_q[3] != of_k[3]:
         raise ValueError(
             f"attention takes q [B, H, N, D] with k and v [B, H, M, D], "
             f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
         )
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and _HAS_BF16_PRODUCTS:
+    if q.is_cpu and q.dtype == torch.bfloat16 and _HAS_BF16_PRODUCTS:
         return _opaque(q, k, v) if is_compiling() else _attention_bf16(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,10 +15,16 @@ from gguf_sd_kernels.cpu.activation import geglu
 from gguf_sd_kernels.formats import block_format
 from gguf_sd_kernels.reference.products import conv_weight, dequantize
 from gguf_sd_kernels.repack import PackedWeight, unpack
+from gguf_sd_kernels.row_parts import FoldedNorm, RowParts, decoded_dtype
 from gguf_sd_kernels.tuning.launch import Launch, Product
 
-ADDED = ("bias", "residual", "emb")  # what is added to a product, in the order of their names here
+# What is added to a product, in the order of their names here; "norm" normalises the rows of x before, "parts" are what
+# the rows of the result leave for the next norm, see row_parts.
+ADDED = ("bias", "residual", "emb", "norm", "parts")
 CODE_RMS = {"Q4_0": 4.64, "Q4_1": 4.61, "Q8_0": 73.9}  # of uniformly random codes, less their zero point
+
+
+PART_WIDTH, EPS = 64, 1e-5
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,10 @@ class Operands:
                 product.n,
                 *((s + 2 * use.padding - side) // use.stride + 1 for s in self.x.shape[2:]),
             )
+        self.norm = (1 + 0.1 * self._normal(product.k), self._normal(product.k)) if "norm" in use.added else None
+        if self.norm is not None:
+            self.x = self.x * 2 + 1
+        self.left: RowParts | None = None  # of the last result
         self.bias = self._normal(product.n) if "bias" in use.added else None
         self.emb = self._normal(len(self.x), product.n) if "emb" in use.added else None
         self.residual = self._normal(*result) if "residual" in use.added else None
@@ -99,10 +110,26 @@ class Operands:
             convolve = conv2d_int8 if int8 else conv2d_fused
             return convolve(self.x, weight, self.bias, use.stride, use.padding, emb=self.emb, **options)
         from gguf_sd_kernels.triton.int8 import linear_int8
-        from gguf_sd_kernels.triton.linear import linear_fused
+        from gguf_sd_kernels.triton.linear import linear_fused, linear_measured, linear_normed
 
+        geglu = use.product.op == "geglu"
+        if self.norm is not None:
+            return linear_normed(self.x, self._parts, weight, self._folded[copy], geglu=geglu, launch=launch)
+        if "parts" in use.added:
+            y, self.left = linear_measured(self.x, weight, self.bias, self.residual, launch=launch)
+            return y
         multiply = linear_int8 if int8 else linear_fused
-        return multiply(self.x, weight, self.bias, geglu=use.product.op == "geglu", **options)
+        return multiply(self.x, weight, self.bias, geglu=geglu, **options)
+
+    @cached_property
+    def _parts(self) -> RowParts:
+        return RowParts.of(self.x, PART_WIDTH)
+
+    @cached_property
+    def _folded(self) -> list[FoldedNorm]:
+        assert self.norm is not None
+        decoded = (dequantize(unpack(weight), weight.qtype, decoded_dtype(self.dtype)) for weight in self.weights)
+        return [FoldedNorm.of(weight, self.bias, *self.norm, EPS, self.dtype) for weight in decoded]
 
     def decoded(self, out: Tensor | None = None, copy: int = 0) -> Tensor:
         """The weight decoded by our kernel, into ``out`` where given."""
@@ -117,7 +144,8 @@ class Operands:
             y = F.conv2d(self.x, weight, self.bias, use.stride, use.padding)
             y = y if self.emb is None else y.add_(self.emb[:, :, None, None])
         else:
-            y = F.linear(self.x, weight, self.bias)
+            x = self.x if self.norm is None else F.layer_norm(self.x, (use.product.k,), *self.norm, EPS)
+            y = F.linear(x, weight, self.bias)
             if use.product.op == "geglu":
                 return geglu(y)
         return y if self.residual is None else y.add_(self.residual)
@@ -142,10 +170,22 @@ class Operands:
             y = y if self.bias is None else y + self.bias[:, None, None]
             y = y if self.emb is None else y + self.emb[:, :, None, None]
         else:
-            y = self.x.double() @ weight.T
+            x = self.x.double()
+            if self.norm is not None:
+                x, weight, shift = self._plain_norm(x, weight)
+            y = x @ weight.T
+            y = y if self.norm is None else y + shift
             y = y if self.bias is None else y + self.bias
             if use.product.op == "geglu":
                 value, gate = y.chunk(2, dim=-1)
                 y = value * F.gelu(gate)
         y = y if self.residual is None else y + self.residual
         return y.to(self.dtype)
+
+    def _plain_norm(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows normalised; the weight [N, K] with the gain, rounded to ``dtype``; the share of the shift [N]."""
+        assert self.norm is not None
+        gain, shift = self.norm
+        exact = dequantize(unpack(self.weights[0]), self.use.product.qtype, decoded_dtype(self.dtype))
+        gained = (exact * gain.to(exact.dtype)).to(self.dtype).double()
+        return F.layer_norm(x, (x.shape[1],), eps=EPS), gained, weight @ shift.double()
