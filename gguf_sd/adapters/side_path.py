@@ -190,6 +190,12 @@ def detach(model: nn.Module) -> None:
             model.set_submodule(name, module.base)
 
 
+def side_bytes(model: nn.Module) -> int:
+    """Bytes of what lies beside a model's layers."""
+    adapted = (module for module in model.modules() if isinstance(module, Adapted))
+    return sum(parameter.nbytes for module in adapted for parameter in module.paths.parameters())
+
+
 def _paths(base: nn.Module, placed: Sequence[tuple[slice, Factors]], like: Tensor) -> Iterator[nn.Module]:
     low = [(rows, piece) for rows, piece in placed if isinstance(piece, LowRank)]
     if low:
