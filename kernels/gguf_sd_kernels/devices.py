@@ -59,8 +59,8 @@ def _gpu_of(device: torch.device) -> Gpu:
 
 def architecture_of(properties: Any) -> str:
     """What torch's properties of a device say: "86" (compute capability * 10) or "gfx1100"; of other kinds the name."""
-    if amd := getattr(properties, "gcnArchName", ""):
-        return str(amd)
+    if torch.version.hip:
+        return str(properties.gcnArchName)  # which torch for NVIDIA has too, as another word for the name
     return f"{properties.major}{properties.minor}" if hasattr(properties, "major") else str(properties.name)
 
 

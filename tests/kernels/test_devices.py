@@ -102,7 +102,9 @@ def test_nothing_is_checked_while_launches_are_recorded(xpu: Xpu) -> None:
     assert not recording(torch.device("cpu"))
 
 
-def test_architectures() -> None:
-    assert architecture_of(SimpleNamespace(name="RTX 3060", major=8, minor=6)) == "86"
+def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch for NVIDIA has a gcnArchName as well, the device's name."""
+    nvidia = SimpleNamespace(name="RTX 3060", major=8, minor=6, gcnArchName="RTX 3060")
+    assert architecture_of(nvidia) == "86"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
     assert architecture_of(SimpleNamespace(name="MI300X", major=9, minor=4, gcnArchName="gfx942:x")) == "gfx942:x"
-    assert architecture_of(SimpleNamespace(name="H100", major=9, minor=0, gcnArchName="")) == "90"
