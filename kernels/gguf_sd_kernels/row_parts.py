@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +12,7 @@ MAX_PARTS = 32  # of a row, that a product joins
 CHUNK_VALUES = 1 << 20  # of a weight at a time, while a norm is folded
 
 
-@dataclass(frozen=True)
-class RowParts:
+class RowParts(NamedTuple):
     """The mean, and the sum of squared deviations from it, of each part of ``width`` values of rows ``[M, C]``: float32
     ``[2, parts, M]``; the last part of a row may be shorter."""
 
