@@ -213,14 +213,21 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
 
 
 def _frequencies(half: int, device: torch.device) -> Tensor:
-    """Of the sinusoids, float32 [half], falling from 1 to nearly 1 / 10000; kept from step to step."""
+    """Of the sinusoids, float32 [half], falling from 1 to nearly 1 / 10000; kept from step to step, but not looked up
+    by a compiler, which would compile anew once they are there."""
+    if torch.compiler.is_compiling():
+        return _made_frequencies(half, device)
     known = _known_frequencies.get((half, device))
     if known is None:
         with torch.inference_mode(False):  # usable in inference mode and out of it
-            known = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=device) / half)
-        if type(known) is Tensor and not torch.compiler.is_compiling():  # no stand-in of a compiler's
+            known = _made_frequencies(half, device)
+        if type(known) is Tensor:  # no stand-in without values
             _known_frequencies[half, device] = known
     return known
+
+
+def _made_frequencies(half: int, device: torch.device) -> Tensor:
+    return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=device) / half)
 
 
 _known_frequencies: dict[tuple[int, torch.device], Tensor] = {}

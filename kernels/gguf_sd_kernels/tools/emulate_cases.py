@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from gguf_sd_kernels.formats import block_format
 from gguf_sd_kernels.reference.products import conv_weight, dequantize
 from gguf_sd_kernels.repack import PACKED_TYPES, PackedWeight, repack
+from gguf_sd_kernels.row_parts import FoldedNorm, RowParts, decoded_dtype
 from gguf_sd_kernels.tuning.launch import UNTUNED, Launch
 from gguf_sd_kernels.tuning.launch_int8 import INT8_TYPES, UNTUNED_INT8
 
@@ -24,6 +25,7 @@ NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 HALVES = (torch.float16, torch.bfloat16)
 # Relative errors in the Euclidean norm. Products in bfloat16 see weights that were rounded to it, as their oracle does.
 LIMIT, INT8_LIMIT = 2e-3, 1e-2
+EPS, PART_WIDTH = 1e-5, 64  # of norms; the width of the parts of rows whose statistics they take
 Outcome = tuple[Tensor, Tensor]  # what came out, and what should have
 
 
@@ -81,6 +83,8 @@ def _products(launch: Launch, qtype: str, dtype: torch.dtype, *, int8: bool) -> 
         for op, rows in (("linear", n), ("geglu", 2 * n)):
             multiply = partial(run_linear, m, rows, k, qtype, dtype, cut, geglu=op == "geglu", int8=int8)
             yield Case(f"{prefix}{op}", words, f"{m}x{rows}x{k}", limit, multiply)
+        if not int8:
+            yield from _around_norm(m, n, k, qtype, dtype, cut, words)
         for side in (1, 3):
             channels = launch.block_k * (3 if side == 1 else 1)
             picture = 2, channels, 9, math.ceil(launch.block_m / 12)
@@ -91,6 +95,15 @@ def _products(launch: Launch, qtype: str, dtype: torch.dtype, *, int8: bool) -> 
 def _words(launch: Launch) -> str:
     words = f"{launch.block_m}x{launch.block_n}x{launch.block_k} {launch.warps}w {launch.stages}s"
     return words + (" split" if launch.splits > 1 else "")
+
+
+def _around_norm(m: int, n: int, k: int, qtype: str, dtype: torch.dtype, launch: Launch, words: str) -> Iterator[Case]:
+    """A linear that leaves its rows' statistics, and those that normalise by such."""
+    measure = partial(run_measured, m, n, k, qtype, dtype, launch)
+    yield Case("linear for norm", words, f"{m}x{n}x{k}", LIMIT, measure)
+    for op, rows in (("linear", n), ("geglu", 2 * n)):
+        multiply = partial(run_normed, m, rows, k, qtype, dtype, launch, geglu=op == "geglu")
+        yield Case(f"normed {op}", words, f"{m}x{rows}x{k}", LIMIT, multiply)
 
 
 def run_linear(
@@ -110,6 +123,41 @@ def run_linear(
         value, gate = want.chunk(2, dim=-1)
         want = value * F.gelu(gate)
     return got, want if residual is None else want + residual.double()
+
+
+def run_measured(m: int, n: int, k: int, qtype: str, dtype: torch.dtype, launch: Launch) -> Outcome:
+    """x [m, k] times a weight [n, k], and the exact result normalised by the statistics that the product left."""
+    from gguf_sd_kernels.triton.linear import linear_measured
+
+    blocks, residual = random_blocks(qtype, n, k), torch.randn(m, n).to(dtype)
+    x, bias = torch.randn(m, k).to(dtype), (torch.randn(n) + 3).to(dtype)
+    y, parts = linear_measured(x, repack(blocks, qtype), bias, residual, launch=launch)
+    assert parts is not None
+    widths = torch.tensor([len(part) for part in torch.arange(n).split(parts.width)])[:, None].double()
+    means, squares = parts.values.double()
+    mean = (means * widths).sum(0) / n
+    variance = (squares + widths * (means - mean) ** 2).sum(0) / n
+    want = F.linear(x.double(), _seen(dequantize(blocks, qtype), dtype), bias.double()) + residual.double()
+    normed = (want - mean[:, None]) / (variance[:, None] + EPS).sqrt()
+    return torch.stack([y.double(), normed]), torch.stack([want, F.layer_norm(want, (n,), eps=EPS)])
+
+
+def run_normed(m: int, n: int, k: int, qtype: str, dtype: torch.dtype, launch: Launch, *, geglu: bool) -> Outcome:
+    """x [m, k], normalised by rows, times a weight [n, k]. The oracle's weight has the norm's gain in it, rounded as
+    the kernel rounds it."""
+    from gguf_sd_kernels.triton.linear import linear_normed
+
+    blocks, bias = random_blocks(qtype, n, k), torch.randn(n).to(dtype)
+    x, gain, shift = _normed((m, k), k, dtype)
+    weight = dequantize(blocks, qtype, decoded_dtype(dtype))
+    norm = FoldedNorm.of(weight, bias, gain, shift, EPS, dtype)
+    got = linear_normed(x, RowParts.of(x, PART_WIDTH), repack(blocks, qtype), norm, geglu=geglu, launch=launch)
+    gained = (weight * gain.to(weight.dtype)).to(dtype).double()
+    want = F.linear(F.layer_norm(x.double(), (k,), eps=EPS), gained, bias.double() + weight.double() @ shift.double())
+    if geglu:
+        value, gate = want.chunk(2, dim=-1)
+        want = value * F.gelu(gate)
+    return got, want
 
 
 def run_conv(
@@ -185,17 +233,20 @@ def _dequantize_cases() -> Iterator[Case]:
 def _norm_cases() -> Iterator[Case]:
     from gguf_sd_kernels.triton.norm import group_norm_silu_triton, layer_norm_triton
 
-    for dtype, (channels, side), silu in product(NAMES, ((64, 7), (320, 9)), (False, True)):
+    for dtype, (channels, side), silu, whole in product(NAMES, ((64, 7), (320, 9)), (False, True), (False, True)):
 
         def group(
-            dtype: torch.dtype = dtype, shape: tuple[int, ...] = (2, channels, side, side), silu: bool = silu
+            dtype: torch.dtype = dtype,
+            shape: tuple[int, ...] = (2, channels, side, side),
+            silu: bool = silu,
+            whole: bool = whole,
         ) -> Outcome:
             x, weight, bias = _normed(shape, shape[1], dtype)
-            got = group_norm_silu_triton(x, 32, weight, bias, 1e-5, silu)
-            want = F.group_norm(x.double(), 32, weight.double(), bias.double(), 1e-5)
+            got = group_norm_silu_triton(x, 32, weight, bias, EPS, silu, whole)
+            want = F.group_norm(x.double(), 32, weight.double(), bias.double(), EPS)
             return got, F.silu(want) if silu else want
 
-        name = "group norm silu" if silu else "group norm"
+        name = f"{'whole ' if whole else ''}group norm{' silu' if silu else ''}"
         yield Case(name, NAMES[dtype], _sizes((2, channels, side, side)), LIMIT, group)
     for dtype, width in product(NAMES, (320, 1280)):
 
