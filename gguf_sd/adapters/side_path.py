@@ -37,6 +37,10 @@ class Adapted(AroundNorm, nn.Module):
             path(x, y)
         return y
 
+    def enlarged(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The layer of x enlarged to ``size`` (H, W), by its nearest neighbours."""
+        return self(F.interpolate(x, size=size))
+
     def geglu(self, x: Tensor) -> Tensor:
         """value * gelu(gate), the halves of y: x [..., in] -> [..., out / 2]."""
         return ops.geglu(self(x))
@@ -184,6 +188,12 @@ def detach(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, Adapted):
             model.set_submodule(name, module.base)
+
+
+def side_bytes(model: nn.Module) -> int:
+    """Bytes of what lies beside a model's layers."""
+    adapted = (module for module in model.modules() if isinstance(module, Adapted))
+    return sum(parameter.nbytes for module in adapted for parameter in module.paths.parameters())
 
 
 def _paths(base: nn.Module, placed: Sequence[tuple[slice, Factors]], like: Tensor) -> Iterator[nn.Module]:

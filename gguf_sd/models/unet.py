@@ -12,9 +12,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from gguf_sd.config import UNetConfig
 from gguf_sd.models.layers import Conv2d, GroupNorm, LayerNorm, Linear, Pointwise, QuantLinear, stacked
+from gguf_sd.models.members import child
 from gguf_sd_kernels import ops
 from gguf_sd_kernels.normed import Measured
 
@@ -31,6 +33,11 @@ def feature_map(x: Tensor, height: int, width: int) -> Tensor:
 
 class ResBlock(nn.Module):
     """Two 3x3 convolutions with the timestep embedding added between them, around a skip connection."""
+
+    in_layers: nn.Sequential = child()
+    emb_layers: nn.Sequential = child()
+    out_layers: nn.Sequential = child()
+    skip_connection: nn.Module = child()
 
     def __init__(self, in_channels: int, out_channels: int, time_dim: int, groups: int):
         super().__init__()
@@ -64,6 +71,12 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention of x to itself, or to the prompt: cross-attention, which is told by its ``context_dim``."""
 
+    to_q: Linear = child()
+    to_k: Linear = child()
+    to_v: Linear = child()
+    to_out: nn.Sequential = child()
+    to_qkv: Linear | QuantLinear | None = child()
+
     def __init__(self, dim: int, context_dim: int | None, heads: int):
         super().__init__()
         self.heads = heads
@@ -71,7 +84,7 @@ class Attention(nn.Module):
         self.to_k = Linear(context_dim or dim, dim, bias=False)
         self.to_v = Linear(context_dim or dim, dim, bias=False)
         self.to_out = nn.Sequential(Linear(dim, dim))
-        self.to_qkv: Linear | QuantLinear | None = None  # all three, after :meth:`stack`
+        self.to_qkv = None  # all three, after :meth:`stack`
         self.crosses = context_dim is not None
         self.place = slice(0)  # of cross-attention's keys and values among those of all layers
 
@@ -112,6 +125,8 @@ class Attention(nn.Module):
 class GEGLU(nn.Module):
     """x * gelu(gate), both from one projection (Shazeer 2020, arXiv:2002.05202)."""
 
+    proj: Linear = child()
+
     def __init__(self, dim: int, inner: int):
         super().__init__()
         self.proj = Linear(dim, 2 * inner)
@@ -122,6 +137,8 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    net: nn.Sequential = child()
+
     def __init__(self, dim: int):
         super().__init__()
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim))
@@ -135,6 +152,13 @@ class FeedForward(nn.Module):
 
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the prompt, feed-forward; each with a LayerNorm before it."""
+
+    attn1: Attention = child()
+    ff: FeedForward = child()
+    attn2: Attention = child()
+    norm1: LayerNorm = child()
+    norm2: LayerNorm = child()
+    norm3: LayerNorm = child()
 
     def __init__(self, dim: int, context_dim: int, heads: int):
         super().__init__()
@@ -153,6 +177,11 @@ class TransformerBlock(nn.Module):
 
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of a feature map."""
+
+    norm: GroupNorm = child()
+    proj_in: Linear = child()
+    transformer_blocks: nn.ModuleList = child()
+    proj_out: Linear = child()
 
     def __init__(self, dim: int, context_dim: int, heads: int, depth: int, groups: int):
         super().__init__()
@@ -186,7 +215,7 @@ class Upsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.conv(nn.functional.interpolate(x, size=size))
+        return self.conv.enlarged(x, size)
 
 
 class Stage(nn.ModuleList):
@@ -208,26 +237,25 @@ class Stage(nn.ModuleList):
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     """Sinusoids of the timestep, cosines first: [B] -> float32 [B, dim]. As in diffusers' get_timestep_embedding
     with flip_sin_to_cos and no shift."""
-    angles = timesteps.float()[:, None] * _frequencies(dim // 2, timesteps.device)
+    frequencies = _frequencies if is_compiling() else _kept_frequencies  # a compiler folds constants itself
+    angles = timesteps.float()[:, None] * frequencies(dim // 2, timesteps.device)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def _frequencies(half: int, device: torch.device) -> Tensor:
-    """Of the sinusoids, float32 [half], falling from 1 to nearly 1 / 10000; kept from step to step, but not looked up
-    by a compiler, which would compile anew once they are there."""
-    if torch.compiler.is_compiling():
-        return _made_frequencies(half, device)
+    """Of the sinusoids, float32 [half], falling from 1 to nearly 1 / 10000."""
+    return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=device) / half)
+
+
+def _kept_frequencies(half: int, device: torch.device) -> Tensor:
+    """The same, made once: they are the same at every step."""
     known = _known_frequencies.get((half, device))
     if known is None:
         with torch.inference_mode(False):  # usable in inference mode and out of it
-            known = _made_frequencies(half, device)
-        if type(known) is Tensor:  # no stand-in without values
+            known = _frequencies(half, device)
+        if type(known) is Tensor:  # no stand-in, as of a FakeTensorMode
             _known_frequencies[half, device] = known
     return known
-
-
-def _made_frequencies(half: int, device: torch.device) -> Tensor:
-    return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=device) / half)
 
 
 _known_frequencies: dict[tuple[int, torch.device], Tensor] = {}

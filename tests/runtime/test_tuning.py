@@ -137,6 +137,7 @@ def test_the_products_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     real_fused = ways.fused_launch
     monkeypatch.setattr("gguf_sd_kernels.dispatch.way_of", spy)
     monkeypatch.setattr("gguf_sd_kernels.normed.fused_launch", spy_fused)
+    monkeypatch.setattr("gguf_sd_kernels.enlarged.fused_launch", spy_fused)
     verdicts._of[CPU] = Verdicts(CPU, check=agrees)
     unet(*inputs())
     assert set(asked) == set(kernels.uses)

@@ -17,15 +17,15 @@ from torch.nn import functional as F
 from gguf_sd_kernels.formats import block_format
 from gguf_sd_kernels.reference.products import conv_weight, dequantize
 from gguf_sd_kernels.repack import PACKED_TYPES, PackedWeight, repack
-from gguf_sd_kernels.row_parts import FoldedNorm, RowParts, decoded_dtype
-from gguf_sd_kernels.tuning.launch import UNTUNED, Launch
+from gguf_sd_kernels.row_parts import RowParts
+from gguf_sd_kernels.tuning.launch import UNTUNED, Launch, Product
 from gguf_sd_kernels.tuning.launch_int8 import INT8_TYPES, UNTUNED_INT8
+from gguf_sd_kernels.tuning.operands import Operands, Use
 
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 HALVES = (torch.float16, torch.bfloat16)
 # Relative errors in the Euclidean norm. Products in bfloat16 see weights that were rounded to it, as their oracle does.
 LIMIT, INT8_LIMIT = 2e-3, 1e-2
-EPS, PART_WIDTH = 1e-5, 64  # of norms; the width of the parts of rows whose statistics they take
 Outcome = tuple[Tensor, Tensor]  # what came out, and what should have
 
 
@@ -83,27 +83,43 @@ def _products(launch: Launch, qtype: str, dtype: torch.dtype, *, int8: bool) -> 
         for op, rows in (("linear", n), ("geglu", 2 * n)):
             multiply = partial(run_linear, m, rows, k, qtype, dtype, cut, geglu=op == "geglu", int8=int8)
             yield Case(f"{prefix}{op}", words, f"{m}x{rows}x{k}", limit, multiply)
-        if not int8:
-            yield from _around_norm(m, n, k, qtype, dtype, cut, words)
         for side in (1, 3):
             channels = launch.block_k * (3 if side == 1 else 1)
             picture = 2, channels, 9, math.ceil(launch.block_m / 12)
             convolve = partial(run_conv, picture, (n, channels, side, side), qtype, dtype, cut, int8=int8)
             yield Case(f"{prefix}conv {side}x{side}", words, f"{_sizes(picture)} to {n}", limit, convolve)
+        if not int8:
+            for name, use in _around(qtype, m, n, k, launch.block_k).items():
+                yield Case(name, words, str(use.product.m), limit, partial(run_use, use, dtype, cut))
+
+
+def _around(qtype: str, m: int, n: int, k: int, channels: int) -> dict[str, Use]:
+    """Products that take in what comes before them, or leave what comes after them something."""
+    picture = 2, channels, 9, math.ceil(m / 18)
+    conv = Product("conv", qtype, math.prod(picture) // channels, n, 9 * channels, 9)
+    return {
+        "linear normed": Use(Product("linear", qtype, m, n, k), ("bias", "norm")),
+        "geglu normed": Use(Product("geglu", qtype, m, 2 * n, k), ("bias", "norm")),
+        "linear measured": Use(Product("linear", qtype, m, n, k), ("bias", "residual", "parts")),
+        "conv enlarged": Use(conv, ("bias", "enlarge"), picture, padding=1),
+    }
+
+
+def run_use(use: Use, dtype: torch.dtype, launch: Launch) -> Outcome:
+    """The result, and behind it the statistics that it leaves, if any."""
+    operands = Operands(use, dtype, torch.device("cpu"))
+    got, want = operands.call(launch), operands.plain().double()
+    if operands.left is None:
+        return got, want
+    parts = RowParts.of(got, operands.left.width).values
+    return torch.cat([got.float().flatten(), operands.left.values.flatten()]), torch.cat(
+        [want.flatten(), parts.flatten()]
+    )
 
 
 def _words(launch: Launch) -> str:
     words = f"{launch.block_m}x{launch.block_n}x{launch.block_k} {launch.warps}w {launch.stages}s"
     return words + (" split" if launch.splits > 1 else "")
-
-
-def _around_norm(m: int, n: int, k: int, qtype: str, dtype: torch.dtype, launch: Launch, words: str) -> Iterator[Case]:
-    """A linear that leaves its rows' statistics, and those that normalise by such."""
-    measure = partial(run_measured, m, n, k, qtype, dtype, launch)
-    yield Case("linear for norm", words, f"{m}x{n}x{k}", LIMIT, measure)
-    for op, rows in (("linear", n), ("geglu", 2 * n)):
-        multiply = partial(run_normed, m, rows, k, qtype, dtype, launch, geglu=op == "geglu")
-        yield Case(f"normed {op}", words, f"{m}x{rows}x{k}", LIMIT, multiply)
 
 
 def run_linear(
@@ -123,41 +139,6 @@ def run_linear(
         value, gate = want.chunk(2, dim=-1)
         want = value * F.gelu(gate)
     return got, want if residual is None else want + residual.double()
-
-
-def run_measured(m: int, n: int, k: int, qtype: str, dtype: torch.dtype, launch: Launch) -> Outcome:
-    """x [m, k] times a weight [n, k], and the exact result normalised by the statistics that the product left."""
-    from gguf_sd_kernels.triton.linear import linear_measured
-
-    blocks, residual = random_blocks(qtype, n, k), torch.randn(m, n).to(dtype)
-    x, bias = torch.randn(m, k).to(dtype), (torch.randn(n) + 3).to(dtype)
-    y, parts = linear_measured(x, repack(blocks, qtype), bias, residual, launch=launch)
-    assert parts is not None
-    widths = torch.tensor([len(part) for part in torch.arange(n).split(parts.width)])[:, None].double()
-    means, squares = parts.values.double()
-    mean = (means * widths).sum(0) / n
-    variance = (squares + widths * (means - mean) ** 2).sum(0) / n
-    want = F.linear(x.double(), _seen(dequantize(blocks, qtype), dtype), bias.double()) + residual.double()
-    normed = (want - mean[:, None]) / (variance[:, None] + EPS).sqrt()
-    return torch.stack([y.double(), normed]), torch.stack([want, F.layer_norm(want, (n,), eps=EPS)])
-
-
-def run_normed(m: int, n: int, k: int, qtype: str, dtype: torch.dtype, launch: Launch, *, geglu: bool) -> Outcome:
-    """x [m, k], normalised by rows, times a weight [n, k]. The oracle's weight has the norm's gain in it, rounded as
-    the kernel rounds it."""
-    from gguf_sd_kernels.triton.linear import linear_normed
-
-    blocks, bias = random_blocks(qtype, n, k), torch.randn(n).to(dtype)
-    x, gain, shift = _normed((m, k), k, dtype)
-    weight = dequantize(blocks, qtype, decoded_dtype(dtype))
-    norm = FoldedNorm.of(weight, bias, gain, shift, EPS, dtype)
-    got = linear_normed(x, RowParts.of(x, PART_WIDTH), repack(blocks, qtype), norm, geglu=geglu, launch=launch)
-    gained = (weight * gain.to(weight.dtype)).to(dtype).double()
-    want = F.linear(F.layer_norm(x.double(), (k,), eps=EPS), gained, bias.double() + weight.double() @ shift.double())
-    if geglu:
-        value, gate = want.chunk(2, dim=-1)
-        want = value * F.gelu(gate)
-    return got, want
 
 
 def run_conv(
@@ -233,7 +214,8 @@ def _dequantize_cases() -> Iterator[Case]:
 def _norm_cases() -> Iterator[Case]:
     from gguf_sd_kernels.triton.norm import group_norm_silu_triton, layer_norm_triton
 
-    for dtype, (channels, side), silu, whole in product(NAMES, ((64, 7), (320, 9)), (False, True), (False, True)):
+    shapes, flags = ((64, 7), (320, 9)), (False, True)
+    for dtype, (channels, side), silu, whole in product(NAMES, shapes, flags, flags):
 
         def group(
             dtype: torch.dtype = dtype,
@@ -242,8 +224,8 @@ def _norm_cases() -> Iterator[Case]:
             whole: bool = whole,
         ) -> Outcome:
             x, weight, bias = _normed(shape, shape[1], dtype)
-            got = group_norm_silu_triton(x, 32, weight, bias, EPS, silu, whole)
-            want = F.group_norm(x.double(), 32, weight.double(), bias.double(), EPS)
+            got = group_norm_silu_triton(x, 32, weight, bias, 1e-5, silu, whole)
+            want = F.group_norm(x.double(), 32, weight.double(), bias.double(), 1e-5)
             return got, F.silu(want) if silu else want
 
         name = f"{'whole ' if whole else ''}group norm{' silu' if silu else ''}"
