@@ -11,7 +11,7 @@ from typing import Any
 
 from gguf_sd.errors import GgufSdError
 from gguf_sd.imaging.images import open_image
-from gguf_sd.request import MAX_SEED, Job, Request
+from gguf_sd.request import MAX_SEED, Job, Request, requested_loras
 
 CHECKPOINTS = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
 # What other libraries call our settings.
@@ -75,6 +75,7 @@ def counted_up(first: Job, requests: Sequence[Request]) -> list[Job]:
             first,
             prompt=request.prompt,
             negative_prompt=request.negative_prompt,
+            loras=requested_loras(request),
             seed=(first.seed + i * first.count) % (MAX_SEED + 1),
         )
         for i, request in enumerate(requests)

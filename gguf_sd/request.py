@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from gguf_sd.adapters.embedding_files import EmbeddingFile, as_embeddings, check_embedding_files
+from gguf_sd.adapters.lora import Lora, as_loras, requested, without_tags
+from gguf_sd.adapters.lora_file import lora_table
 from gguf_sd.config import Defaults, ModelConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd.imaging import images
@@ -19,9 +24,11 @@ from gguf_sd.request_fields import typed
 from gguf_sd.sampling.names import SAMPLERS, resolve_sampler, resolve_schedule
 
 if TYPE_CHECKING:
+    from gguf_sd.adapters.embeddings import Embedding
     from gguf_sd.sampling.init_latents import InitImage
     from gguf_sd.sampling.schedules import Schedule
 
+StrPath = str | os.PathLike[str]
 MAX_SEED = 2**64 - 1  # what torch's generators take
 DRAWN_SEED = 2**32 - 1  # up to here where none is given: what every other program takes too
 RANDOM_SEED = -1  # other programs' word for one that is drawn
@@ -57,6 +64,9 @@ class Request:
     mask_blur: int = 4  # pixels over which the edge of the mask is softened, inwards
     paste: bool = True  # outside the mask, the picture's very pixels
     safety: str = "blur"  # what happens to pictures that the model's safety checker flags: blur, warn or off
+    loras: Sequence[Lora | StrPath | tuple[StrPath, float]] = ()  # files, each with its weight: "style.safetensors:0.8"
+    lora_dir: StrPath | None = None  # where the LoRAs are that the prompt names: <lora:name:weight>
+    embeddings: Sequence[EmbeddingFile | StrPath | tuple[str, StrPath]] = ()  # textual inversion: files, "name=file"
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,8 @@ class Job:
     resize: str
     mask_blur: int
     schedule: Schedule = field(repr=False, compare=False)
+    loras: tuple[Lora, ...]
+    embeddings: tuple[Embedding, ...]
     picture: InitImage | None = field(repr=False, compare=False)
     paste: bool = field(repr=False, compare=False)
     safety: str = field(repr=False, compare=False)
@@ -106,6 +118,8 @@ def prepare(request: Request, config: ModelConfig) -> Job:
 
     What is asked for and has no effect is told in one line of the log each.
     """
+    from gguf_sd.adapters.embeddings import load_embeddings
+    from gguf_sd.adapters.read_lora import check_loras
     from gguf_sd.sampling.schedules import make_schedule  # late, as is all that imports torch: see checked
 
     request = checked(request)
@@ -115,7 +129,8 @@ def prepare(request: Request, config: ModelConfig) -> Job:
     own_schedule = values.schedule if request.sampler is None else SAMPLERS[sampler].schedule
     schedule_name = resolve_schedule(request.schedule or implied or own_schedule, sampler)
     picture, strength = _picture(request, values)
-    for note in _without_effect(request, values, config):
+    loras = requested_loras(request)
+    for note in (*_without_effect(request, values, config), *check_loras(loras, config)):
         log.warning("%s", note)
     return Job(
         prompt=request.prompt,
@@ -135,6 +150,8 @@ def prepare(request: Request, config: ModelConfig) -> Job:
         strength=strength,
         resize=request.resize,
         mask_blur=request.mask_blur,
+        loras=loras,
+        embeddings=load_embeddings(as_embeddings(request.embeddings), config),
         schedule=make_schedule(config.scheduler, sampler, schedule_name, values.steps, config.name),
         picture=picture,
         paste=request.paste,
@@ -167,9 +184,18 @@ def checked(request: Request) -> Request:
     if request.resize not in images.RESIZE_MODES:
         raise GgufSdError(f"unknown resize mode {request.resize!r}; choose from {', '.join(images.RESIZE_MODES)}")
     _check_names(request)
+    for lora in requested_loras(request):
+        lora_table(lora.path)
+    check_embedding_files(as_embeddings(request.embeddings))
     if request.mask is not None and request.image is None:
         raise GgufSdError("a mask needs a picture to repaint: give it with --init-image")
     return request
+
+
+def requested_loras(request: Request) -> tuple[Lora, ...]:
+    """The LoRAs of a request, checked or not, those that its prompt names included."""
+    folder = None if request.lora_dir is None else Path(request.lora_dir)
+    return requested(as_loras(request.loras), request.prompt, folder)
 
 
 def _check_names(request: Request) -> None:
@@ -252,6 +278,6 @@ def _without_effect(request: Request, values: Defaults, config: ModelConfig) -> 
         yield f"the negative prompt has no effect at guidance {values.guidance:g}; give --guidance above 1"
     if not config.unet.vector_dim and (request.original_size or request.crop != standard.crop):
         yield "original size and crop have no effect: only SDXL models take them"
-    yield from unsupported(request.prompt)
+    yield from unsupported(without_tags(request.prompt))
     if request.negative_prompt and values.guidance > 1:
         yield from unsupported(request.negative_prompt)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from gguf_sd.adapters.embedding_files import as_embeddings
+from gguf_sd.adapters.lora import as_loras
 from gguf_sd.errors import GgufSdError
 
 if TYPE_CHECKING:
@@ -76,6 +80,12 @@ def _truth(value: Any) -> bool:
     return bool(value)
 
 
+def _folder(value: Any) -> Path:
+    if not isinstance(value, str | os.PathLike) or value == "":
+        raise TypeError
+    return Path(value)
+
+
 WHOLE, REAL, TEXT = ("a whole number", _whole), ("a finite number", _real), ("a text", _text)
 PAIR, IMAGE = ("two whole numbers", _pair), ("a PIL image", _image)
 KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
@@ -84,5 +94,8 @@ KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     **dict.fromkeys(("guidance", "strength"), REAL),
     **dict.fromkeys(("original_size", "crop"), PAIR),
     **dict.fromkeys(("image", "mask"), IMAGE),
+    "loras": ("a file, file:weight, (file, weight), or a list of these", as_loras),
+    "lora_dir": ("a folder", _folder),
+    "embeddings": ("a file, name=file, (name, file), or a list of these", as_embeddings),
     "paste": ("True or False", _truth),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -67,7 +68,16 @@ class GGUFFile:
         rows are no whole number of blocks, are dequantised to F16 here."""
         return self._mapped.tensor(self.tensors[name], self.shape(name), name in self._tap_major)
 
-    def forget_pages(self) -> None:
-        """Gives the memory behind everything read so far back; what is touched again is read again."""
+    def forget_pages(self, tensors: Iterable[Tensor] | None = None) -> None:
+        """Gives the memory behind everything read so far back, or behind these tensors; what is touched again is read
+        again."""
         if "_mapped" in self.__dict__:
-            self._mapped.forget_pages()
+            self._mapped.forget_pages(tensors)
+
+    def expect(self, tensors: Iterable[Tensor]) -> None:
+        """Has the system begin to read these tensors, where they are not in its cache."""
+        self._mapped.expect(tensors)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether the tensor is a view of the mapped file."""
+        return self._mapped.holds(tensor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from gguf_sd.checkpoint.quant_tensor import QuantTensor
 from gguf_sd.errors import GgufSdError
 from gguf_sd_kernels.formats import FORMATS
 
+# Linux maps, with a page of a file that is touched, those around it that it has in its cache, up to so many bytes in
+# all (fault_around_bytes, 64 KiB unless a debugging interface changed it). A multiple of every size of a page in use.
+FAULT_AROUND = 1 << 16
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
@@ -41,10 +45,44 @@ class MappedTensors:
             return self._dequantized(info, raw).view(shape)
         return QuantTensor(raw.view(shape[0], -1), kind.name, shape, tap_major)
 
-    def forget_pages(self) -> None:
-        """Gives the memory behind everything read so far back; what is touched again is read again."""
-        if hasattr(mmap, "MADV_DONTNEED"):
+    def forget_pages(self, tensors: Iterable[Tensor] | None = None) -> None:
+        """Gives the memory behind everything read so far back, or behind these tensors and what the system read around
+        them; what is touched again is read again."""
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        if tensors is None:
             self._mapping.madvise(mmap.MADV_DONTNEED)
+        else:
+            self._advise(tensors, mmap.MADV_DONTNEED)
+
+    def expect(self, tensors: Iterable[Tensor]) -> None:
+        """Has the system read the pages behind these tensors, where they are not in its cache, while we go on."""
+        if hasattr(mmap, "MADV_WILLNEED"):
+            self._advise(tensors, mmap.MADV_WILLNEED)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether the tensor is a view of the mapped file."""
+        return tensor.untyped_storage().data_ptr() == self._data.untyped_storage().data_ptr()
+
+    def _advise(self, tensors: Iterable[Tensor], advice: int) -> None:
+        """For runs of neighbours together, which takes fewer calls."""
+        end = len(self._mapping)
+        ranges = sorted(self._pages(tensor) for tensor in tensors if self.holds(tensor) and tensor.numel())
+        start = stop = 0
+        for first, last in ranges:
+            if first > stop:
+                if stop:
+                    self._mapping.madvise(advice, start, min(stop, end) - start)
+                start = first
+            stop = max(stop, last)
+        if stop:
+            self._mapping.madvise(advice, start, min(stop, end) - start)
+
+    def _pages(self, tensor: Tensor) -> tuple[int, int]:
+        first = tensor.data_ptr() - self._data.data_ptr()
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        last = first + extent * tensor.element_size()
+        return first // FAULT_AROUND * FAULT_AROUND, -(-last // FAULT_AROUND) * FAULT_AROUND
 
     def _bytes(self, info: TensorInfo) -> Tensor:
         raw = self._data[info.offset : info.offset + info.nbytes]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from gguf_sd.checkpoint.assign import Source
+    from gguf_sd.checkpoint.assign import Deferred, Source
     from gguf_sd.models.safety import SafetyChecker
     from gguf_sd.models.text import TextEncoder
     from gguf_sd.models.unet import UNet
@@ -100,6 +100,11 @@ class ModelFile:
         known = {local: canonical for local, canonical in names.items() if canonical not in self.strays}
         return {local: partial(read, self.names[canonical]) for local, canonical in known.items()}
 
+    def _mapped(self, names: dict[str, str]) -> dict[str, Source]:
+        """Readers of tensors, given as to :meth:`_copied`, that stay views of the mapped file."""
+        known = {local: canonical for local, canonical in names.items() if canonical not in self.strays}
+        return {local: partial(self.file.tensor, self.names[canonical]) for local, canonical in known.items()}
+
     def _under(self, prefix: str) -> dict[str, str]:
         """Name behind the prefix -> canonical name; raises GgufSdError where there is none."""
         return {local: prefix + local for local in self.part(prefix)}
@@ -113,8 +118,9 @@ class ModelFile:
         """Number of weights in the UNet."""
         return sum(prod(self.file.tensors[n].shape) for c, n in self.names.items() if c.startswith(UNET))
 
-    def load_unet(self, dtype: torch.dtype) -> UNet:
-        """The UNet, quantised weights still in blocks, everything else in ``dtype``."""
+    def load_unet(self, dtype: torch.dtype, deferred: dict[str, Deferred] | None = None) -> UNet:
+        """The UNet, quantised weights still in blocks, everything else in ``dtype``. ``deferred``, here and below: see
+        :func:`gguf_sd.checkpoint.assign.assign`."""
         import torch
 
         from gguf_sd.checkpoint.assign import assign
@@ -122,7 +128,7 @@ class ModelFile:
 
         with torch.device("meta"):
             unet = UNet(self.config.unet)
-        assign(unet, self.part(UNET), dtype, str(self.path), prefix=UNET)
+        assign(unet, self.part(UNET), dtype, str(self.path), prefix=UNET, deferred=deferred)
         return unet.eval()
 
     def load_vae(self, dtype: torch.dtype) -> Autoencoder:
@@ -136,16 +142,18 @@ class ModelFile:
         assign(vae, self._copied(self._under(VAE), dtype), dtype, str(self.path), keep_quantized=False, prefix=VAE)
         return vae.eval()
 
-    def load_text(self, index: int, dtype: torch.dtype) -> TextEncoder:
+    def load_text(self, index: int, dtype: torch.dtype, deferred: dict[str, Deferred] | None = None) -> TextEncoder:
         """The model's text encoder number ``index``."""
         from gguf_sd.models.text import TextEncoder
 
         texts = self.config.text
-        self.part(TEXT if len(texts) == 1 else XL_TEXTS[index])  # raises where there is none
-        tensors = self._copied(text_names(self.names, len(texts), index), dtype)
-        return TextEncoder.load(texts[index], tensors, dtype, str(self.path))
+        prefix = TEXT if len(texts) == 1 else XL_TEXTS[index]
+        self.part(prefix)  # raises where there is none
+        names = text_names(self.names, len(texts), index)
+        tensors = self._copied(names, dtype) if deferred is None else self._mapped(names)
+        return TextEncoder.load(texts[index], tensors, dtype, str(self.path), deferred, prefix)
 
-    def load_safety(self, dtype: torch.dtype) -> SafetyChecker:
+    def load_safety(self, dtype: torch.dtype, deferred: dict[str, Deferred] | None = None) -> SafetyChecker:
         """The model's safety checker. Raises GgufSdError where the file carries none (``config.safety`` is None)."""
         if self.config.safety is None:
             raise GgufSdError(
@@ -153,7 +161,7 @@ class ModelFile:
             )
         from gguf_sd.models.safety import SafetyChecker
 
-        checker = SafetyChecker.load(self.config.safety, self.part(SAFETY), dtype, str(self.path))
+        checker = SafetyChecker.load(self.config.safety, self.part(SAFETY), dtype, str(self.path), deferred)
         self.file.forget_pages()
         return checker
 

@@ -32,6 +32,7 @@ def make_request(args: argparse.Namespace, recorded: dict[str, Any]) -> Request:
     values = {name: value for name, value in recorded.items() if name in names}
     if "sampler" in given:
         values.pop("schedule", None)
+    given |= {name: [*values.get(name, ()), *given[name]] for name in ("loras", "embeddings") if name in given}
     values |= given
     _check_recorded(args, recorded, values)
     values |= {name: open_image(values[name]) for name in ("image", "mask") if name in values}

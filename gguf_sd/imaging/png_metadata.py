@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 import gguf_sd
+from gguf_sd.adapters.embedding_files import short_hash as embedding_hash
+from gguf_sd.adapters.lora import short_hash, tag_names
 from gguf_sd.errors import GgufSdError
 from gguf_sd.imaging.images import check_size, open_image
 from gguf_sd.imaging.infotext import compose, decompose, read_pairs
 from gguf_sd.sampling.names import SAMPLERS
 
 if TYPE_CHECKING:
+    from gguf_sd.adapters.embeddings import Embedding
     from gguf_sd.pipeline import Picture
+    from gguf_sd.request import Job
 
 PARAMETERS = "parameters"  # the PNG text chunk
 PROGRAM = "gguf-sd"
@@ -47,6 +52,8 @@ def parameters(
         "Size": _times(size),
         "Model hash": model_hash[:10],
         "Model": model,
+        "Lora hashes": _hashes({lora.name: short_hash(lora.path) for lora in job.loras}),
+        "TI hashes": _hashes({x.names[0]: embedding_hash(x.path) for x in _used(job)}),
         "VAE hash": vae_hash[:10],
         "VAE": vae,
         "Clip skip": job.clip_skip,
@@ -59,7 +66,30 @@ def parameters(
         "Precision": dtype,
         "Version": version(),
     }
-    return compose(job.prompt, job.negative_prompt, pairs)
+    return compose(_with_tags(job), job.negative_prompt, pairs)
+
+
+def _with_tags(job: Job) -> str:
+    """The prompt with a tag for each LoRA, of those that it does not name itself behind it."""
+    named = tag_names(job.prompt)
+    return " ".join([job.prompt, *(lora.tag for lora in job.loras if lora.name not in named)]).lstrip(" ")
+
+
+def _used(job: Job) -> list[Embedding]:
+    from gguf_sd.adapters.embeddings import Words  # late: it imports torch
+
+    return Words(job.embeddings).used(job.prompt, job.negative_prompt)
+
+
+def _hashes(hashes: dict[str, str]) -> str:
+    """AUTOMATIC1111's list of names with the beginnings of hashes."""
+    return ", ".join(f"{re.sub('[:,]', '', name)}: {value}" for name, value in hashes.items())
+
+
+def read_hashes(text: str) -> dict[str, str]:
+    """Name -> beginning of its hash, from such a list."""
+    pairs = (item.partition(":") for item in text.split(","))
+    return {name.strip(): value.strip() for name, colon, value in pairs if colon}
 
 
 def _shortest(number: float) -> str:
@@ -100,8 +130,9 @@ def parse_parameters(text: str) -> dict[str, Any]:
     """The settings in a text of AUTOMATIC1111's form: keywords of :class:`gguf_sd.request.Request`, where it has them.
 
     Sampler and schedule are as the text names them, ours or not. Besides: ``dtype``, ``model``, ``model_hash``,
-    ``vae``, ``vae_hash``; ``masked`` is true where a mask was in use, ``hires`` where a larger picture was painted
-    from a first one, whose settings these are. Raises ValueError for values of the wrong kind.
+    ``vae``, ``vae_hash``, ``lora_hashes`` and ``embedding_hashes`` (see :func:`read_hashes`); ``masked`` is true where
+    a mask was in use, ``hires`` where a larger picture was painted from a first one, whose settings these are. Raises
+    ValueError for values of the wrong kind.
     """
     prompt, negative, pairs = decompose(text)
     ours = pairs.get("Version", "").startswith(PROGRAM)
@@ -159,6 +190,8 @@ TEXTS = {
     "Model hash": "model_hash",
     "VAE": "vae",
     "VAE hash": "vae_hash",
+    "Lora hashes": "lora_hashes",
+    "TI hashes": "embedding_hashes",
 }
 NUMBERS: dict[str, tuple[str, Any]] = {
     "Steps": ("steps", int),

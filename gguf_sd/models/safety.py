@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
-from gguf_sd.checkpoint.assign import Source, assign
+from gguf_sd.checkpoint.assign import Deferred, Source, assign
 from gguf_sd.config import SafetyConfig
 from gguf_sd.errors import GgufSdError
 
@@ -68,15 +68,26 @@ class SafetyChecker(nn.Module):
         self.concepts = Concepts(config)
 
     @classmethod
-    def load(cls, config: SafetyConfig, tensors: Mapping[str, Source], dtype: torch.dtype, where: str) -> SafetyChecker:
+    def load(
+        cls,
+        config: SafetyConfig,
+        tensors: Mapping[str, Source],
+        dtype: torch.dtype,
+        where: str,
+        deferred: dict[str, Deferred] | None = None,
+    ) -> SafetyChecker:
         """Builds the checker from tensors named as in diffusers' checkpoints, by transformers 4 or 5; ``where`` names
-        the file in errors. Raises GgufSdError for missing, unknown and wrongly shaped tensors."""
+        the file in errors. ``deferred``: see :func:`gguf_sd.checkpoint.assign.assign`. Raises GgufSdError for missing,
+        unknown and wrongly shaped tensors."""
         with torch.device("meta"):
             checker = cls(config)
         own = {name for name, _ in checker.concepts.named_parameters()}
         # transformers 4 puts one more vision_model. in front of the transformer than 5 does.
         tower = {name.replace(VISION * 2, VISION, 1): source for name, source in tensors.items() if name not in own}
-        assign(checker.vision, tower, dtype, where, keep_quantized=False)
+        later: dict[str, Deferred] | None = None if deferred is None else {}
+        assign(checker.vision, tower, dtype, where, keep_quantized=False, deferred=later)
+        if deferred is not None and later is not None:
+            deferred.update({f"vision.{name}": weight for name, weight in later.items()})
         concepts = {name: source for name, source in tensors.items() if name in own}
         assign(checker.concepts, concepts, torch.float32, where, keep_quantized=False)
         for name, buffer in list(checker.vision.named_buffers()):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gguf_sd.checkpoint.assign import Source, assign
+from gguf_sd.checkpoint.assign import Deferred, Source, assign
 from gguf_sd.checkpoint.quant_tensor import QuantTensor
 from gguf_sd.checkpoint.tensor_names import OPENCLIP, OPENCLIP_LAYER
 from gguf_sd.config import TextConfig
@@ -48,17 +48,32 @@ class Embedding(nn.Embedding):
         """Draws nothing: on the meta device torch imports its compiler to draw normal numbers, for seconds."""
 
 
+class TokenEmbedding(Embedding):
+    """A table of which few rows are used."""
+
+    by_row = True
+    gather: Callable[[Tensor], Tensor] | None = None  # int64 [B, N] -> [B, N, D], where the table is not held
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) if self.gather is None else self.gather(ids)
+
+
 class Embeddings(nn.Module):
     """Tokens and their positions."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.token_embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.token_embedding = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """int64 [B, N] -> [B, N, hidden_size]."""
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+    def forward(self, ids: Tensor, own: Tensor | None = None) -> Tensor:
+        """int64 [B, N] -> [B, N, hidden_size]; ids behind the vocabulary are rows of ``own`` [n, hidden_size]."""
+        size = self.token_embedding.num_embeddings
+        found = self.token_embedding(ids if own is None else ids.clamp(max=size - 1))
+        if own is not None:
+            rows = own.to(found)[(ids - size).clamp(min=0)]
+            found = torch.where((ids >= size)[..., None], rows, found)
+        return found + self.position_embedding.weight[: ids.shape[1]]
 
 
 class CausalAttention(nn.Module):
@@ -125,23 +140,32 @@ class TextEncoder(nn.Module):
             self.text_projection = Linear(config.hidden_size, config.projection_dim, bias=False)
 
     @classmethod
-    def load(cls, config: TextConfig, tensors: Mapping[str, Source], dtype: torch.dtype, where: str) -> TextEncoder:
+    def load(
+        cls,
+        config: TextConfig,
+        tensors: Mapping[str, Source],
+        dtype: torch.dtype,
+        where: str,
+        deferred: dict[str, Deferred] | None = None,
+        prefix: str = "",
+    ) -> TextEncoder:
         """Builds the encoder from tensors named as in transformers (with or without ``text_model.``) or OpenCLIP;
-        ``where`` names the file in errors."""
+        ``where`` names the file in errors, ``prefix`` stands before the names there. ``deferred``: see
+        :func:`gguf_sd.checkpoint.assign.assign`."""
         with torch.device("meta"):
             encoder = cls(config)
         if "positional_embedding" in tensors:
             tensors = from_openclip(tensors)
         bare = {name.removeprefix("text_model."): source for name, source in tensors.items()}
-        assign(encoder, bare, dtype, where, keep_quantized=False)
+        assign(encoder, bare, dtype, where, keep_quantized=False, prefix=prefix, deferred=deferred)
         return encoder.eval()
 
     @torch.inference_mode()
-    def encode(self, ids: Tensor, clip_skip: int, normalise: bool) -> Encoded:
+    def encode(self, ids: Tensor, clip_skip: int, normalise: bool, own: Tensor | None = None) -> Encoded:
         """Token ids [B, N], N at most ``config.max_position_embeddings``, to the states after the last layer
         (``clip_skip`` 1), the last but one (2) and so on; with the final LayerNorm where ``normalise``, as SD 1.x has
-        it."""
-        x = states = self.embeddings(ids)
+        it. ``own``: vectors of ids behind the vocabulary."""
+        x = states = self.embeddings(ids, own)
         wanted = len(self.encoder.layers) - clip_skip
         for index, layer in enumerate(self.encoder.layers):
             if index > wanted and not self.config.projection_dim:

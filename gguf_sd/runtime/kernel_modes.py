@@ -72,13 +72,14 @@ def load_tables(device: torch.device) -> int:
     return count
 
 
-def use_kernels(model: UNet, mode: str) -> None:
-    """Hands quantised layers and norms to the Triton kernels, in place; the model is on its GPU already.
+def use_kernels(model: UNet, mode: str, device: torch.device | None = None) -> None:
+    """Hands quantised layers and norms to the Triton kernels, in place; the model is on its GPU already, or without
+    values and will run on ``device``.
 
     ``mode`` is one of KERNEL_MODES but torch; with ``resident`` no quantised layers are left, see
     :func:`make_resident`. Whatever the mode, launches are those measured on this GPU, where a table is known.
     """
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     if device.type != "cpu":
         load_tables(device)
     model.stack()

@@ -9,27 +9,30 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import prod
 from typing import cast
 
 import torch
 from torch import nn
 
-from gguf_sd.checkpoint.check_tensors import text_names
+from gguf_sd.adapters.lora import Active
+from gguf_sd.adapters.read_lora import layer_factors
+from gguf_sd.adapters.side_path import attach, detach, side_bytes
 from gguf_sd.checkpoint.model_file import ModelFile
-from gguf_sd.checkpoint.tensor_names import SAFETY, UNET, VAE
 from gguf_sd.checkpoint.vae_file import VAEFile
 from gguf_sd.models.safety import SafetyChecker
 from gguf_sd.models.text import TextEncoder
 from gguf_sd.models.tiny_vae import TinyAutoencoder
 from gguf_sd.models.unet import UNet
 from gguf_sd.models.vae import Autoencoder
-from gguf_sd.runtime.cuda_graph import CudaCapture, GraphedUNet
+from gguf_sd.runtime.cuda_graph import NO_GRAPHS, CudaCapture, GraphedUNet, Graphing
+from gguf_sd.runtime.host_heap import be_frugal
 from gguf_sd.runtime.kernel_modes import make_resident, use_kernels
-from gguf_sd.runtime.memory import PartValues, held_bytes
+from gguf_sd.runtime.memory import give_back, held_bytes
+from gguf_sd.runtime.stages import Meter
+from gguf_sd.runtime.streaming import Streamed, StreamedUNet, load_streamed
 from gguf_sd.sampling.guidance import Denoise
 
 
@@ -41,19 +44,25 @@ class LoadedAs:
     weights: str = ""  # quantized or resident
     kernels: str = ""  # see gguf_sd.runtime.kernel_modes.choose_kernels
     placement: str = "resident"  # of gguf_sd.runtime.memory.PLACEMENTS
+    loras: tuple[Active, ...] = ()  # beside the weights: they come and go without loading anew
 
     def fits(self, wanted: LoadedAs) -> bool:
-        """Whether what was loaded by these serves ``wanted``: a staged part differs from a resident one only in when it
-        goes."""
+        """Whether what was loaded by these serves ``wanted``, once its LoRAs are exchanged: a staged part differs from
+        a resident one only in when it goes."""
         streamed = (self.placement == "streamed") == (wanted.placement == "streamed")
-        return streamed and replace(self, placement=wanted.placement) == wanted
+        return streamed and replace(self, placement=wanted.placement, loras=wanted.loras) == wanted
 
 
 @dataclass
 class _Loaded:
     part: nn.Module
     how: LoadedAs
+    streamed: Streamed | None = None  # what brings its weights, where they are not held
     graphs: GraphedUNet | None = None  # of a UNet
+
+    def nbytes(self, device: torch.device) -> int:
+        part = self.streamed.nbytes + side_bytes(self.part) if self.streamed else held_bytes(self.part, device)
+        return part + (self.graphs.nbytes if self.graphs else 0)
 
 
 class Parts:
@@ -63,13 +72,16 @@ class Parts:
     def __init__(self, model: ModelFile, device: torch.device, vae_file: VAEFile | None = None):
         self.model, self.device, self.vae_file = model, device, vae_file
         self.loads: Counter[str] = Counter()  # how often each part was read from the file, by name
+        self.streamed: dict[str, Meter] = {}  # of the parts that were streamed since, by name
         self._loaded: dict[str, _Loaded] = {}
         self._lock = threading.RLock()
 
     @contextmanager
-    def text(self, index: int, dtype: torch.dtype, placement: str = "resident") -> Iterator[TextEncoder]:
+    def text(
+        self, index: int, dtype: torch.dtype, placement: str = "resident", loras: tuple[Active, ...] = ()
+    ) -> Iterator[TextEncoder]:
         """Lends text encoder number ``index``."""
-        with self._borrowed(f"text {index}", LoadedAs(dtype, placement=placement)) as loaded:
+        with self._borrowed(f"text {index}", LoadedAs(dtype, placement=placement, loras=loras)) as loaded:
             yield cast(TextEncoder, loaded.part)
 
     @contextmanager
@@ -85,25 +97,25 @@ class Parts:
             yield cast(SafetyChecker, loaded.part)
 
     @contextmanager
-    def unet(self, how: LoadedAs, graphed: bool = False, strict: bool = False) -> Iterator[Denoise]:
-        """Lends the UNet; with ``graphed`` behind its CUDA graphs, which live as long as it does. ``strict``: see
-        :class:`gguf_sd.runtime.cuda_graph.GraphedUNet`."""
+    def unet(self, how: LoadedAs, graphing: Graphing = NO_GRAPHS) -> Iterator[Denoise]:
+        """Lends the UNet; unless ``graphing`` is off, behind its CUDA graphs, which live as long as it does."""
         with self._borrowed("unet", how) as loaded:
             unet = cast(UNet, loaded.part)
-            if not graphed:
+            if loaded.streamed:  # in no graph: what it replays is of the device alone
+                yield StreamedUNet(unet, self.streamed["unet"])
+                return
+            if graphing.mode == "off":
                 yield unet
                 return
             if loaded.graphs is None:
                 loaded.graphs = GraphedUNet(unet, CudaCapture(self.device))
-            loaded.graphs.strict = strict
-            yield loaded.graphs
+            yield loaded.graphs.lend(graphing)
 
     @property
     def nbytes(self) -> int:
         """Bytes that loaded parts and graphs take on the device, see :func:`gguf_sd.runtime.memory.held_bytes`."""
         with self._lock:
-            held = list(self._loaded.values())
-        return sum(held_bytes(x.part, self.device) + (x.graphs.nbytes if x.graphs else 0) for x in held)
+            return sum(loaded.nbytes(self.device) for loaded in self._loaded.values())
 
     @property
     def graph_bytes(self) -> int:
@@ -117,33 +129,13 @@ class Parts:
         with self._lock:
             return set(self._loaded)
 
-    def values(self) -> PartValues:
-        """How many weights each part has, from the file's header."""
-        names, tensors = self.model.names, self.model.file.tensors
-
-        def under(prefix: str) -> list[str]:
-            return [name for name in names if name.startswith(prefix) and name not in self.model.strays]
-
-        def count(wanted: Iterable[str]) -> int:
-            return sum(prod(tensors[names[name]].shape) for name in wanted)
-
-        encoders = len(self.model.config.text)
-        return PartValues(
-            unet=count(under(UNET)),
-            unet_bytes=sum(tensors[names[name]].nbytes for name in under(UNET)),
-            text=tuple(count(text_names(names, encoders, index).values()) for index in range(encoders)),
-            vae=count(under(VAE)),
-            safety=0 if self.model.config.safety is None else count(under(SAFETY)),
-        )
-
     def drop(self, name: str) -> None:
         """Lets a part go, with its graphs; nothing happens where it is not loaded."""
         with self._lock:
             if self._loaded.pop(name, None) is None:
                 return
             self.model.file.forget_pages()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back(self.device)
 
     def drop_all(self, but: frozenset[str] = frozenset()) -> None:
         """Lets every part go but those of the kinds given (text, unet, vae, safety)."""
@@ -153,6 +145,8 @@ class Parts:
 
     @contextmanager
     def _borrowed(self, name: str, how: LoadedAs) -> Iterator[_Loaded]:
+        if self.device.type == "cpu":
+            be_frugal(how.placement == "streamed")
         try:
             yield self._get(name, how)
         finally:
@@ -165,10 +159,33 @@ class Parts:
             if loaded is None or not loaded.how.fits(how):
                 del loaded  # with drop(), its last reference: the old part goes before the new one comes
                 self.drop(name)
+                give_back(self.device)  # what the part before it took, whose borrower has let it go by now
                 self.loads[name] += 1
                 with torch.inference_mode(False), torch.no_grad():  # the same tensors whoever comes first
-                    self._loaded[name] = _Loaded(self._load(name, how), how)
+                    self._loaded[name] = self._loaded_anew(name, replace(how, loras=()))
+            if self._loaded[name].how.loras != how.loras:
+                self._adapt(self._loaded[name], name, how)
             return self._loaded[name]
+
+    def _loaded_anew(self, name: str, how: LoadedAs) -> _Loaded:
+        if how.placement != "streamed" or name == "vae":  # whose weights are few, and read for every tile
+            return _Loaded(self._load(name, how), how)
+        meter = self.streamed.setdefault(name, Meter())
+        streamed = load_streamed(self.model, name, self.device, how.dtype, how.kernels, meter)
+        return _Loaded(streamed.part, how, streamed)
+
+    def _adapt(self, loaded: _Loaded, name: str, how: LoadedAs) -> None:
+        """Lays other LoRAs beside a part's weights, which stay where they are."""
+        detach(loaded.part)
+        loaded.graphs, loaded.how = None, replace(how, loras=())
+        with torch.inference_mode(False), torch.no_grad():
+            changes = layer_factors(how.loras, name, self.model.config)
+            try:
+                attach(loaded.part, changes, how.dtype, self.device)
+            except BaseException:
+                detach(loaded.part)
+                raise
+        loaded.how = how
 
     def _load(self, name: str, how: LoadedAs) -> nn.Module:
         part: nn.Module
@@ -186,6 +203,7 @@ class Parts:
         unet = self.model.load_unet(how.dtype).to(self.device)
         if how.weights == "resident":
             make_resident(unet, how.dtype, how.kernels)
+            self.model.file.forget_pages()
         if how.kernels != "torch":
             use_kernels(unet, how.kernels)
         if self.device.type == "cuda":

@@ -92,19 +92,41 @@ def repack(
     shape = (rows, cols) if shape is None else tuple(shape)
     if shape[0] != rows or math.prod(shape[1:]) != cols:
         raise ValueError(f"{qtype} blocks of {rows} rows of {cols} values do not hold a weight of shape {list(shape)}")
-    fmt = block_format(qtype)
-    d, m, _, q = blocks.reshape(rows, -1, fmt.type_size).split(
-        [fmt.scale_bytes, fmt.min_bytes, fmt.high_bytes, fmt.quant_bytes], dim=2
-    )
+    d, m, q = _fields(blocks, qtype)
     quants = q.reshape(rows, -1)
     return PackedWeight(
         quants=quants ^ 0x80 if qtype == "Q8_0" else quants.contiguous(),
         scales=_halves(d),
-        mins=_halves(m) if fmt.min_bytes else None,
+        mins=_halves(m) if m.shape[2] else None,
         qtype=qtype,
         shape=shape,
         tap_major=tap_major,
     )
+
+
+def repack_into(blocks: Tensor, packed: PackedWeight, first_row: int = 0) -> None:
+    """Takes blocks apart into the rows of ``packed`` from ``first_row``, on one device; allocates nothing. For weights
+    that come and go. Raises ValueError for blocks of another width, or more rows than there are."""
+    rows, stop = blocks.shape[0], first_row + blocks.shape[0]
+    if row_values(packed.qtype, blocks.shape[1]) != packed.cols or stop > packed.rows:
+        raise ValueError(f"blocks {list(blocks.shape)} from row {first_row} do not fit {list(packed.quants.shape)}")
+    d, m, q = _fields(blocks, packed.qtype)
+    quants = packed.quants[first_row:stop].view(q.shape)
+    if packed.qtype == "Q8_0":
+        torch.bitwise_xor(q, 0x80, out=quants)
+    else:
+        quants.copy_(q)
+    for field, halves in ((d, packed.scales), (m, packed.mins)):
+        if halves is not None:
+            halves[first_row:stop].view(torch.uint8).view(rows, -1, 2).copy_(field)
+
+
+def _fields(blocks: Tensor, qtype: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales, minima and quants of blocks, uint8 ``[N, blocks, bytes]``, views."""
+    fmt = block_format(qtype)
+    sizes = [fmt.scale_bytes, fmt.min_bytes, fmt.high_bytes, fmt.quant_bytes]
+    d, m, _, q = blocks.reshape(blocks.shape[0], -1, fmt.type_size).split(sizes, dim=2)
+    return d, m, q
 
 
 def unpack(weight: PackedWeight) -> Tensor:
