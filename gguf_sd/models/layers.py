@@ -87,7 +87,7 @@ class GroupNorm(nn.GroupNorm):
 
     weight: nn.Parameter = parameter()
     bias: nn.Parameter = parameter()
-    fused = False  # in Triton, two launches
+    fused = False  # in Triton, one or two launches
 
     def __init__(self, groups: int, channels: int, eps: float, silu: bool = True):
         super().__init__(groups, channels, eps=eps)
