@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from gguf_sd import keywords
 from gguf_sd.adapters.lora import Lora, active
+from gguf_sd.adapters.read_lora import lora_values
 from gguf_sd.adapters.targets import UNET_PART, text_part
 from gguf_sd.batching import Task, batches
 from gguf_sd.checkpoint.model_file import ModelFile
@@ -25,6 +28,7 @@ from gguf_sd.errors import GgufSdError, not_finite
 from gguf_sd.imaging import masks
 from gguf_sd.imaging.png_metadata import PARAMETERS, parameters
 from gguf_sd.imaging.preview import family, previews
+from gguf_sd.models import tiled_vae
 from gguf_sd.models.safety import blurred
 from gguf_sd.models.text import TextEncoder
 from gguf_sd.models.tiny_vae import tiny_config
@@ -33,12 +37,17 @@ from gguf_sd.request import Job, Request, prepare
 from gguf_sd.runtime import memory
 from gguf_sd.runtime.cuda_graph import Graphing, use_graphs
 from gguf_sd.runtime.execution import Execution
-from gguf_sd.runtime.memory import MemoryNeeds, MemoryPlan, plan_memory
+from gguf_sd.runtime.memory import MemoryPlan
 from gguf_sd.runtime.parts import LoadedAs, Parts
+from gguf_sd.runtime.plan import Planner, Workload
+from gguf_sd.runtime.plan_text import changes
+from gguf_sd.runtime.planning import Attempt, Planning
 from gguf_sd.runtime.tuning import Tuning
 from gguf_sd.sampling import NoiseSource, Step, init_latents, sample
 from gguf_sd.sampling.guidance import Conditioning, Predictor
 from gguf_sd.sampling.init_latents import Encoder, InitLatents
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 OnStep = Callable[[Step], object]
@@ -54,6 +63,7 @@ class Picture:
     flagged: bool = False  # by the safety checker
     weights: str = ""  # quantized or resident, as the UNet's were
     graph_bytes: int = 0  # device memory that CUDA graphs held meanwhile
+    plan: MemoryPlan | None = None
 
 
 class Pipeline:
@@ -71,9 +81,10 @@ class Pipeline:
         self.vae_file, self.vae_config = vae, vae.config if vae else model.config.vae
         self.parts = Parts(model, execution.device, vae)
         self.tuning = Tuning()  # of the Triton kernels, on their first use
-        self._values = self.parts.values()
+        self.planning = Planning(model, execution, self.vae_dtype, self.parts, vae)
         self._encoder = PromptEncoder(model.config, model.tokenizer(tokenizer), execution.device)
         self._turn = threading.RLock()  # held while a batch is painted, never while a picture is handed out
+        self._running: MemoryPlan | None = None  # of the batch that is painted
 
     @classmethod
     def load(
@@ -86,16 +97,23 @@ class Pipeline:
         vae: Path | str | None = None,
         kernels: str | None = "auto",
         cuda_graph: str | None = "auto",
+        max_memory: str | float | None = None,
+        placement: str | None = "auto",
+        vae_tile: int | str | None = "auto",
     ) -> Pipeline:
         """Opens a GGUF file.
 
         ``weights``: auto, quantized or resident, see :class:`gguf_sd.runtime.memory.MemoryPlan`; ``kernels``: see
         :func:`gguf_sd.runtime.kernel_modes.choose_kernels`; ``cuda_graph``: auto, on or off, see
-        :func:`gguf_sd.runtime.cuda_graph.use_graphs`; ``tokenizer``: a folder or a BPE merges file, for GGUF files
+        :func:`gguf_sd.runtime.cuda_graph.use_graphs`; ``max_memory``: what painting may take of a GPU's memory, or on a
+        CPU the whole process of the system's, such as "1.5GB" or a number of GiB (None: GGUF_SD_MAX_MEMORY, else what
+        is free less a margin); ``placement``: resident, staged or streamed for all parts, see the same class (auto: as
+        memory allows); ``vae_tile``: edge of a tile in latent pixels, on, off or auto, see
+        :func:`gguf_sd.runtime.execution.checked_tile`; ``tokenizer``: a folder or a BPE merges file, for GGUF files
         that carry none; ``vae``: another autoencoder than the file's own, full or tiny, see
         :mod:`gguf_sd.checkpoint.vae_file`. None is the default everywhere.
         Raises GgufSdError for files and settings that cannot work."""
-        execution = Execution.choose(device, dtype, weights, kernels, cuda_graph)
+        execution = Execution.choose(device, dtype, weights, kernels, cuda_graph, max_memory, placement, vae_tile)
         model = ModelFile.open(keywords.gguf_path(path))
         own_vae = None if vae is None else VAEFile.open(keywords.path("vae", vae), model.config.vae)
         own_tokenizer = None if tokenizer is None else keywords.path("tokenizer", tokenizer)
@@ -143,27 +161,46 @@ class Pipeline:
         jobs = [jobs] if isinstance(jobs, Job) else list(jobs)
         if not jobs:
             return
-        plan = self.memory_plan(*jobs)
-        conditionings = self._in_turn(jobs[0], plan, partial(self._encode, jobs, plan))
+        planner = self.planner(*jobs)
+        attempt = Attempt(planner, self.planning.plan(planner))
+        conditionings = self._in_turn(jobs[0], attempt, lambda plan: self._encode(jobs, plan))
         planned = list(batches(jobs, conditionings))
-        graphing = self._graphing(jobs[0].steps_run, len(planned), plan)
         for batch in planned:
-            yield from self._in_turn(batch[0].job, plan, partial(self._paint, batch, plan, graphing, on_step))
+            job = batch[0].job
+
+            def work(plan: MemoryPlan, batch: list[Task] = batch, job: Job = job) -> list[Picture]:
+                return self._paint(batch, plan, self._graphing(job.steps_run, len(planned), plan), on_step)
+
+            yield from self._in_turn(job, attempt, work)
 
     def _graphing(self, steps: int, batches: int, plan: MemoryPlan) -> Graphing:
         passes = steps * (batches if plan.placement["unet"] == "resident" else 1)
         return use_graphs(self.execution.cuda_graph, self.device, self.kernels, passes)
 
-    def _in_turn(self, job: Job, plan: MemoryPlan, work: Callable[[], T]) -> T:
+    def _in_turn(self, job: Job, attempt: Attempt, work: Callable[[MemoryPlan], T]) -> T:
+        """The work by the attempt's plan and, where memory runs out, once more by one that takes less."""
         with self._turn:
             try:
-                return work()
+                return self._run(attempt.plan, work)
             except Exception as error:
                 if not memory.is_out_of_memory(error):
                     raise
-        # Raised out here, where the frames of the failed step, and the tensors in them, are gone.
-        size = job.width, job.height
-        raise GgufSdError(memory.out_of_memory_advice(self.device, plan.weights, job.batch, size))
+        # Out here, where the frames of the failed step, and the tensors in them, are gone.
+        failed = attempt.plan
+        if not attempt.step_down():
+            size = job.width, job.height
+            raise GgufSdError(memory.out_of_memory_advice(self.device, failed.weights, job.batch, size))
+        self.parts.drop_all()
+        memory.give_back(self.device)
+        log.warning("out of memory; the batch is painted again with less: %s", changes(failed, attempt.plan))
+        return self._in_turn(job, attempt, work)
+
+    def _run(self, plan: MemoryPlan, work: Callable[[MemoryPlan], T]) -> T:
+        self._running = plan
+        try:
+            return work(plan)
+        finally:
+            self._running = None
 
     def _paint(self, batch: Sequence[Task], plan: MemoryPlan, graphing: Graphing, on_step: OnStep) -> list[Picture]:
         """The pictures of one batch."""
@@ -175,10 +212,13 @@ class Pipeline:
         for step in self.denoise(job, start, conditioning, noise, plan, graphing):
             latents, graph_bytes = step.latents, self.parts.graph_bytes
             on_step(step)
+            del step  # with latents of its own
+        self._between(plan)
         painted = [_pasted(Image.fromarray(pixels.numpy()), job) for pixels in self.decode(latents, plan)]
+        self._between(plan)
         shown, flags = self._checked(painted, job.safety, plan)
         return [
-            self._finished(Picture(image, task.seed, task.job, flagged, plan.weights, graph_bytes))
+            self._finished(Picture(image, task.seed, task.job, flagged, plan.weights, graph_bytes, plan))
             for image, task, flagged in zip(shown, batch, flags, strict=True)
         ]
 
@@ -204,7 +244,7 @@ class Pipeline:
             return init_latents.text_only(config, shape, noise, None)
         plan = plan or self.memory_plan(job)
         with self.parts.vae(self.vae_dtype, plan.placement["vae"]) as autoencoder:
-            encoder = Encoder(autoencoder, self.device, self.dtype)
+            encoder = Encoder(autoencoder, self.device, self.dtype, plan.vae_tile)
             if job.picture is None:
                 start = init_latents.text_only(config, shape, noise, encoder)
             else:
@@ -247,7 +287,9 @@ class Pipeline:
             raise GgufSdError("the latents to decode hold values that are not finite")
         plan = plan or self._plan(latents)
         with self.parts.vae(self.vae_dtype, plan.placement["vae"]) as vae:
-            pixels = torch.cat([vae.decode(latent[None]) for latent in latents.to(self.vae_dtype)]).float() / 2 + 0.5
+            decoded = [tiled_vae.decode(vae, latent[None], plan.vae_tile) for latent in latents.to(self.vae_dtype)]
+        pixels = torch.cat(decoded).float() / 2 + 0.5
+        del decoded
         if not pixels.isfinite().all():
             raise GgufSdError(not_finite("VAE", self.vae_dtype))
         return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
@@ -260,7 +302,7 @@ class Pipeline:
         tiny = self.vae_file is not None and self.vae_config == tiny_config(self.vae_config.latent_channels)
         if tiny or family(config) is None:
             with self.parts.vae(self.vae_dtype, plan.placement["vae"]) as vae:
-                look = previews(step.denoised[:1], config, vae)
+                look = previews(step.denoised[:1], config, vae, plan.vae_tile)
         else:
             look = previews(step.denoised[:1], config, None)
         return self._checked(look, "off" if safety == "warn" else safety, plan)[0][0]
@@ -282,19 +324,27 @@ class Pipeline:
         return picture
 
     def memory_plan(self, *jobs: Job) -> MemoryPlan:
-        """How jobs would make do with the memory that is free now."""
-        count = sum(job.count for job in jobs)
-        batch = max(job.width * job.height * min(job.batch, count) for job in jobs)
-        return self._plan_for(batch, max(job.width * job.height for job in jobs))
+        """How jobs would make do with the memory that is free now, or allowed. Raises GgufSdError where they cannot."""
+        return self.planning.plan(self.planner(*jobs))
+
+    def planner(self, *jobs: Job) -> Planner:
+        """What plans jobs, and tells of a plan what each stage takes."""
+        beside: Counter[str] = Counter()
+        for job in jobs:
+            beside |= lora_values(job.loras, self.model.config)  # the larger of both
+        return self.planning.planner(self.planning.workload(jobs, self._encoder.chunks), beside)
 
     def _plan(self, latents: Tensor) -> MemoryPlan:
-        pixels = latents[0, 0].numel() * self.model.config.vae.downscale**2
-        return self._plan_for(pixels * len(latents), pixels)
+        """That of the batch that is painted, else one for latents [B, 4, h, w]."""
+        if self._running is not None:
+            return self._running
+        size = latents.shape[2], latents.shape[3]
+        return self.planning.plan(self.planning.planner(Workload(size, len(latents))))
 
-    def _plan_for(self, pixels: int, decoded: int) -> MemoryPlan:
-        free = memory.available_memory(self.device) + self.parts.nbytes
-        needs = MemoryNeeds.of(self._values, self.model.config, pixels, decoded, self.dtype)
-        return plan_memory(free, needs, self.execution.weights)
+    def _between(self, plan: MemoryPlan) -> None:
+        """Between two stages; where all stays on a GPU, what torch keeps for reuse stays too."""
+        if self.device.type == "cpu" or "staged" in plan.placement.values():
+            memory.give_back(self.device)
 
 
 def _pasted(painted: Image.Image, job: Job) -> Image.Image:

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from gguf_sd.errors import GgufSdError
+from gguf_sd.models import tiled_vae
 from gguf_sd.models.safety import blurred
 from gguf_sd.pipeline import Pipeline
 from gguf_sd.request import Request
@@ -38,7 +40,8 @@ def pipeline(model: Path) -> Pipeline:
 def test_running_out_of_memory_keeps_what_is_finished(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, error: Exception | str
 ) -> None:
-    """And holds no tensor of the step that failed while the error is looked at."""
+    """Where less memory does not do either; and holds no tensor of the step that failed while the error is looked
+    at."""
     job = pipeline.prepare(Request("a cat", count=4, batch=2, **SETTINGS))
     steps, held = [], []
 
@@ -47,7 +50,7 @@ def test_running_out_of_memory_keeps_what_is_finished(
 
     def on_step(step: object) -> None:
         steps.append(step)
-        if len(steps) == 5:
+        if len(steps) >= 5:
             large = Large()
             held.append(weakref.ref(large))
             if isinstance(error, str):
@@ -58,11 +61,52 @@ def test_running_out_of_memory_keeps_what_is_finished(
     with pytest.raises(GgufSdError, match=r"out of memory: .* a smaller --batch than 2, or a smaller size") as caught:
         finished.extend(picture.seed for picture in pipeline.paint(job, on_step))
     assert finished == [5, 6]
+    assert len(steps) == 6, "once more, with less, and no more than that"
     gc.collect()
     if isinstance(error, str):
         assert held[0]() is None
     assert caught.value.__context__ is None
     assert len(pipeline("a cat", **SETTINGS)) == 1, "it paints again"
+
+
+@pytest.mark.parametrize("stage", ["text", "step", "decode"])
+def test_running_out_of_memory_once_costs_no_picture(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stage: str
+) -> None:
+    """The batch that failed is painted again by a plan that takes less, as are those after it, with one warning."""
+    settings = SETTINGS | {"sampler": "euler_a"}
+    expected = [picture.tobytes() for picture in pipeline("a cat", count=4, batch=2, **settings)]
+    failures = [torch.OutOfMemoryError("CUDA out of memory.")]
+    steps: list[object] = []
+
+    def fail() -> None:
+        if failures:
+            raise failures.pop()
+
+    def on_step(step: object) -> None:
+        steps.append(step)
+        if stage == "step" and len(steps) == 5:
+            fail()
+
+    if stage == "text":
+        encode = pipeline._encode
+        monkeypatch.setattr(pipeline, "_encode", lambda *given: fail() or encode(*given))  # type: ignore[func-returns-value]
+    if stage == "decode":
+        decode = tiled_vae.decode
+        monkeypatch.setattr(tiled_vae, "decode", lambda *given: fail() or decode(*given))  # type: ignore[func-returns-value]
+    job = pipeline.prepare(Request("a cat", count=4, batch=2, **settings))
+    painted = list(pipeline.paint(job, on_step))
+    assert not failures
+    assert [picture.seed for picture in painted] == [5, 6, 7, 8]
+    plans = [picture.plan.peak for picture in painted if picture.plan]
+    assert plans[-1] < pipeline.memory_plan(job).peak
+    assert plans[0] == plans[-1] or stage == "step"
+    if {picture.weights for picture in painted} == {"resident"}:
+        assert [picture.image.tobytes() for picture in painted] == expected
+    else:
+        pixels = [np.asarray(picture.image, dtype=float) for picture in painted]
+        assert max(np.abs(a.ravel() - list(b)).max() for a, b in zip(pixels, expected, strict=True)) <= 1
+    assert len([record for record in caplog.records if "painted again with less" in record.message]) == 1
 
 
 def test_other_errors_are_left_as_they_are(pipeline: Pipeline) -> None:

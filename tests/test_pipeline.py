@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from gguf_sd.checkpoint.tensor_names import UNET, inverted, rename, unet_modules
 from gguf_sd.errors import GgufSdError
 from gguf_sd.request import Request
 from gguf_sd.runtime.memory import DTYPES
+from gguf_sd.runtime.plan import Planner
 from gguf_sd_convert.convert import ConvertOptions, convert
 
 PROMPT, NEGATIVE = "a red cat beside a dog", "blurry"
@@ -217,7 +219,7 @@ def test_one_pass_or_two_give_the_same_guidance(
     roomy = Pipeline.load(path, device="cpu", dtype="float32")
     job = roomy.prepare(Request(PROMPT, **settings))
     assert roomy.memory_plan(job).batch_guidance
-    monkeypatch.setattr("gguf_sd.runtime.memory.available_memory", lambda device: 1)
+    monkeypatch.setattr(Planner, "plan", lambda self, budget: replace(self.smallest, batch_guidance=False))
     tight = Pipeline.load(path, device="cpu", dtype="float32")
     plan = tight.memory_plan(job)
     assert (plan.weights, plan.keep, plan.batch_guidance) == ("quantized", frozenset(), False)

@@ -13,6 +13,7 @@ import pytest
 
 from gguf_sd.pipeline import Pipeline
 from gguf_sd.request import Request
+from gguf_sd.runtime.plan import Planner
 from gguf_sd_convert.convert import ConvertOptions, convert
 
 SETTINGS: dict[str, Any] = {"steps": 3, "width": 32, "height": 32, "sampler": "euler_a"}
@@ -34,7 +35,7 @@ def pipeline(model: Path) -> Pipeline:
 def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """With memory for all parts, and for none."""
     if not request.param:
-        monkeypatch.setattr("gguf_sd.runtime.memory.available_memory", lambda device: 1)
+        monkeypatch.setattr(Planner, "plan", lambda self, budget: self.smallest)
     return bool(request.param)
 
 

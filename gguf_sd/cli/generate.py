@@ -16,6 +16,7 @@ from gguf_sd.cli.generate_options import add_options
 from gguf_sd.cli.once import first_time
 from gguf_sd.cli.preflight import check_model, check_type
 from gguf_sd.errors import GgufSdError
+from gguf_sd.memory_size import parse_memory
 
 if TYPE_CHECKING:
     from gguf_sd.imaging.outputs import Outputs
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     """What can be wrong with the arguments is found out first: a model that is no GGUF takes minutes to convert."""
     model = _model(args)
     check_type(args.type)
+    parse_memory(args.max_memory)
     if args.preview < 0:
         raise GgufSdError(f"--preview is {args.preview}; it takes a number of steps, or 0 for none")
 
@@ -67,10 +69,25 @@ def run(args: argparse.Namespace) -> int:
     if not (args.model or args.model_option or args.quiet):
         print("no MODEL is given: the small built-in demo model paints", file=sys.stderr)
     path = model_path(model, args.type, args.tokenizer, quiet=args.quiet)
-    pipeline = Pipeline.load(path, args.device, dtype, args.weights, args.tokenizer, vae, args.kernels, args.cuda_graph)
+    pipeline = Pipeline.load(
+        path,
+        args.device,
+        dtype,
+        args.weights,
+        args.tokenizer,
+        vae,
+        args.kernels,
+        args.cuda_graph,
+        args.max_memory,
+        args.placement,
+        args.vae_tile,
+    )
     pipeline.tuning = tuning
     warn_of_other_model(recorded, pipeline.model.source_hash)
     job = pipeline.prepare(request)
+    if args.plan:
+        show_plan(pipeline, job, args.json)
+        return 0
     paint(pipeline, job, outputs, args, vae)
     return 0
 
@@ -90,16 +107,10 @@ def _model(args: argparse.Namespace) -> Path:
 def _check_engine(args: argparse.Namespace, dtype: str, vae: Path | None) -> None:
     """Raises GgufSdError for what the pipeline would refuse, as far as that shows without a model."""
     from gguf_sd.checkpoint.vae_file import VAEFile
-    from gguf_sd.runtime import memory
-    from gguf_sd.runtime.cuda_graph import use_graphs
-    from gguf_sd.runtime.kernel_modes import choose_kernels
+    from gguf_sd.runtime.execution import Execution
 
-    device = memory.choose_device(args.device)
-    memory.choose_dtype(dtype, device)
-    if args.weights not in memory.WEIGHT_MODES:
-        raise GgufSdError(f"unknown weights mode {args.weights!r}; choose from {', '.join(memory.WEIGHT_MODES)}")
-    kernels, _ = choose_kernels(args.kernels, args.weights, device)
-    use_graphs(args.cuda_graph, device, kernels, passes=0)
+    memory = args.max_memory, args.placement, args.vae_tile
+    Execution.choose(args.device, dtype, args.weights, args.kernels, args.cuda_graph, *memory)
     if vae is not None:
         VAEFile.open(vae)
     if args.tokenizer is not None and not args.tokenizer.exists():
@@ -124,6 +135,15 @@ def paint(pipeline: Pipeline, job: Job, outputs: Outputs, args: argparse.Namespa
         seconds = round(time.perf_counter() - started, 3)
         if files or interrupted or sys.exc_info()[0] is None:
             _tell(files, _report(pipeline, job, ran, seconds, interrupted) if args.json else None)
+
+
+def show_plan(pipeline: Pipeline, job: Job, as_json: bool) -> None:
+    """What `--plan` prints."""
+    from gguf_sd.runtime.plan_text import as_dict, table
+
+    planner = pipeline.planner(job)
+    plan = pipeline.planning.plan(planner)
+    print(json.dumps(as_dict(plan, planner), indent=2) if as_json else table(plan, planner), flush=True)
 
 
 def _saved(
@@ -159,7 +179,7 @@ def _saved(
 
         for index, picture in enumerate(pipeline.paint(job, on_step)):
             path = outputs.save(picture.image, index, text(picture))
-            ran |= {"weights": picture.weights, "graph_bytes": picture.graph_bytes}
+            ran |= {"weights": picture.weights, "graph_bytes": picture.graph_bytes, "plan": picture.plan}
             yield {"path": str(path), "seed": picture.seed, "flagged": picture.flagged}
             if picture.flagged:
                 log.warning("%s was flagged by the safety checker (--safety %s)", path, job.safety)
@@ -171,7 +191,11 @@ def _dtype(pipeline: Pipeline) -> str:
 
 def _report(pipeline: Pipeline, job: Job, ran: dict[str, Any], seconds: float, interrupted: bool) -> dict[str, Any]:
     """What `--json` prints besides the files."""
+    from gguf_sd.runtime.memory import peak_memory
+    from gguf_sd.runtime.plan_text import as_dict
+
     settings = {field.name: getattr(job, field.name) for field in fields(job) if field.repr}
+    plan = ran.get("plan")
     return {
         "model": str(pipeline.model.path),
         "device": str(pipeline.device),
@@ -179,6 +203,7 @@ def _report(pipeline: Pipeline, job: Job, ran: dict[str, Any], seconds: float, i
         "weights": ran.get("weights"),
         "kernels": pipeline.kernels,
         "graph_bytes": ran.get("graph_bytes"),
+        "memory": plan and as_dict(plan) | {"measured": peak_memory(pipeline.device)},
         "settings": settings,
         "seconds": seconds,
         "interrupted": interrupted,

@@ -17,8 +17,14 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "--count": ("-b", "--batch-count"),
     "--batch": ("--batch-size",),
     "--seed": ("-s",),
+    "--vae-tile": ("--vae-tile-size",),
+    "--max-memory": ("--max-vram",),
     "MODEL": ("-m", "--model"),
 }
+
+
+# Other programs' words for where the weights are, and what they are to us: see gguf_sd.runtime.memory.PLACEMENTS.
+PLACEMENT_FLAGS = {"--medvram": "staged", "--offload-to-cpu": "staged", "--lowvram": "streamed"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     _add_picture(parser)
     _add_engine(parser)
     add("--quiet", action="store_true", help="no progress bars and notes: only the paths and seeds")
+    add("--plan", action="store_true", help="show what would be where in memory, and paint nothing")
     add("--json", action="store_true", help="print settings, files and times as JSON")
     _add_aliases(parser)
 
@@ -88,6 +95,17 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
     add("--dtype", help="auto, float32, float16, bfloat16: what the UNet computes in (auto)")
     add("--weights", default="auto", help="auto, quantized (small) or resident (dequantised once: faster, larger)")
+    add(
+        "--max-memory",
+        metavar="SIZE",
+        help="what painting may take, of a GPU's memory or, on a CPU, the whole process "
+        "of the system's: 1GiB, 800MB, 1.5 (GiB); default: GGUF_SD_MAX_MEMORY, else what is free less a margin",
+    )
+    add("--vae-tile", metavar="SIZE", default="auto", help="decode and encode pictures in tiles of so many latent "
+        "pixels (8 pixels) along an edge: slower, in less memory, the same picture; or auto, on, off (auto: as memory "
+        "allows)")  # fmt: skip
+    add("--vae-tiling", action="store_const", const="on", dest="vae_tile", default=argparse.SUPPRESS,
+        help="--vae-tile on: the largest tiles that memory allows")  # fmt: skip
     add("--kernels", default="auto", help="how quantised layers compute: fused, dequantize, int8 or resident (Triton, "
         "on a GPU), torch (auto: on a GPU the fastest of fused and dequantize, else torch)")  # fmt: skip
     add("--tune", default="45", metavar="SECONDS|off", help="how long kernels are measured on a GPU that is new to a "
@@ -111,8 +129,13 @@ def _add_aliases(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             *aliases, type=ours.type or str, dest=ours.dest, default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
+    for flag, placement in PLACEMENT_FLAGS.items():
+        parser.add_argument(flag, action="store_const", const=placement, dest="placement", help=argparse.SUPPRESS)
     listed = "; ".join(f"{' and '.join(aliases)} for {name}" for name, aliases in ALIASES.items())
-    parser.epilog = f"Other programs' spellings are understood too: {listed}."
+    parser.epilog = (
+        f"Other programs' spellings are understood too: {listed}. --medvram and --offload-to-cpu load each part for "
+        "its stage, --lowvram layer by layer, whatever memory there is."
+    )
 
 
 def _pair(text: str) -> tuple[int, int]:

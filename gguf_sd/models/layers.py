@@ -12,6 +12,7 @@ from gguf_sd.checkpoint.quant_tensor import QuantTensor
 from gguf_sd.models.members import parameter
 from gguf_sd_kernels import custom_ops, dispatch, ops
 from gguf_sd_kernels.dispatch import conv2d_packed, linear_packed
+from gguf_sd_kernels.enlarged import conv2d_enlarged
 from gguf_sd_kernels.normed import Measured, fold, linear_measured, normed_linear
 from gguf_sd_kernels.repack import PACKED_TYPES, PackedWeight, repack, unpack
 from gguf_sd_kernels.row_parts import FoldedNorm
@@ -25,7 +26,20 @@ class PointwiseForward:
         return super().forward(x.permute(0, 2, 3, 1), last).permute(0, 3, 1, 2)  # type: ignore[misc]
 
 
-class Linear(nn.Linear):
+class AroundNorm:
+    """Mixin for linears that a layer norm follows or precedes: here that is a module of its own."""
+
+    def measured(self, x: Tensor, residual: Tensor | None = None) -> Measured:
+        """The layer's result, which is to be normalised."""
+        return Measured(self(x, residual), None)  # type: ignore[operator]
+
+    def after_norm(self, norm: LayerNorm, x: Measured, geglu: bool = False) -> Tensor:
+        """The layer, with GEGLU if ``geglu``, of norm(x)."""
+        rows = norm(x.rows)
+        return self.geglu(rows) if geglu else self(rows)  # type: ignore[attr-defined,operator]
+
+
+class Linear(AroundNorm, nn.Linear):
     """y = x W^T + b, and what is to be added to it."""
 
     weight: nn.Parameter = parameter()
@@ -40,14 +54,6 @@ class Linear(nn.Linear):
     def geglu(self, x: Tensor) -> Tensor:
         """value * gelu(gate), the halves of y: x [..., in] -> [..., out / 2]."""
         return ops.product_geglu(x, self.weight, self.bias)
-
-    def measured(self, x: Tensor, residual: Tensor | None = None) -> Measured:
-        """As :meth:`forward`, for a result that is to be normalised."""
-        return Measured(self(x, residual), None)
-
-    def after_norm(self, norm: LayerNorm, x: Measured, geglu: bool = False) -> Tensor:
-        """Of norm(x)."""
-        return self.geglu(norm(x.rows)) if geglu else self(norm(x.rows))
 
 
 class Pointwise(PointwiseForward, Linear):
@@ -64,6 +70,10 @@ class Conv2d(nn.Conv2d):
         """x [B, C, H, W], emb [B, out] for every pixel, residual [B, out, H', W'] -> [B, out, H', W']."""
         assert not isinstance(self.padding, str)
         return _added(ops.convolve(x, self.weight, self.bias, self.stride[0], self.padding[0]), emb, residual)
+
+    def enlarged(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The layer of x enlarged to ``size`` (H, W), by its nearest neighbours."""
+        return self(nn.functional.interpolate(x, size=size))
 
 
 def _added(y: Tensor, emb: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -137,7 +147,7 @@ class Quantized(nn.Module):
         return f"{self.qtype}, shape={list(self.shape)}, bias={self.bias is not None}"
 
 
-class QuantLinear(Quantized):
+class QuantLinear(AroundNorm, Quantized):
     """y = x W^T + b, with W [out, in] in blocks, and what is to be added to it."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -156,19 +166,18 @@ class QuantLinear(Quantized):
         return (custom_ops if is_compiling() else ops).linear_geglu(x, self.blocks, self.qtype, self.bias)
 
     def measured(self, x: Tensor, residual: Tensor | None = None) -> Measured:
-        """As :meth:`forward`, for a result that is to be normalised; torch.compile does that by itself."""
+        """As :class:`AroundNorm` has it, with what the norm takes where the kernels leave it."""
         if self.packed is None or is_compiling():
-            return Measured(self(x, residual), None)
+            return super().measured(x, residual)
         return linear_measured(x, self.packed, self.bias, residual, self.mode)
 
     def after_norm(self, norm: LayerNorm, x: Measured, geglu: bool = False) -> Tensor:
-        """Of norm(x), in one launch where the kernels have one for it."""
-        if self.packed is not None and norm.fused:
-            run = normed_linear(x, self.packed, self.bias, norm.eps, geglu=geglu, mode=self.mode)
+        """As :class:`AroundNorm` has it, in one launch where the kernels have one for it."""
+        if x.parts is not None and self.packed is not None and norm.fused and not is_compiling():
+            run = normed_linear(x.rows, x.parts, self.packed, self.bias, norm.eps, geglu=geglu, mode=self.mode)
             if run is not None:
-                assert x.parts is not None
                 return run.normed(x.rows, self.packed, x.parts, self._fold(norm, x.rows))
-        return self.geglu(norm(x.rows)) if geglu else self(norm(x.rows))
+        return super().after_norm(norm, x, geglu)
 
     def _fold(self, norm: LayerNorm, x: Tensor) -> FoldedNorm:
         assert self.packed is not None
@@ -206,6 +215,13 @@ class QuantConv2d(Quantized):
             tap_major=self.tap_major,
         )
         return _added(y, emb, residual)
+
+    def enlarged(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The layer of x enlarged to ``size`` (H, W), by its nearest neighbours; in one launch where the kernels have
+        one for it."""
+        if self.packed is None or self.stride != 1 or is_compiling():
+            return self(nn.functional.interpolate(x, size=size))
+        return conv2d_enlarged(x, self.packed, self.bias, size, self.padding, self.mode)
 
 
 def quantized(module: nn.Linear | nn.Conv2d, weight: QuantTensor) -> nn.Module:

@@ -102,8 +102,9 @@ class Attention(nn.Module):
         """Of norm(x), added to x [B, N, dim] -> [B, N, dim]; for cross-attention ``projected`` [B, M, …] holds its keys
         and values at ``place``."""
         batch, tokens, _ = x.rows.shape
-        if self.to_qkv is not None:
-            qkv = self.to_qkv.after_norm(norm, x)
+        to_qkv = self.to_qkv
+        if to_qkv is not None:
+            qkv = to_qkv.after_norm(norm, x)
             q, k, v = qkv.view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
         elif projected is None:
             rows = norm(x.rows)
@@ -213,7 +214,7 @@ class Upsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.conv(nn.functional.interpolate(x, size=size))
+        return self.conv.enlarged(x, size)
 
 
 class Stage(nn.ModuleList):

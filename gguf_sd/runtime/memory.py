@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ctypes
+import os
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from gguf_sd.config import ModelConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd.models.layers import Quantized
+from gguf_sd_kernels.cpu import scratch
 
 WEIGHT_MODES = ("auto", "quantized", "resident")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DTYPE_ALIASES = {"f32": "float32", "f16": "float16", "fp32": "float32", "fp16": "float16", "half": "float16"}
 DTYPE_ALIASES |= {"bf16": "bfloat16"} | {f"torch.{name}": name for name in DTYPES}
-# A UNet step holds about this many feature maps of the finest level at once, per picture and half of guidance: a guided
-# SD 1.5 step at 512x512 in bfloat16 took 199 MB beside the weights, 38 maps of 2.6 MB for each half.
-LIVE_FEATURE_MAPS = 40
-# And the VAE's decoder about this many of its own finest: its last level begins with twice the channels, and holds
-# what goes in, what is normalised, what comes out and the shortcut.
-LIVE_DECODER_MAPS = 8
 # Of a part: it stays loaded; it is loaded for its stage and goes behind it; its layers come and go one by one.
 PLACEMENTS = ("resident", "staged", "streamed")
-KEPT_FIRST = ("unet", "vae", "text", "safety")  # what takes longest to load again comes first
-HEADROOM = 0.8  # share of the free memory that keeping parts may use up
+LATER_IMPORTS = 24 << 20  # bytes of what a first picture imports, and of libraries' own buffers
+USUAL_PROCESS = 300 << 20  # where it cannot be measured
+GPU_LIBRARIES = 64 << 20  # workspaces of cuBLAS and cuDNN
+MARGIN = 0.2  # share of the free memory that is left to others, where no budget is given
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
 
 
@@ -85,53 +85,64 @@ def available_memory(device: torch.device) -> int:
         return available
 
 
-def _meminfo(key: str) -> int:
+def swap_memory(device: torch.device) -> int:
+    """Bytes of swap that are free: what a computation on a CPU may take beyond that, slowly."""
+    return 0 if device.type == "cuda" else _meminfo("SwapFree", 0)
+
+
+def _meminfo(key: str, otherwise: int = 4 << 30) -> int:
+    """``otherwise`` where there is no /proc: by default a careful guess."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith(key + ":"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return 4 << 30  # no /proc: a careful guess
+    return otherwise
 
 
-@dataclass(frozen=True)
-class MemoryNeeds:
-    """Bytes that a model's parts take on its device, by name, and what working with them takes besides."""
-
-    unet_blocks: int  # the UNet as the file has it
-    unet_full: int  # the UNet dequantised
-    text: tuple[int, ...]  # one an encoder
-    vae: int
-    safety: int  # 0 = the model has none
-    step: int  # a UNet step, for one half of guidance
-    decode: int  # a picture through the VAE
-
-    @classmethod
-    def of(cls, values: PartValues, config: ModelConfig, pixels: int, decoded: int, dtype: torch.dtype) -> MemoryNeeds:
-        """``pixels`` are those of all pictures painted at once, ``decoded`` those of one."""
-        size = dtype.itemsize
-        latent_pixels = pixels // config.vae.downscale**2
-        return cls(
-            unet_blocks=values.unet_bytes,
-            unet_full=values.unet * size,
-            text=tuple(count * size for count in values.text),
-            vae=values.vae * size,
-            safety=values.safety * size,
-            step=LIVE_FEATURE_MAPS * latent_pixels * config.unet.block_out_channels[0] * size,
-            decode=LIVE_DECODER_MAPS * decoded * config.vae.block_out_channels[0] * size,
-        )
+def process_memory(device: torch.device) -> int:
+    """Bytes that this process takes before it has loaded a model, and will take for what it still imports: on a CPU
+    its resident memory, on a GPU the workspace of the libraries; not the driver's context, which counts as used."""
+    if device.type == "cuda":
+        return GPU_LIBRARIES
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError):
+        return USUAL_PROCESS + LATER_IMPORTS
+    return pages * os.sysconf("SC_PAGE_SIZE") + LATER_IMPORTS
 
 
-@dataclass(frozen=True)
-class PartValues:
-    """How many weights the parts of a model have, and the bytes of the UNet's in the file."""
+def give_back(device: torch.device) -> None:
+    """Returns memory that was freed, and is only kept for reuse, to the system: between stages, so that one does not
+    pay for what another took. On a CPU the buffer for decoded weights goes too."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return
+    scratch.release()
+    if trim := _malloc_trim():
+        trim(0)
 
-    unet: int
-    unet_bytes: int
-    text: tuple[int, ...]
-    vae: int
-    safety: int
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """glibc's; None with other C libraries."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return None
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that this process has taken on the device so far; None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
 
 
 @dataclass(frozen=True)
@@ -155,40 +166,6 @@ class MemoryPlan:
 
 def _kind(part: str) -> str:
     return part.partition(" ")[0]
-
-
-def plan_memory(free: int, needs: MemoryNeeds, weights: str = "auto") -> MemoryPlan:
-    """Fits a job into ``free`` bytes, those of parts that are loaded already included. ``weights`` other than auto
-    stay as they are asked for. Raises GgufSdError for a weights mode that is none."""
-    if weights not in WEIGHT_MODES:
-        raise GgufSdError(f"unknown weights mode {weights!r}; choose from {', '.join(WEIGHT_MODES)}")
-    if weights == "auto":
-        weights = "resident" if free > 2 * needs.unet_full + 2 * needs.step else "quantized"
-    unet = needs.unet_full if weights == "resident" else needs.unet_blocks
-    batch_guidance = free - unet > 2 * needs.step
-    step = needs.step * (2 if batch_guidance else 1)
-    kept = _kept(HEADROOM * free, unet, needs, step)
-    parts = [*(f"text {index}" for index in range(len(needs.text))), "unet", "vae", *["safety"] * bool(needs.safety)]
-    placement = {part: "resident" if _kind(part) in kept else "staged" for part in parts}
-    return MemoryPlan(weights, placement, batch_guidance, budget=free)
-
-
-def _kept(free: float, unet: int, needs: MemoryNeeds, step: int) -> frozenset[str]:
-    """As many of KEPT_FIRST as leave room for every stage of a picture: a stage takes its own part, its work, and the
-    parts that are kept meanwhile."""
-    sizes = {"unet": unet, "vae": needs.vae, "text": sum(needs.text), "safety": needs.safety}
-    alone = sizes | {"text": max(needs.text, default=0)}  # text encoders run one after the other
-    work = {"unet": step, "vae": needs.decode, "text": 0, "safety": 0}
-    kept: set[str] = set()
-    for part in KEPT_FIRST:
-        more = {*kept, part}
-        peak = max(
-            sum(sizes[name] for name in more) + (0 if stage in more else alone[stage]) + work[stage] for stage in sizes
-        )
-        if peak > free:
-            break
-        kept = more
-    return frozenset(kept)
 
 
 def held_bytes(model: nn.Module, device: torch.device) -> int:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import prod
 from typing import cast
 
 import torch
@@ -20,10 +19,8 @@ from torch import nn
 
 from gguf_sd.adapters.lora import Active
 from gguf_sd.adapters.read_lora import layer_factors
-from gguf_sd.adapters.side_path import attach, detach
-from gguf_sd.checkpoint.check_tensors import text_names
+from gguf_sd.adapters.side_path import attach, detach, side_bytes
 from gguf_sd.checkpoint.model_file import ModelFile
-from gguf_sd.checkpoint.tensor_names import SAFETY, UNET, VAE
 from gguf_sd.checkpoint.vae_file import VAEFile
 from gguf_sd.models.safety import SafetyChecker
 from gguf_sd.models.text import TextEncoder
@@ -33,7 +30,7 @@ from gguf_sd.models.vae import Autoencoder
 from gguf_sd.runtime.cuda_graph import NO_GRAPHS, CudaCapture, GraphedUNet, Graphing
 from gguf_sd.runtime.host_heap import be_frugal
 from gguf_sd.runtime.kernel_modes import make_resident, use_kernels
-from gguf_sd.runtime.memory import PartValues, held_bytes
+from gguf_sd.runtime.memory import give_back, held_bytes
 from gguf_sd.runtime.stages import Meter
 from gguf_sd.runtime.streaming import Streamed, StreamedUNet, load_streamed
 from gguf_sd.sampling.guidance import Denoise
@@ -64,7 +61,7 @@ class _Loaded:
     graphs: GraphedUNet | None = None  # of a UNet
 
     def nbytes(self, device: torch.device) -> int:
-        part = self.streamed.nbytes if self.streamed else held_bytes(self.part, device)
+        part = self.streamed.nbytes + side_bytes(self.part) if self.streamed else held_bytes(self.part, device)
         return part + (self.graphs.nbytes if self.graphs else 0)
 
 
@@ -132,33 +129,13 @@ class Parts:
         with self._lock:
             return set(self._loaded)
 
-    def values(self) -> PartValues:
-        """How many weights each part has, from the file's header."""
-        names, tensors = self.model.names, self.model.file.tensors
-
-        def under(prefix: str) -> list[str]:
-            return [name for name in names if name.startswith(prefix) and name not in self.model.strays]
-
-        def count(wanted: Iterable[str]) -> int:
-            return sum(prod(tensors[names[name]].shape) for name in wanted)
-
-        encoders = len(self.model.config.text)
-        return PartValues(
-            unet=count(under(UNET)),
-            unet_bytes=sum(tensors[names[name]].nbytes for name in under(UNET)),
-            text=tuple(count(text_names(names, encoders, index).values()) for index in range(encoders)),
-            vae=count(under(VAE)),
-            safety=0 if self.model.config.safety is None else count(under(SAFETY)),
-        )
-
     def drop(self, name: str) -> None:
         """Lets a part go, with its graphs; nothing happens where it is not loaded."""
         with self._lock:
             if self._loaded.pop(name, None) is None:
                 return
             self.model.file.forget_pages()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back(self.device)
 
     def drop_all(self, but: frozenset[str] = frozenset()) -> None:
         """Lets every part go but those of the kinds given (text, unet, vae, safety)."""
@@ -182,6 +159,7 @@ class Parts:
             if loaded is None or not loaded.how.fits(how):
                 del loaded  # with drop(), its last reference: the old part goes before the new one comes
                 self.drop(name)
+                give_back(self.device)  # what the part before it took, whose borrower has let it go by now
                 self.loads[name] += 1
                 with torch.inference_mode(False), torch.no_grad():  # the same tensors whoever comes first
                     self._loaded[name] = self._loaded_anew(name, replace(how, loras=()))
@@ -225,6 +203,7 @@ class Parts:
         unet = self.model.load_unet(how.dtype).to(self.device)
         if how.weights == "resident":
             make_resident(unet, how.dtype, how.kernels)
+            self.model.file.forget_pages()
         if how.kernels != "torch":
             use_kernels(unet, how.kernels)
         if self.device.type == "cuda":

@@ -14,6 +14,7 @@ from torch import Tensor
 from gguf_sd.config import ModelConfig
 from gguf_sd.imaging.images import to_tensor
 from gguf_sd.imaging.masks import latent_mask, mask_tensor
+from gguf_sd.models import tiled_vae
 from gguf_sd.models.tiny_vae import TinyAutoencoder
 from gguf_sd.models.vae import Autoencoder
 from gguf_sd.sampling import NoiseSource, Schedule, add_noise
@@ -33,13 +34,16 @@ class InitLatents:
 class Encoder:
     """Pictures to scaled latents, one at a time, sampled as the autoencoder's distribution says."""
 
-    def __init__(self, vae: Autoencoder | TinyAutoencoder, device: torch.device, dtype: torch.dtype):
-        self.vae, self.device, self.dtype = vae, device, dtype
+    def __init__(
+        self, vae: Autoencoder | TinyAutoencoder, device: torch.device, dtype: torch.dtype, tile: int | None = None
+    ):
+        self.vae, self.device, self.dtype, self.tile = vae, device, dtype, tile
 
     @torch.inference_mode()
     def __call__(self, picture: Tensor, noise: Tensor) -> Tensor:
         """picture [1, 3, H, W] in -1 … 1, noise [B, 4, h, w] -> latents [B, 4, h, w]."""
-        mean, std = self.vae.encode(picture.to(self.device, next(self.vae.parameters()).dtype))
+        image = picture.to(self.device, next(self.vae.parameters()).dtype)
+        mean, std = tiled_vae.encode(self.vae, image, self.tile)
         return ((mean + std * noise.to(mean)) * self.vae.config.scaling_factor).to(self.dtype)
 
 

@@ -57,28 +57,25 @@ def _prepare_measured(
 
 
 def normed_linear(
-    x: Measured, weight: PackedWeight, bias: Tensor | None, eps: float, *, geglu: bool, mode: str
+    x: Tensor, parts: RowParts, weight: PackedWeight, bias: Tensor | None, eps: float, *, geglu: bool, mode: str
 ) -> PreparedLinear | None:
     """What normalises ``x [..., K]`` and multiplies it in one launch, see
     :meth:`gguf_sd_kernels.triton.linear.PreparedLinear.normed`; None where two are needed."""
-    if x.parts is None or not x.parts.joinable:
-        return None
-    key = linear_key((mode, eps, x.parts.width), geglu, x.rows, weight, bias, None)
-    (run,) = _normed.get(key) or _normed.keep(key, (_prepare_normed(x, weight, bias, eps, geglu, mode),))
+    key = linear_key((mode, eps, parts.width), geglu, x, weight, bias, None)
+    (run,) = _normed.get(key) or _normed.keep(key, (_prepare_normed(x, parts, weight, bias, eps, geglu, mode),))
     return run
 
 
 def _prepare_normed(
-    x: Measured, weight: PackedWeight, bias: Tensor | None, eps: float, geglu: bool, mode: str
+    x: Tensor, parts: RowParts, weight: PackedWeight, bias: Tensor | None, eps: float, geglu: bool, mode: str
 ) -> PreparedLinear | None:
-    assert x.parts is not None
-    use = Use(linear_product(x.rows, weight, geglu), ("norm",) if bias is None else ("bias", "norm"))
-    launch = fused_launch(use, weight, x.rows.dtype, mode)
+    use = Use(linear_product(x, weight, geglu), ("norm",) if bias is None else ("bias", "norm"))
+    launch = fused_launch(use, weight, x.dtype, mode) if parts.joinable else None
     if launch is None:
         return None
     from gguf_sd_kernels.triton.linear import PreparedLinear
 
-    return PreparedLinear(x.rows, weight, bias, None, geglu, launch, normed=(x.parts, eps))
+    return PreparedLinear(x, weight, bias, None, geglu, launch, normed=(parts, eps))
 
 
 def fold(

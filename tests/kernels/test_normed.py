@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gguf_sd_kernels import normed
-from gguf_sd_kernels.normed import Measured, fold, linear_measured, normed_linear
+from gguf_sd_kernels.normed import fold, linear_measured, normed_linear
 from gguf_sd_kernels.repack import PACKED_TYPES, repack
 from gguf_sd_kernels.row_parts import MAX_PARTS, RowParts
 from gguf_sd_kernels.triton.linear import PreparedLinear
@@ -104,7 +104,9 @@ def chain(material: Any, mode: str = "fused") -> tuple[Tensor, Tensor, list[str]
     x, norm = material.normal(9, 64, seed=11), norm_of(96, torch.float16, material)
     packed = repack(second, "Q4_0")
     h = linear_measured(x, repack(first, "Q4_0"), None, None, mode)
-    run = normed_linear(h, packed, None, 1e-5, geglu=False, mode=mode)
+    run = None
+    if h.parts is not None:
+        run = normed_linear(h.rows, h.parts, packed, None, 1e-5, geglu=False, mode=mode)
     kinds = ["parts"] * (h.parts is not None) + ["norm"] * (run is not None)
     if run is None:
         got = normed.linear_packed(F.layer_norm(h.rows, (96,), *norm), packed, mode=mode)
@@ -143,7 +145,7 @@ def test_other_modes_take_a_norm_of_its_own(material: Any) -> None:
 def test_more_parts_than_a_product_joins(material: Any) -> None:
     packed = repack(material.weight("Q4_0", 32, 1088, seed=13)[0], "Q4_0")
     x = material.normal(3, 1088, seed=14)
-    assert normed_linear(Measured(x, RowParts.of(x, 32)), packed, None, 1e-5, geglu=False, mode="fused") is None
+    assert normed_linear(x, RowParts.of(x, 32), packed, None, 1e-5, geglu=False, mode="fused") is None
     for parts in (RowParts.of(x, 32), RowParts.of(x[:2], 64)):
         with pytest.raises(ValueError, match=f"of at most {MAX_PARTS} parts, got"):
             PreparedLinear(x, packed, None, None, False, SMALL, normed=(parts, 1e-5))

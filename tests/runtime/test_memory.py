@@ -1,52 +1,20 @@
-"""What a plan decides from numbers alone, and what is said when memory runs out after all."""
+"""Devices, dtypes, and what is said when memory runs out."""
 
 from __future__ import annotations
-
-import itertools
 
 import pytest
 import torch
 
 from gguf_sd.errors import GgufSdError
 from gguf_sd.runtime.memory import (
-    HEADROOM,
-    KEPT_FIRST,
-    MemoryNeeds,
     choose_device,
     choose_dtype,
+    give_back,
     is_out_of_memory,
     out_of_memory_advice,
-    plan_memory,
+    peak_memory,
+    process_memory,
 )
-
-GB = 10**9
-NEEDS = MemoryNeeds(unet_blocks=1 * GB, unet_full=4 * GB, text=(GB, 2 * GB), vae=GB, safety=GB, step=GB, decode=5 * GB)
-
-
-@pytest.mark.parametrize("weights", ["quantized", "resident"])
-def test_more_memory_keeps_more(weights: str) -> None:
-    """In the order of what is slowest to load, and whichever way the weights lie."""
-    kept = [plan_memory(free * GB // 10, NEEDS, weights).keep for free in range(0, 300)]
-    assert [set(a) <= set(b) for a, b in itertools.pairwise(kept)] == [True] * 299
-    steps = [set(k) for k, _ in itertools.groupby(kept)]
-    assert (steps[0], steps[-1]) == (set(), set(KEPT_FIRST))
-    assert all(k in [set(KEPT_FIRST[:n]) for n in range(5)] for k in steps)
-
-
-def test_what_is_kept_leaves_room_for_every_stage() -> None:
-    # With everything kept the VAE's decoding is the most: UNet, VAE, both text encoders, checker, and the work.
-    most = (1 + 1 + 3 + 1 + 5) * GB / HEADROOM
-    assert plan_memory(int(most) + 2, NEEDS, "quantized").keep == set(KEPT_FIRST)
-    assert "safety" not in plan_memory(int(most) - 2, NEEDS, "quantized").keep
-
-
-def test_weights_and_guidance() -> None:
-    assert plan_memory(10 * GB + 1, NEEDS).weights == "resident"  # two UNets, and two halves of guidance
-    assert plan_memory(10 * GB, NEEDS).weights == "quantized"
-    assert plan_memory(0, NEEDS, "resident").weights == "resident"
-    assert [plan_memory(free, NEEDS, "quantized").batch_guidance for free in (3 * GB, 3 * GB + 1)] == [False, True]
-    with pytest.raises(GgufSdError, match="unknown weights mode 'none'; choose from auto, quantized, resident"):
-        plan_memory(GB, NEEDS, "none")
 
 
 @pytest.mark.parametrize(
@@ -97,3 +65,19 @@ def test_devices_and_dtypes_that_are_none() -> None:
             choose_dtype(wrong, cpu)  # type: ignore[arg-type]
     with pytest.raises(GgufSdError, match="unknown device"):
         choose_device(3.5)  # type: ignore[arg-type]
+
+
+def test_the_memory_of_the_process() -> None:
+    """Goes up with what is allocated, down where it is given back, and its peak stays."""
+    cpu = torch.device("cpu")
+    before, size = process_memory(cpu), 300 << 20
+    block = torch.ones(size, dtype=torch.uint8)
+    assert 0.9 * size < process_memory(cpu) - before < 1.1 * size
+    del block
+    pieces = [torch.ones(1 << 16, dtype=torch.uint8) for _ in range(2000)]  # too small to be mapped one by one
+    kept = pieces[::100]
+    del pieces
+    give_back(cpu)
+    assert process_memory(cpu) - before < 0.2 * size
+    assert (peak_memory(cpu) or 0) > before + 0.8 * size
+    assert len(kept) == 20

@@ -15,6 +15,8 @@ from gguf_sd.models.layers import Quantized
 from gguf_sd.pipeline import Pipeline
 from gguf_sd.request import Request
 from gguf_sd.runtime.cuda_graph import Graphing
+from gguf_sd.runtime.part_bytes import part_bytes
+from gguf_sd.runtime.plan import Planner
 
 SETTINGS: dict[str, Any] = {"steps": 2, "width": 32, "height": 32, "seed": 3, "safety": "off"}
 EVERY_PART = {"text 0", "unet", "vae"}
@@ -24,11 +26,9 @@ def load(path: Path, weights: str = "quantized") -> Pipeline:
     return Pipeline.load(path, "cpu", "float32", weights)
 
 
-def with_memory(monkeypatch: pytest.MonkeyPatch, total: int, pipeline: Pipeline | None = None) -> None:
-    """So many bytes are free, less what the pipeline has loaded."""
-    monkeypatch.setattr(
-        "gguf_sd.runtime.memory.available_memory", lambda device: total - (pipeline.parts.nbytes if pipeline else 0)
-    )
+def with_least_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As little as the smallest plan with weights in blocks takes."""
+    monkeypatch.setattr(Planner, "plan", lambda self, budget: replace(self, weights="quantized").smallest)
 
 
 @pytest.mark.parametrize("weights", ["quantized", "resident"])
@@ -53,7 +53,7 @@ def test_without_memory_nothing_is_kept(tiny_model: Path, monkeypatch: pytest.Mo
     kept = load(tiny_model)
     expected = [picture.tobytes() for picture in kept("a cat", count=2, guidance=1, **SETTINGS)]
     assert kept.parts.names == EVERY_PART
-    with_memory(monkeypatch, 1)
+    with_least_memory(monkeypatch)
     pipeline = load(tiny_model)
     assert [picture.tobytes() for picture in pipeline("a cat", count=2, guidance=1, **SETTINGS)] == expected
     assert pipeline.parts.names == set()
@@ -71,7 +71,7 @@ def test_a_changed_decision_reloads(tiny_model: Path, monkeypatch: pytest.Monkey
         return picture.weights, any(isinstance(module, Quantized) for module in unets[-1].modules())
 
     assert ran() == ("resident", False)
-    with_memory(monkeypatch, 1, pipeline)
+    with_least_memory(monkeypatch)
     assert ran() == ("quantized", True)
     assert pipeline.parts.loads["unet"] == 2
     monkeypatch.undo()
@@ -88,10 +88,7 @@ def test_what_is_loaded_already_does_not_change_the_plan(tiny_model: Path, monke
     """The memory that the first picture's model takes is not missing for the second's."""
     pipeline = load(tiny_model, "auto")
     job = pipeline.prepare(Request("a cat", **SETTINGS))
-    total = 0
-    while total == 0 or not pipeline.memory_plan(job).keep:  # the least with which anything is kept
-        total += 100_000
-        with_memory(monkeypatch, total, pipeline)
+    monkeypatch.setattr("gguf_sd.runtime.memory.available_memory", lambda device: 10**9 - pipeline.parts.nbytes)
     before = pipeline.memory_plan(job)
     (first,) = pipeline.paint(job)
     assert pipeline.parts.nbytes > 100_000, "nothing was kept, so nothing could be missing"
@@ -165,9 +162,15 @@ def test_parts_go_by_kind(tiny_model: Path) -> None:
     assert (pipeline.parts.names, pipeline.parts.nbytes) == (set(), 0)
 
 
-def test_the_sizes_of_parts(tiny_model: Path) -> None:
-    pipeline = load(tiny_model, "resident")
-    values = pipeline.parts.values()
+@pytest.mark.parametrize("weights", ["quantized", "resident"])
+def test_the_sizes_of_parts(tiny_model: Path, weights: str) -> None:
+    """Those that the header gives, against what is loaded: blocks, and values in the dtype."""
+    pipeline = load(tiny_model, weights)
     pipeline("a cat", **(SETTINGS | {"safety": "blur"}))
-    loaded = {name: sum(p.numel() for p in x.part.parameters()) for name, x in pipeline.parts._loaded.items()}
-    assert loaded == {"text 0": values.text[0], "unet": values.unet, "vae": values.vae, "safety": values.safety}
+    for name, counts in part_bytes(pipeline.model).items():
+        part = pipeline.parts._loaded[name].part
+        blocks = sum(m.blocks.nbytes for m in part.modules() if isinstance(m, Quantized))
+        values = sum(p.numel() for p in part.parameters())
+        assert blocks + 4 * values == counts.loaded(4, quantized=name == "unet" and weights == "quantized")
+        if weights == "resident":
+            assert values == counts.values

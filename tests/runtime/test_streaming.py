@@ -17,6 +17,7 @@ from gguf_sd.errors import GgufSdError
 from gguf_sd.models.layers import Quantized
 from gguf_sd.pipeline import Pipeline
 from gguf_sd.request import Request
+from gguf_sd.runtime.part_bytes import part_bytes
 from gguf_sd.runtime.parts import LoadedAs, Parts
 from gguf_sd.runtime.stages import Meter
 from gguf_sd.runtime.step_kernels import on_meta
@@ -50,13 +51,13 @@ def model(tiny_pipeline: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 
 def placed(pipeline: Pipeline, placement: str) -> Pipeline:
     """The pipeline with every part placed so."""
-    planned = pipeline._plan_for
+    planned = pipeline.planning.plan
 
     def plan(*given: Any) -> Any:
         made = planned(*given)
         return replace(made, weights="quantized", placement=dict.fromkeys(made.placement, placement))
 
-    pipeline._plan_for = plan  # type: ignore[method-assign, assignment]
+    pipeline.planning.plan = plan  # type: ignore[method-assign, assignment]
     return pipeline
 
 
@@ -110,7 +111,7 @@ def test_each_stage_has_its_weights(model: Callable[[str], Path], kind: str, ker
                 compared += one.numel()
         streamed.stream.end(stage)
     assert compared >= sum(held.numel() for held in resident.parameters() if held.dim() > 1)
-    assert streamed.nbytes < parts.values().unet * 4 / 2
+    assert streamed.nbytes < part_bytes(parts.model)["unet"].values * 4 / 2
 
 
 def held(module: torch.nn.Module) -> list[Tensor]:
@@ -177,7 +178,7 @@ def test_pages_are_given_back(tiny_pipeline: Callable[..., Path], tmp_path: Path
             block[0].out_layers[3].register_forward_hook(lambda *given: most.append(mapped_kilobytes(path)))
         unet.step(latents, timesteps, unet.project(context))
         left = mapped_kilobytes(path)
-    size = parts.values().unet_bytes / 1024
+    size = part_bytes(parts.model)["unet"].stored / 1024
     assert size > 15_000
     assert max(most) < size / 4
     assert left < 200
@@ -229,3 +230,12 @@ def test_a_copy_streams_nothing(model: Callable[[str], Path]) -> None:
         for hook in module._forward_pre_hooks.values():
             hook(module, ())
         assert (meter.nbytes > 0) == (unet is streamed.part)
+
+
+def test_loaded_weights_keep_nothing_else_in_memory(model: Callable[[str], Path]) -> None:
+    """Such as the whole of what OpenCLIP's queries, keys and values were cut from, once each."""
+    file = ModelFile.open(model("sdxl q4_0"))
+    parts = [file.load_text(0, torch.float32), file.load_text(1, torch.float32), file.load_vae(torch.float32)]
+    for part in parts:
+        for name, weight in part.named_parameters():
+            assert file.file.holds(weight) or weight.untyped_storage().nbytes() == weight.nbytes, name

@@ -84,18 +84,23 @@ def conv_cases(family: str) -> Iterator[Case]:
     for (_, launch), qtype, dtype in product(UNTUNED[family], PACKED_TYPES, ("fp16", "bf16")):
         for side, split in product((1, 3), (False, True)):
             yield conv_case(launch, qtype, dtype, side=side, split=split)
+        for split in (False, True):
+            yield conv_case(launch, qtype, dtype, split=split, enlarge=True)
 
 
-def conv_case(launch: Launch, qtype: str, dtype: str, *, side: int = 3, split: bool = False) -> Case:
-    """A convolution of side x side taps."""
+def conv_case(
+    launch: Launch, qtype: str, dtype: str, *, side: int = 3, split: bool = False, enlarge: bool = False
+) -> Case:
+    """A convolution of side x side taps; with ``enlarge`` as it follows an enlargement."""
     constants, name = _product_constants(launch, qtype, dtype, split)
     types = dict.fromkeys(("x", "bias", "residual", "emb", "out"), f"*{dtype}") | _WEIGHT_TYPES
+    absent = dict.fromkeys(("residual", "emb")) if enlarge else {}
     sizes = ("M", "N", "K", "H", "W", "IC", "OH", "OW", "stride", "padding", "steps", "emb_stride")
     return Case(
-        name=f"conv {side}x{side} {name}",
+        name=f"conv {side}x{side} {name}{' enlarge' if enlarge else ''}",
         function="triton.conv:conv_kernel",
         types=types | dict.fromkeys(sizes, "i32"),
-        constants=constants | {"TAPS_W": side},
+        constants=constants | {"TAPS_W": side, "ENLARGE": enlarge} | absent,
         warps=launch.warps,
         stages=launch.stages,
         multiples_of_16=frozenset({"N", "K", "IC", "emb_stride"}),
@@ -126,7 +131,7 @@ def dequantize_cases(dtypes: Sequence[str]) -> Iterator[Case]:
 
 def norm_cases(dtypes: Sequence[str]) -> Iterator[Case]:
     """Group norm of the narrowest and the widest groups that SD 1.5 and SDXL have, and layer norm."""
-    from gguf_sd_kernels.triton.norm import MAX_TILES, TILE_VALUES, WARPS
+    from gguf_sd_kernels.triton.norm import MAX_TILES, TILE_VALUES, WARPS, WHOLE_VALUES, WHOLE_WARPS
 
     counts = dict.fromkeys(("rows", "rows_a_tile", "G", "C"), "i32") | {"eps": "fp32"}
     pointers = {"means": "*fp32", "deviations": "*fp32"}
@@ -137,6 +142,8 @@ def norm_cases(dtypes: Sequence[str]) -> Iterator[Case]:
         yield Case(f"group stats {name}", "triton.norm:group_stats_kernel", types, tile, WARPS, 1)
         apply = tile | {"SILU": True, "TILES": MAX_TILES}
         yield Case(f"group apply {name}", "triton.norm:group_apply_kernel", types, apply, WARPS, 1)
+        whole = {"ROWS": WHOLE_VALUES // width, "WIDTH": width, "SILU": True}
+        yield Case(f"whole group norm {name}", "triton.norm:group_norm_kernel", types, whole, WHOLE_WARPS, 1)
     for dtype, width in product(dtypes, (512, 2048)):
         types = {"C": "i32", "eps": "fp32"} | dict.fromkeys(("x", "weight", "bias", "out"), f"*{dtype}")
         constants = {"WIDTH": width}
@@ -167,7 +174,7 @@ _INT8_KERNELS = {
 
 def int8_case(case: Case) -> Case:
     """The case of the product in 8 bits that a fused one corresponds to."""
-    unused = ("SWAP", "PTX", "WIDEN", "BLOCK_K", "mins", "PARTS", "gain", "sums", "parts", "out_parts")
+    unused = ("SWAP", "PTX", "WIDEN", "BLOCK_K", "mins", "PARTS", "ENLARGE", "gain", "sums", "parts", "out_parts")
     return replace(
         case,
         name=f"int8 {case.name}",

@@ -194,6 +194,22 @@ def tap_at(k, top, left, H, W, IC, TAPS_W: tl.constexpr):
 
 
 @triton.jit
+def first_row(tile_m, M, H, pixels, BLOCK_M: tl.constexpr):
+    """The row, counted through all pictures [B, H, …], at which the picture of each of a tile's output pixels starts:
+    [BLOCK_M]. There are so many output ``pixels`` a picture."""
+    return tl.minimum(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), M - 1) // pixels * H
+
+
+@triton.jit
+def enlarged_at(k, above, top, left, W, IC, TAPS_W: tl.constexpr):
+    """Where in x [B, H, W, IC] lies what value k of a weight's row is multiplied with, [BLOCK_M], if the windows of
+    :func:`windows` are over x enlarged to twice its size; ``above`` is from :func:`first_row`."""
+    tap = k // IC
+    row, column = (top + tap // TAPS_W) >> 1, (left + tap % TAPS_W) >> 1
+    return ((above + row) * W + column) * IC + (k - tap * IC)
+
+
+@triton.jit
 def multiply(values, weights, acc, SWAP: tl.constexpr, WIDEN: tl.constexpr):
     """acc + values [M, K] . weights [N, K]^T: acc is [M, N], or with SWAP [N, M].
 

@@ -19,8 +19,8 @@ from gguf_sd_kernels.row_parts import FoldedNorm, RowParts, decoded_dtype
 from gguf_sd_kernels.tuning.launch import Launch, Product
 
 # What is added to a product, in the order of their names here; "norm" normalises the rows of x before, "parts" are what
-# the rows of the result leave for the next norm, see row_parts.
-ADDED = ("bias", "residual", "emb", "norm", "parts")
+# the rows of the result leave for the next norm, see row_parts; "enlarge" makes a picture of its half before.
+ADDED = ("bias", "residual", "emb", "norm", "parts", "enlarge")
 CODE_RMS = {"Q4_0": 4.64, "Q4_1": 4.61, "Q8_0": 73.9}  # of uniformly random codes, less their zero point
 
 
@@ -47,11 +47,24 @@ class Use:
         side = math.isqrt(product.taps)
         return product.n, product.k // product.taps, side, side
 
+    @property
+    def given(self) -> tuple[int, int, int, int] | None:
+        """The picture as it lies in memory."""
+        if self.picture is None or "enlarge" not in self.added:
+            return self.picture
+        batch, channels, height, width = self.picture
+        return batch, channels, (height + 1) // 2, (width + 1) // 2
+
+    @property
+    def enlarged(self) -> tuple[int, int] | None:
+        """The size it is enlarged to before, if any."""
+        return self.picture[2:] if self.picture is not None and "enlarge" in self.added else None
+
     def nbytes(self, itemsize: int = 2) -> int:
         """Bytes that have to be read and written at least: the weight in its blocks, activations of ``itemsize``."""
         product = self.product
         fmt = block_format(product.qtype)
-        read = product.m * product.k if self.picture is None else math.prod(self.picture)
+        read = product.m * product.k if self.given is None else math.prod(self.given)
         written = product.m * product.n // (2 if product.op == "geglu" else 1)
         added = written * ("residual" in self.added)
         return product.n * product.k // fmt.block_size * fmt.type_size + (read + written + added) * itemsize
@@ -65,7 +78,7 @@ class Operands:
         self._generator = torch.Generator(device).manual_seed(0)  # the caller's random numbers stay what they were
         product = use.product
         self.weights = [self._weight() for _ in range(copies)]
-        self.x = self._normal(*(use.picture or (product.m, product.k)))
+        self.x = self._normal(*(use.given or (product.m, product.k)))
         result: tuple[int, ...] = product.m, product.n // (2 if product.op == "geglu" else 1)
         if use.picture is not None:
             self.x = self.x.contiguous(memory_format=torch.channels_last)
@@ -73,7 +86,7 @@ class Operands:
             result = (
                 use.picture[0],
                 product.n,
-                *((s + 2 * use.padding - side) // use.stride + 1 for s in self.x.shape[2:]),
+                *((s + 2 * use.padding - side) // use.stride + 1 for s in use.picture[2:]),
             )
         self.norm = (1 + 0.1 * self._normal(product.k), self._normal(product.k)) if "norm" in use.added else None
         if self.norm is not None:
@@ -107,6 +120,8 @@ class Operands:
             from gguf_sd_kernels.triton.conv import conv2d_fused
             from gguf_sd_kernels.triton.int8 import conv2d_int8
 
+            if use.enlarged is not None:
+                options["enlarged"] = use.enlarged
             convolve = conv2d_int8 if int8 else conv2d_fused
             return convolve(self.x, weight, self.bias, use.stride, use.padding, emb=self.emb, **options)
         from gguf_sd_kernels.triton.int8 import linear_int8
@@ -141,7 +156,7 @@ class Operands:
         """The product of cuBLAS or cuDNN with a decoded weight."""
         use = self.use
         if use.picture is not None:
-            y = F.conv2d(self.x, weight, self.bias, use.stride, use.padding)
+            y = F.conv2d(self._picture(), weight, self.bias, use.stride, use.padding)
             y = y if self.emb is None else y.add_(self.emb[:, :, None, None])
         else:
             x = self.x if self.norm is None else F.layer_norm(self.x, (use.product.k,), *self.norm, EPS)
@@ -149,6 +164,10 @@ class Operands:
             if use.product.op == "geglu":
                 return geglu(y)
         return y if self.residual is None else y.add_(self.residual)
+
+    def _picture(self) -> Tensor:
+        """What is convolved."""
+        return self.x if self.use.enlarged is None else F.interpolate(self.x, size=self.use.enlarged)
 
     def plain_weight(self) -> Tensor:
         """The weight decoded by plain torch, to ``dtype``."""
@@ -164,8 +183,9 @@ class Operands:
         called, as libraries make them in formats of their own choice."""
         use, weight = self.use, self.plain_weight().double()
         if use.picture is not None:
-            windows = F.unfold(self.x.double(), weight.shape[2:], padding=use.padding, stride=use.stride)
-            height = (self.x.shape[2] + 2 * use.padding - weight.shape[2]) // use.stride + 1
+            windows = F.unfold(self._picture().double(), weight.shape[2:], padding=use.padding, stride=use.stride)
+            assert use.picture is not None
+            height = (use.picture[2] + 2 * use.padding - weight.shape[2]) // use.stride + 1
             y = (weight.flatten(1) @ windows).unflatten(2, (height, -1))
             y = y if self.bias is None else y + self.bias[:, None, None]
             y = y if self.emb is None else y + self.emb[:, :, None, None]

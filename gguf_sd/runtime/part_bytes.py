@@ -1,0 +1,98 @@
+"""What each part of a model takes, in its file and loaded: from the file's header alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+from gguf_sd.checkpoint import inventory
+from gguf_sd.checkpoint.check_tensors import text_names
+from gguf_sd.checkpoint.model_file import ModelFile
+from gguf_sd.checkpoint.tensor_names import SAFETY, UNET, VAE
+from gguf_sd.checkpoint.vae_file import VAEFile
+from gguf_sd.models.tiny_vae import tiny_config
+from gguf_sd_kernels.formats import FORMATS
+
+# What is streamed together: a residual block, a transformer block, or a layer by itself.
+STAGE = re.compile(
+    r"(?:input_blocks|output_blocks)\.\d+\.\d+\.(?:transformer_blocks\.\d+\.)?|middle_block\.\d+\."
+    r"(?:transformer_blocks\.\d+\.)?|.*\b(?:layers|resblocks)\.\d+\."
+)
+LOOKED_UP = re.compile(r"token_embedding\.weight$")  # rows are, the table is never streamed
+TINY_VALUES = 2_450_000  # of a tiny autoencoder, both halves
+
+
+@dataclass(frozen=True)
+class PartBytes:
+    """Counts of a part's weights. ``blocks`` are bytes of the weights that stay quantised where the part is loaded so,
+    ``plain`` the number of all the others."""
+
+    stored: int  # bytes in the file
+    values: int  # weights
+    blocks: int = 0
+    plain: int = 0
+    largest_blocks: int = 0  # weights of the largest tensor in blocks
+    held: int = 0  # of a streamed part: weights that stay
+    stage_blocks: int = 0  # and the largest stage that comes and goes
+    stage_plain: int = 0
+    beside: int = 0  # values of LoRAs beside the weights
+
+    def loaded(self, itemsize: int, quantized: bool) -> int:
+        """Bytes of the part in memory, ``itemsize`` a value that is not in blocks."""
+        own = self.blocks + self.plain * itemsize if quantized else self.values * itemsize
+        return own + self.beside * itemsize
+
+    def streamed(self, itemsize: int) -> int:
+        """Bytes of what is in memory of a streamed part: one stage that is used, and one on its way."""
+        return (self.held + self.beside) * itemsize + 2 * (self.stage_blocks + self.stage_plain * itemsize)
+
+
+def part_bytes(model: ModelFile, vae_file: VAEFile | None = None) -> dict[str, PartBytes]:
+    """By part: text 0, text 1, unet, vae, and safety where the model has one; the VAE is ``vae_file``'s where it is
+    given."""
+    names = [name for name in model.names if name not in model.strays]
+    encoders = len(model.config.text)
+    parts = {}
+    for index in range(encoders):
+        own = text_names(model.names, encoders, index).values()
+        parts[f"text {index}"] = _count(model, [name for name in own if name not in model.strays], quantized=False)
+    parts["unet"] = _count(model, [name for name in names if name.startswith(UNET)], quantized=True)
+    parts["vae"] = _other_vae(vae_file) if vae_file else _count(model, [n for n in names if n.startswith(VAE)], False)
+    if model.config.safety is not None:
+        parts["safety"] = _count(model, [name for name in names if name.startswith(SAFETY)], quantized=False)
+    return parts
+
+
+def _count(model: ModelFile, names: Iterable[str], quantized: bool) -> PartBytes:
+    """``quantized``: whether matrices in blocks stay so."""
+    stored = values = blocks = plain = largest = held = 0
+    stages: dict[str, list[int]] = {}
+    for canonical in names:
+        name = model.names[canonical]
+        info, shape = model.file.tensors[name], model.file.shape(name)
+        count = prod(shape)
+        stored, values = stored + info.nbytes, values + count
+        kind = FORMATS.get(info.type.name)
+        in_blocks = quantized and kind is not None and len(shape) > 1 and prod(shape[1:]) % kind.block_size == 0
+        if in_blocks:
+            blocks, largest = blocks + info.nbytes, max(largest, count)
+        else:
+            plain += count
+        if len(shape) < 2:
+            held += count
+        elif not LOOKED_UP.search(canonical):
+            found = STAGE.search(canonical)
+            stage = stages.setdefault(found[0] if found else canonical, [0, 0])
+            stage[0] += info.nbytes if in_blocks else 0
+            stage[1] += 0 if in_blocks else count
+    both = max(stages.values(), key=lambda stage: stage[0] + 4 * stage[1], default=[0, 0])
+    return PartBytes(stored, values, blocks, plain, largest, held, *both)
+
+
+def _other_vae(file: VAEFile) -> PartBytes:
+    if file.config == tiny_config(file.config.latent_channels):
+        return PartBytes(2 * TINY_VALUES, TINY_VALUES, plain=TINY_VALUES)
+    count = sum(prod(shape) for _, shape in inventory.vae(file.config))
+    return PartBytes(2 * count, count, plain=count)

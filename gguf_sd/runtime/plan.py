@@ -1,0 +1,293 @@
+"""The memory plan: of all ways to run a job, the fastest whose peak keeps to a budget.
+
+Everything here is arithmetic on counts of weights, see :mod:`gguf_sd.runtime.part_bytes`, and on modelled activations,
+see :mod:`gguf_sd.runtime.activations`. Nothing is measured, read or allocated: equal arguments give equal plans.
+
+A job runs in stages: each text encoder, the VAE's encoder where a picture is started from, the UNet, the VAE's decoder,
+the safety checker. A stage takes its own part and its work, beside what the process takes anyway and all parts that
+stay loaded. Ways are compared by the seconds they add to a picture of STEPS steps on a nominal machine, see
+:class:`gguf_sd.runtime.plan_cost.Speed`; how many steps and pictures are really asked for does not count, so that a
+pipeline that paints on keeps its parts as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from typing import NamedTuple
+
+from gguf_sd.config import ModelConfig, VAEConfig
+from gguf_sd.errors import GgufSdError
+from gguf_sd.memory_size import memory_text
+from gguf_sd.runtime import activations, plan_cost
+from gguf_sd.runtime.activations import Engine
+from gguf_sd.runtime.memory import PLACEMENTS, WEIGHT_MODES, MemoryPlan
+from gguf_sd.runtime.part_bytes import PartBytes
+from gguf_sd_kernels.reference.products import CHUNK_VALUES
+
+TILES = (64, 48, 32, 24, 16, 12, 8, 4)  # edges in latent pixels
+DECODING = 8  # bytes a value that decoding blocks takes besides the weight, on a CPU
+SLACK = 0.04  # share of what is allocated that lies idle in allocators
+STEP_DOWN = 0.7  # of the peak that ran out of memory
+NAMES = {"sd1": "Stable Diffusion 1.x", "sdxl": "SDXL"}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is painted at once."""
+
+    size: tuple[int, int]  # of the latents: height, width
+    pictures: int
+    guided: bool = True
+    chunks: int = 1  # of 75 tokens that the prompts have
+    encodes: bool = False  # a picture, to start from
+    adapters: int = 0  # values of LoRAs beside the UNet's weights
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is painted on."""
+
+    gpu: bool
+    itemsize: int  # bytes of a value of the UNet and the text encoders
+    vae_itemsize: int
+    base: int = 0  # bytes that the process takes on the device besides
+    onednn: bool = True
+
+    def engine(self, decodes: bool = False) -> Engine:
+        return Engine(self.itemsize, self.gpu, self.onednn, decodes)
+
+    @property
+    def vae_engine(self) -> Engine:
+        return Engine(self.vae_itemsize, self.gpu, self.onednn)
+
+
+class Stage(NamedTuple):
+    """Bytes that a stage takes: its part, and the work with it. ``loading`` is what reading the part takes."""
+
+    name: str
+    part: str
+    weights: int
+    work: int
+    loading: int
+
+    @property
+    def nbytes(self) -> int:
+        return max(self.weights + self.work, self.loading)
+
+
+class _Choice(NamedTuple):
+    weights: str
+    placement: tuple[str, ...]  # in the order of Planner.parts
+    batch_guidance: bool
+    tile: int | None
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans for one workload of a model on a machine. ``weights`` and ``placement`` other than auto are kept to."""
+
+    config: ModelConfig
+    vae: VAEConfig
+    tiny: bool  # a tiny autoencoder is in use
+    parts: Mapping[str, PartBytes]
+    workload: Workload
+    machine: Machine
+    weights: str = "auto"
+    placement: str = "auto"
+    vae_tile: int | str = "auto"  # kept to, see gguf_sd.runtime.execution.Execution
+
+    def __post_init__(self) -> None:
+        for what, value, known in (
+            ("weights mode", self.weights, WEIGHT_MODES),
+            ("placement", self.placement, ("auto", *PLACEMENTS)),
+        ):
+            if value not in known:
+                raise GgufSdError(f"unknown {what} {value!r}; choose from {', '.join(known)}")
+
+    def plan(self, budget: int) -> MemoryPlan:
+        """The fastest that keeps to ``budget`` bytes. Raises GgufSdError, naming the smallest that works, where none
+        does."""
+        for choice in self._ranked:
+            if (peak := self._peak(choice)) <= budget:
+                return self._named(choice, peak, budget)
+        raise GgufSdError(self._too_small(budget))
+
+    @cached_property
+    def smallest(self) -> MemoryPlan:
+        """That with the lowest peak; of several the fastest."""
+        choice = min(self._ranked, key=self._peak)
+        peak = self._peak(choice)
+        return self._named(choice, peak, peak)
+
+    def step_down(self, failed: MemoryPlan) -> MemoryPlan | None:
+        """The fastest that takes clearly less than one for which there was not enough memory; None where none does."""
+        lowest = self.smallest.peak
+        if lowest >= failed.peak:
+            return None
+        return self.plan(max(lowest, int(STEP_DOWN * failed.peak)))
+
+    def seconds(self, plan: MemoryPlan) -> float:
+        """What the plan costs, see the module."""
+        return self._seconds(self._choice(plan))
+
+    def stages(self, plan: MemoryPlan) -> list[Stage]:
+        """In their order."""
+        choice = self._choice(plan)
+        return [self._stage(name, part, choice) for name, part in self._order]
+
+    def stage_peaks(self, plan: MemoryPlan) -> dict[str, int]:
+        """Bytes of the whole process in each stage."""
+        return self._peaks(self._choice(plan))
+
+    def _choice(self, plan: MemoryPlan) -> _Choice:
+        placement = tuple(plan.placement[name] for name in self.parts)
+        return _Choice(plan.weights, placement, plan.batch_guidance, plan.vae_tile)
+
+    def _named(self, choice: _Choice, peak: int, budget: int) -> MemoryPlan:
+        placement = dict(zip(self.parts, choice.placement, strict=True))
+        return MemoryPlan(choice.weights, placement, choice.batch_guidance, choice.tile, None, peak, budget)
+
+    @cached_property
+    def _ranked(self) -> list[_Choice]:
+        """All choices, the fastest first; of equally fast ones that which takes less."""
+        costs = {choice: self._seconds(choice) for choice in self._choices()}
+        return sorted(costs, key=lambda choice: (costs[choice], self._peak(choice), choice.placement))
+
+    def _choices(self) -> Iterator[_Choice]:
+        modes = [self.weights] if self.weights != "auto" else ["quantized", "resident"]
+        guidance = (True, False) if self.workload.guided else (True,)
+        placements = [self._placements(name) for name in self.parts]
+        for weights, placement, batched, tile in product(modes, product(*placements), guidance, self._tiles()):
+            choice = _Choice(weights, placement, batched, tile)
+            if weights == "quantized" or self._placed(choice, "unet") != "streamed":
+                yield choice
+
+    def _tiles(self) -> list[int | None]:
+        """Those to choose from; None: the whole picture."""
+        if isinstance(self.vae_tile, int):
+            return [self.vae_tile]
+        tiles: list[int | None] = [tile for tile in TILES if tile < max(self.workload.size)]
+        if self.vae_tile == "off" or not tiles:
+            return [None]
+        return tiles if self.vae_tile == "on" else [None, *tiles]
+
+    def _placements(self, part: str) -> tuple[str, ...]:
+        """The VAE's weights are few, and read again for every band: it is not streamed."""
+        able = PLACEMENTS[:2] if part == "vae" or (part == "unet" and self.weights == "resident") else PLACEMENTS
+        if self.placement == "auto":
+            return able
+        return (self.placement,) if self.placement in able else ("staged",)
+
+    def _placed(self, choice: _Choice, part: str) -> str:
+        return choice.placement[list(self.parts).index(part)]
+
+    def _peak(self, choice: _Choice) -> int:
+        return max(self._peaks(choice).values())
+
+    def _peaks(self, choice: _Choice) -> dict[str, int]:
+        resident = {
+            name: self._weights(name, "resident", choice.weights)
+            for name, placement in zip(self.parts, choice.placement, strict=True)
+            if placement == "resident"
+        }
+        total, base = sum(resident.values()), self.machine.base
+        peaks = {}
+        for name, part in self._order:
+            stage = self._stage(name, part, choice)
+            peaks[name] = base + int((total - resident.get(part, 0) + stage.nbytes) * (1 + SLACK))
+        return peaks
+
+    @cached_property
+    def _order(self) -> list[tuple[str, str]]:
+        """Names of the stages and of their parts."""
+        texts = [(name, name) for name in self.parts if name.startswith("text")]
+        encode = [("vae encode", "vae")] if self.workload.encodes or self._inpaints else []
+        safety = [("safety", "safety")] if "safety" in self.parts else []
+        return [*texts, *encode, ("unet", "unet"), ("vae decode", "vae"), *safety]
+
+    @property
+    def _inpaints(self) -> bool:
+        return self.config.unet.in_channels != self.config.vae.latent_channels
+
+    def _stage(self, name: str, part: str, choice: _Choice) -> Stage:
+        placement, quantized = self._placed(choice, part), choice.weights == "quantized"
+        key = name, placement, *self._matters(name, choice)
+        if key not in self._stages:
+            weights = self._weights(part, placement, choice.weights)
+            loading = weights
+            if part == "unet" and not quantized and not self.machine.gpu:
+                loading += self.parts[part].stored  # the file's pages, until all of it is dequantised
+            self._stages[key] = Stage(name, part, weights, self._work(name, choice), loading)
+        return self._stages[key]
+
+    @cached_property
+    def _stages(self) -> dict[tuple[object, ...], Stage]:
+        return {}
+
+    @staticmethod
+    def _matters(stage: str, choice: _Choice) -> tuple[object, ...]:
+        """What of a choice a stage depends on, beside its part's placement."""
+        if stage == "unet":
+            return choice.weights, choice.batch_guidance
+        return (choice.tile,) if stage.startswith("vae") else ()
+
+    def _weights(self, part: str, placement: str, weights: str) -> int:
+        counts = self.parts[part]
+        itemsize = self.machine.vae_itemsize if part == "vae" else self.machine.itemsize
+        if placement == "streamed":
+            return counts.streamed(itemsize)
+        return counts.loaded(itemsize, part == "unet" and weights == "quantized")
+
+    def _work(self, stage: str, choice: _Choice) -> int:
+        load, machine = self.workload, self.machine
+        if stage == "unet":
+            return self._unet_work(choice)
+        if stage.startswith("text"):
+            text = self.config.text[int(stage.removeprefix("text "))]
+            return activations.text_encode(text, load.chunks, machine.engine())
+        if stage == "safety" and self.config.safety:
+            return activations.safety_check(self.config.safety, machine.engine())
+        pixels = activations.finished_pixels(load.pictures, load.size, self.vae.downscale)
+        if choice.tile is not None:
+            return activations.vae_banded(self.vae, load.size, choice.tile, machine.vae_engine, self.tiny) + pixels
+        run = activations.vae_encode if stage == "vae encode" else activations.vae_decode
+        return run(self.vae, load.size, machine.vae_engine, self.tiny) + pixels
+
+    def _unet_work(self, choice: _Choice) -> int:
+        load, machine, counts = self.workload, self.machine, self.parts["unet"]
+        quantized = choice.weights == "quantized"
+        halves = 2 if load.guided and choice.batch_guidance else 1
+        tokens = load.chunks * self.config.text[0].max_position_embeddings
+        engine = machine.engine(decodes=quantized)
+        step = activations.unet_step(self.config.unet, load.pictures, halves, load.size, tokens, engine)
+        step += load.adapters * machine.itemsize
+        if quantized and not machine.gpu:
+            step += counts.largest_blocks * machine.itemsize  # the buffer for decoded weights
+            step += DECODING * min(counts.largest_blocks, CHUNK_VALUES)
+        return step
+
+    def _seconds(self, choice: _Choice) -> float:
+        placement = dict(zip(self.parts, choice.placement, strict=True))
+        passes = 2 if self.workload.guided and not choice.batch_guidance else 1
+        return plan_cost.seconds(self.parts, placement, choice.weights, passes, choice.tile, self._sizes)
+
+    @cached_property
+    def _sizes(self) -> plan_cost.Sizes:
+        height, width = self.workload.size
+        halves = 2 if self.workload.guided else 1
+        return plan_cost.Sizes(height * width, self.workload.pictures, halves, self.machine.gpu)
+
+    def _too_small(self, budget: int) -> str:
+        least, load = self.smallest, self.workload
+        height, width = (side * self.vae.downscale for side in load.size)
+        name = NAMES.get(self.config.name, self.config.name)
+        batch = f" in batches of {load.pictures}" if load.pictures > 1 else ""
+        ways = ["a smaller --batch"] if load.pictures > 1 else []
+        ways += ["a smaller size", *["--weights quantized"] * (self.weights == "resident")]
+        return (
+            f"{name} at {width}x{height}{batch} needs at least {memory_text(least.peak)} of memory, "
+            f"{memory_text(budget)} may be used; give more with --max-memory, or take {', or '.join(ways)}"
+        )
