@@ -84,3 +84,24 @@ def test_a_picture_is_not_lost_for_the_name_of_its_model(tmp_path: Path) -> None
     save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", {"parameters": text})
     settings: dict[str, Any] = read_parameters(tmp_path / "a.png")
     assert (settings["prompt"], settings["steps"], settings["model"]) == ("a cat", 3, "caf\\udce9")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["inspect", "{}"],
+        ["convert", "{}", "-o", "x.gguf"],
+        ["generate", "{}", "-p", "a"],
+        ["generate", "{model}", "-p", "a", "--vae", "{}"],
+        ["generate", "{model}", "-p", "a", "--tokenizer", "{}", "--quiet"],
+        ["generate", "{model}", "--from", "{}"],
+        ["generate", "{model}", "-p", "a", "--init-image", "{}"],
+    ],
+)
+def test_a_pipe_keeps_nobody_waiting(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    assert main([part.format("pipe", model=model) for part in command]) == 2
+    assert "pipe is" in capsys.readouterr().err
