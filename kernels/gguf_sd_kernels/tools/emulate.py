@@ -154,7 +154,7 @@ def _llvm_version(library: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--emulator", type=Path, required=True, help="folder of a checkout of tinygrad")
-    parser.add_argument("--target", choices=list(TARGETS), default="gfx1100")
+    parser.add_argument("--target", choices=list(TARGETS), default="gfx1100", help="gfx942: but for products")
     parser.add_argument(
         "--only", action="append", help="a part of the names of what is run: kernel, launch and shape; may be repeated"
     )

@@ -10,6 +10,7 @@ Device pointers are host pointers: the emulated memory is this process's. Mended
 - Lanes that are switched off read local memory all the same, wherever their registers point. Here any address can be
   read.
 - Waves of a work group share one scratch area. Here each wave has its own.
+- ``row_bcast`` of CDNA reads its own row in place of the one before.
 - Buffer instructions (MUBUF) are not emulated. ``buffer_gl0_inv`` and ``buffer_gl1_inv`` do nothing here, as no cache
   is modelled; loads and stores are avoided by compiling with ``AMDGCN_USE_BUFFER_OPS=0``, as
   :mod:`gguf_sd_kernels.tools.emulated_gpu` does.
@@ -55,9 +56,9 @@ class Target:
         return self.instructions == "cdna"
 
 
+# Of gfx942 what has no matrix product: the emulator's 32x32 matrix instructions are not AMD's.
 TARGETS = {
     "gfx1100": Target("gfx1100", "rdna3", 32),
-    "gfx1201": Target("gfx1201", "rdna4", 32),
     "gfx942": Target("gfx942", "cdna", 64),
 }
 
@@ -82,8 +83,6 @@ class Emulator:
         _mend_literals(self.emu)
         if target.instructions == "rdna3":
             _mend_cache_instructions(self.emu)
-        if target.instructions == "rdna4":
-            _mend_global_cache_instructions(self.emu)
         if target.instructions == "cdna":
             _mend_row_bcast(self.emu)
         self._mend_dpp_and_scratch()
@@ -240,17 +239,6 @@ def _mend_cache_instructions(emu: Any) -> None:
 
     importlib.import_module("tinygrad.renderer.amd")._load_formats()["rdna3"].append(emu.ir3.MUBUF)
     emu._INST_HANDLERS[emu.ir3.MUBUF] = compile_buffer
-
-
-def _mend_global_cache_instructions(emu: Any) -> None:
-    compile_memory = emu._INST_HANDLERS[emu.ir4.VGLOBAL]
-
-    def compile_global(instruction: Any, context: Any) -> Any:
-        if instruction.op.name in ("GLOBAL_INV", "GLOBAL_WB", "GLOBAL_WBINV"):
-            return emu.UOp.sink(*context.inc_pc())
-        return compile_memory(instruction, context)
-
-    emu._INST_HANDLERS[emu.ir4.VGLOBAL] = compile_global
 
 
 def _mend_row_bcast(emu: Any) -> None:
