@@ -16,7 +16,10 @@ SIXTEEN_BIT_INTEGERS = ("IQ4_XS", 1)  # the one field of two bytes that is no fl
 def cast(stored: Tensor | QuantTensor, dtype: torch.dtype, name: str, where: str) -> Tensor:
     """The tensor in full, in ``dtype``. Raises GgufSdError where ``where``'s tensor ``name`` holds NaN or infinity, or
     values beyond ``dtype``."""
-    full = stored.dequantize(dtype) if isinstance(stored, QuantTensor) else stored.to(dtype)
+    if isinstance(stored, QuantTensor):
+        full = stored.dequantize(dtype)
+    else:  # convolutions as they run; on the way to that a second copy would leave holes in the heap
+        full = stored.to(dtype, memory_format=torch.channels_last) if stored.dim() == 4 else stored.to(dtype)
     if is_finite(full):
         return full
     original = stored.dequantize(torch.float32) if isinstance(stored, QuantTensor) else stored
