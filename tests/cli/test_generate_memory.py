@@ -55,7 +55,7 @@ def test_what_was_painted_by(model: Path, tmp_path: Path, capsys: pytest.Capture
     ("more", "message"),
     [
         (["--max-memory", "10MB"], "needs at least 0."),
-        (["--max-memory", "1 bushel"], "--max-memory is '1 bushel'; it takes an amount such as 1GiB"),
+        (["--max-memory", "1 bushel"], "--max-memory is '1 bushel'; it takes an amount of memory, such as 1GiB"),
         (["--lowvram", "--weights", "resident"], "leave --weights resident out"),
     ],
 )
