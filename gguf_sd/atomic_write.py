@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 from gguf_sd.errors import GgufSdError
+from gguf_sd.writers import remove_stale, temporary_name
 
 
 @contextlib.contextmanager
 def temporary_beside(target: Path) -> Iterator[Path]:
-    """A new empty file in the target's folder, removed at the end unless it was renamed to its place."""
-    path = target.with_name(f".{target.name[:64]}.{secrets.token_hex(6)}.partial")
+    """A new empty file in the target's folder, removed at the end unless it was renamed to its place. What dead
+    processes left unfinished there is removed first.
+
+    Whatever the operating system refuses meanwhile (a full disk, a file or folder that must not be written or is gone)
+    is raised as GgufSdError; FileExistsError stays what it is.
+    """
+    remove_stale(target.parent)
+    path = temporary_name(target)
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except OSError as error:
         raise GgufSdError(f"cannot write to {target.parent}: {error.strerror}") from error
     try:
         yield path
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise GgufSdError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # nothing to remove, or the folder has gone
+            path.unlink(missing_ok=True)
 
 
 def put_in_place(temporary: Path, target: Path) -> None:
@@ -42,18 +53,27 @@ def put_if_free(temporary: Path, target: Path) -> None:
         raise
     except OSError:  # a file system without hard links: the name is taken first, then filled
         os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        os.replace(temporary, target)
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            target.unlink(missing_ok=True)
+            raise
     _sync_folder(target.parent)
 
 
 def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
+    with open(path, "r+b") as file:  # Windows syncs only what is open for writing
         os.fsync(file.fileno())
 
 
 def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    """So that the name survives a power cut, where folders can be synced: Windows opens none, some file systems sync
+    none. The file is there by now in any case."""
+    if os.name == "nt":
+        return
+    with contextlib.suppress(OSError):
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

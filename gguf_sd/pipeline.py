@@ -33,7 +33,7 @@ from gguf_sd.models.tiny_vae import tiny_config
 from gguf_sd.prompt.conditioning import PromptEncoder
 from gguf_sd.request import Job, Request, prepare
 from gguf_sd.runtime import memory
-from gguf_sd.runtime.cuda_graph import use_graphs
+from gguf_sd.runtime.cuda_graph import Graphing, use_graphs
 from gguf_sd.runtime.execution import Execution
 from gguf_sd.runtime.memory import MemoryPlan
 from gguf_sd.runtime.parts import LoadedAs, Parts
@@ -97,6 +97,7 @@ class Pipeline:
         cuda_graph: str | None = "auto",
         max_memory: str | float | None = None,
         placement: str | None = "auto",
+        vae_tile: int | str | None = "auto",
     ) -> Pipeline:
         """Opens a GGUF file.
 
@@ -105,11 +106,12 @@ class Pipeline:
         :func:`gguf_sd.runtime.cuda_graph.use_graphs`; ``max_memory``: what painting may take of a GPU's memory, or on a
         CPU the whole process of the system's, such as "1.5GB" or a number of GiB (None: GGUF_SD_MAX_MEMORY, else what
         is free less a margin); ``placement``: resident, staged or streamed for all parts, see the same class (auto: as
-        memory allows); ``tokenizer``: a folder or a BPE merges file, for GGUF files that carry none; ``vae``: another
-        autoencoder than the file's own, full or tiny, see :mod:`gguf_sd.checkpoint.vae_file`. None is the default
-        everywhere.
+        memory allows); ``vae_tile``: edge of a tile in latent pixels, on, off or auto, see
+        :func:`gguf_sd.runtime.execution.checked_tile`; ``tokenizer``: a folder or a BPE merges file, for GGUF files
+        that carry none; ``vae``: another autoencoder than the file's own, full or tiny, see
+        :mod:`gguf_sd.checkpoint.vae_file`. None is the default everywhere.
         Raises GgufSdError for files and settings that cannot work."""
-        execution = Execution.choose(device, dtype, weights, kernels, cuda_graph, max_memory, placement)
+        execution = Execution.choose(device, dtype, weights, kernels, cuda_graph, max_memory, placement, vae_tile)
         model = ModelFile.open(keywords.gguf_path(path))
         own_vae = None if vae is None else VAEFile.open(keywords.path("vae", vae), model.config.vae)
         own_tokenizer = None if tokenizer is None else keywords.path("tokenizer", tokenizer)
@@ -165,11 +167,11 @@ class Pipeline:
             job = batch[0].job
 
             def work(plan: MemoryPlan, batch: list[Task] = batch, job: Job = job) -> list[Picture]:
-                return self._paint(batch, plan, self._graphed(job.steps_run, len(planned), plan), on_step)
+                return self._paint(batch, plan, self._graphing(job.steps_run, len(planned), plan), on_step)
 
             yield from self._in_turn(job, attempt, work)
 
-    def _graphed(self, steps: int, batches: int, plan: MemoryPlan) -> bool:
+    def _graphing(self, steps: int, batches: int, plan: MemoryPlan) -> Graphing:
         passes = steps * (batches if plan.placement["unet"] == "resident" else 1)
         return use_graphs(self.execution.cuda_graph, self.device, self.kernels, passes)
 
@@ -198,14 +200,14 @@ class Pipeline:
         finally:
             self._running = None
 
-    def _paint(self, batch: Sequence[Task], plan: MemoryPlan, graphed: bool, on_step: OnStep) -> list[Picture]:
+    def _paint(self, batch: Sequence[Task], plan: MemoryPlan, graphing: Graphing, on_step: OnStep) -> list[Picture]:
         """The pictures of one batch."""
         job, seeds = batch[0].job, [task.seed for task in batch]
         noise = NoiseSource(seeds, self.dtype, self.device)
         start = self.begin(job, noise, plan)
         latents, graph_bytes = start.latents, 0
         conditioning = Conditioning.joined([task.conditioning for task in batch])
-        for step in self.denoise(job, start, conditioning, noise, plan, graphed):
+        for step in self.denoise(job, start, conditioning, noise, plan, graphing):
             latents, graph_bytes = step.latents, self.parts.graph_bytes
             on_step(step)
             del step  # with latents of its own
@@ -256,17 +258,16 @@ class Pipeline:
         conditioning: Conditioning,
         noise: NoiseSource,
         plan: MemoryPlan | None = None,
-        graphed: bool | None = None,
+        graphing: Graphing | None = None,
     ) -> Iterator[Step]:
-        """Walks latents [B, 4, h, w] down the job's schedule, yielding after every step; with ``graphed`` through CUDA
-        graphs (None: where that pays). Raises GgufSdError where they stop being finite, on a GPU after the last
-        step."""
+        """Walks latents [B, 4, h, w] down the job's schedule, yielding after every step; ``graphing``: whether through
+        CUDA graphs (None: as the pipeline was told). Raises GgufSdError where they stop being finite, on a GPU after
+        the last step."""
         plan = plan or self.memory_plan(job)
-        if graphed is None:
-            graphed = self._graphed(job.steps_run, len(list(job.batches())), plan)
+        graphing = graphing or self._graphing(job.steps_run, len(list(job.batches())), plan)
         loras = active(job.loras, UNET_PART)
         how = LoadedAs(self.dtype, plan.weights, self.kernels, plan.placement[UNET_PART], loras)
-        with self.parts.unet(how, graphed, self.execution.cuda_graph == "on") as unet:
+        with self.parts.unet(how, graphing) as unet:
             guided = conditioning.negative is not None and plan.batch_guidance
             self.tuning.before_steps(unet, start.latents, guided)
             predict = Predictor(unet, conditioning, job.guidance, plan.batch_guidance, start.extra)
@@ -299,7 +300,7 @@ class Pipeline:
         tiny = self.vae_file is not None and self.vae_config == tiny_config(self.vae_config.latent_channels)
         if tiny or family(config) is None:
             with self.parts.vae(self.vae_dtype, plan.placement["vae"]) as vae:
-                look = previews(step.denoised[:1], config, vae)
+                look = previews(step.denoised[:1], config, vae, plan.vae_tile)
         else:
             look = previews(step.denoised[:1], config, None)
         return self._checked(look, "off" if safety == "warn" else safety, plan)[0][0]

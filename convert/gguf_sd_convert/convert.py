@@ -54,6 +54,7 @@ class ConvertOptions:
     threads: int = 0
     preset: str | None = None  # a key of PRESETS: whose schedule and defaults the file gets
     safety: bool = True  # takes the source's safety checker over, if it has one
+    shared: bool = False  # the output is one that several processes may write at once, all the same: the cache
 
 
 PRESETS = {"sd15": SD15, "sdxl": SDXL, "sdxl-turbo": SDXL_TURBO}
@@ -103,7 +104,7 @@ def convert(
     options, output, started = options or ConvertOptions(), Path(output), time.perf_counter()
     options = check_options(options)
     inputs = [Path(source), options.tokenizer, options.config]
-    check_target(output, options.force, [path for path in inputs if isinstance(path, Path)])
+    check_target(output, options.force, [path for path in inputs if isinstance(path, Path)], options.shared)
     job = _prepare(Path(source), options)
     with ExitStack() as stack:
         if progress is None and not quiet:
@@ -192,7 +193,7 @@ def _write(job: _Job, output: Path, progress: Progress | None) -> tuple[list[Sto
         stored = plan(_shapes(tensors), options.type, options.layout, wide)
         architecture = "gguf_sd" if options.layout == "native" else job.config.name
         jobs = ((tensors[t.name].nbytes, partial(encode, t, tensors[t.name])) for t in stored)
-        with GGUFSink(output, architecture, _metadata(job, stored), stored) as sink:
+        with GGUFSink(output, architecture, _metadata(job, stored), stored, options.force) as sink:
             for tensor, data in zip(stored, in_order(jobs, pool), strict=True):
                 sink.write(tensor.name, data)
                 done += tensors[tensor.name].nbytes
@@ -274,9 +275,12 @@ def hash_files(paths: Iterable[Path], stop: threading.Event | None = None) -> st
     """SHA-256 of one file, or of several one after another, sorted by path; cut short when ``stop`` is set."""
     digest, buffer = hashlib.sha256(), bytearray(1 << 20)
     for path in sorted(paths):
-        with open(path, "rb", buffering=0) as file:
-            while (count := file.readinto(buffer)) and not (stop and stop.is_set()):
-                digest.update(memoryview(buffer)[:count])
+        try:
+            with open(path, "rb", buffering=0) as file:
+                while (count := file.readinto(buffer)) and not (stop and stop.is_set()):
+                    digest.update(memoryview(buffer)[:count])
+        except OSError as error:
+            raise GgufSdError(f"cannot read {path}: {error.strerror}") from error
     return digest.hexdigest()
 
 

@@ -20,17 +20,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gguf_sd.atomic_write import put_in_place, temporary_beside
+from gguf_sd.atomic_write import put_if_free, put_in_place, temporary_beside
 from gguf_sd.errors import GgufSdError
+from gguf_sd.writers import other_writer
 from gguf_sd_convert.quantize.policy import Stored
 
 ALIGNMENT = 32
 MAX_NAME = 127  # bytes; ggml's limit
 
 
-def check_target(path: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
+def check_target(path: Path, force: bool, inputs: Iterable[Path] = (), shared: bool = False) -> None:
     """Raises GgufSdError where ``path`` cannot be written, is one of the files or in the folders that are read
-    (``inputs``), or exists and ``force`` does not allow to replace it."""
+    (``inputs``), exists and ``force`` does not allow to replace it, or is being written by another process, unless all
+    of those write the same (``shared``)."""
     if path.is_dir():
         raise GgufSdError(f"{path} is a folder; name a .gguf file")
     if (read := _same(path, inputs)) is not None:
@@ -42,6 +44,8 @@ def check_target(path: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
         raise GgufSdError(f"{folder} is no folder; create it first")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise GgufSdError(f"cannot write to {folder}: permission denied")
+    if not shared and (pid := other_writer(path)) is not None:
+        raise GgufSdError(f"process {pid} is writing {path} already; wait for it, or choose another output")
 
 
 def _same(path: Path, inputs: Iterable[Path]) -> Path | None:
@@ -60,10 +64,19 @@ def _same(path: Path, inputs: Iterable[Path]) -> Path | None:
 
 class GGUFSink:
     """Writes the header when it is entered, then takes the tensors one by one; renames the file into place when it is
-    left, or removes it when an exception leaves it."""
+    left, or removes it when an exception leaves it. Raises GgufSdError for whatever the disk refuses."""
 
-    def __init__(self, target: Path, architecture: str, metadata: Mapping[str, Any], tensors: Sequence[Stored]):
-        """metadata values: str, bool, int (as UINT32), float or a list of int (as INT32)."""
+    def __init__(
+        self,
+        target: Path,
+        architecture: str,
+        metadata: Mapping[str, Any],
+        tensors: Sequence[Stored],
+        replace: bool = True,
+    ):
+        """metadata values: str, bool, int (as UINT32), float or a list of int (as INT32). Unless it may ``replace``
+        what is there, a target that appears meanwhile is kept, and GgufSdError raised."""
+        self.replace = replace
         self.target, self.metadata, self.tensors = target, metadata, tensors
         self.architecture = architecture
         self.nbytes = 0  # of the whole file; known once it is entered
@@ -83,14 +96,20 @@ class GGUFSink:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: Any) -> bool | None:
+        if exception[0] is not None:
+            return self._stack.__exit__(*exception)
         with self._stack:
-            if exception[0] is not None:
-                return
             if self._left:
                 raise RuntimeError(f"{len(self._left)} tensors were not written, the first is {self._left[-1].name}")
             self._file.close()
-            put_in_place(self._temporary, self.target)
+            try:
+                (put_in_place if self.replace else put_if_free)(self._temporary, self.target)
+            except FileExistsError:
+                raise GgufSdError(
+                    f"{self.target} has appeared while it was converted and was kept; choose another output, or --force"
+                ) from None
+        return None
 
     def _write_header(self) -> None:
         writer = gguf.GGUFWriter(self._temporary, self.architecture)
@@ -102,24 +121,23 @@ class GGUFSink:
             kind = gguf.GGMLQuantizationType[tensor.type]
             # Not uint8, which would make gguf-py take the shape for one of bytes.
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        finally:
+            writer.close()
         with open(self._temporary, "ab") as file:
             file.write(bytes(_padded(file.tell()) - file.tell()))
 
     def write(self, name: str, data: Tensor) -> None:
-        """The next tensor's bytes, as a contiguous tensor of any dtype. Raises OSError as GgufSdError."""
+        """The next tensor's bytes, as a contiguous tensor of any dtype."""
         expected = self._left.pop()
         raw: np.ndarray = data.view(-1).view(torch.uint8).numpy()
         if name != expected.name or raw.nbytes != expected.nbytes:
             raise RuntimeError(f"got {name}, {raw.nbytes} bytes; {expected.name}, {expected.nbytes} bytes was next")
-        try:
-            self._file.write(raw.data)
-            self._file.write(bytes(_padded(raw.nbytes) - raw.nbytes))
-        except OSError as error:
-            raise GgufSdError(f"cannot write {self.target}: {error.strerror}") from error
+        self._file.write(raw.data)
+        self._file.write(bytes(_padded(raw.nbytes) - raw.nbytes))
 
     def patch(self, placeholder: str, value: str) -> None:
         """Replaces the one occurrence of ``placeholder`` in the header by a value of the same length."""

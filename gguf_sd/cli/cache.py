@@ -84,7 +84,7 @@ def model_path(
     if not cache.is_whole(target):
         from gguf_sd_convert.convert import ConvertOptions, convert
 
-        convert(model, target, ConvertOptions(**settings, tokenizer=tokenizer, force=True), quiet=quiet)
+        convert(model, target, ConvertOptions(**settings, tokenizer=tokenizer, force=True, shared=True), quiet=quiet)
         cache.keep(target, model)
     return target
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from gguf_sd.cli.parse_errors import sentence
-from gguf_sd.cli.terminal import printable
+from gguf_sd.cli.terminal import complain, discard_output, of_the_system, open_streams, printable
 from gguf_sd.errors import GgufSdError
 
 # The module gguf_sd.cli.NAME of each command, and what its parser calls itself.
@@ -36,19 +35,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(arguments)
         sys.stdout.flush()
     except GgufSdError as error:
-        print(f"gguf-sd: {printable(str(error))}", file=sys.stderr)
+        complain(str(error))
         return EXIT_BAD_INPUT
     except BrokenPipeError:  # the reader of our output has gone, `| head` for one
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return EXIT_BROKEN_PIPE
+    except OSError as error:  # of files that are no part of the job: our own output on a full disk
+        complain(of_the_system(error))
+        discard_output()
+        return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print("gguf-sd: interrupted", file=sys.stderr)
+        complain("interrupted")
         return EXIT_INTERRUPTED
     return code
 
 
 def run() -> NoReturn:
     """`gguf-sd` as a program: once a command has ended, an interruption cannot turn its exit code into a traceback."""
+    open_streams()
     code = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(code)

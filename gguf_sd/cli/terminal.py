@@ -1,6 +1,11 @@
-"""Text from files, made fit for a terminal."""
+"""Text from files, made fit for a terminal, and streams that may be closed, full, or know no more than ASCII."""
 
 from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
 
 
 def printable(text: str, newlines: bool = True) -> str:
@@ -13,3 +18,37 @@ def printable(text: str, newlines: bool = True) -> str:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
+
+
+def open_streams() -> None:
+    """Standard streams that take everything. A closed one becomes the null device: otherwise the next file that is
+    opened would get its number, and what some library prints would be written into that."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def complain(sentence: str) -> None:
+    """Says what went wrong; where even that cannot be written, the exit code tells it alone."""
+    with contextlib.suppress(OSError):
+        print(f"gguf-sd: {printable(sentence)}", file=sys.stderr, flush=True)
+
+
+def discard_output() -> None:
+    """Sends what is still to be printed nowhere, so that Python does not complain of it at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+def of_the_system(error: OSError) -> str:
+    """The sentence for an error of the operating system; output that is printed has no name."""
+    reason = error.strerror or str(error)
+    return f"cannot write the output: {reason}" if error.filename is None else f"{error.filename}: {reason}"

@@ -8,7 +8,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from gguf_sd.atomic_write import put_if_free, put_in_place, temporary_beside
-from gguf_sd.errors import GgufSdError
 
 
 def save_png(image: Image.Image, target: Path, text: dict[str, str] | None = None, replace: bool = True) -> None:
@@ -16,13 +15,9 @@ def save_png(image: Image.Image, target: Path, text: dict[str, str] | None = Non
     a file already that is not to be replaced."""
     info = PngInfo()
     for key, value in (text or {}).items():
-        info.add_text(key, value)  # becomes iTXt, which is UTF-8, where Latin-1 does not do
+        # Becomes iTXt, which is UTF-8, where Latin-1 does not do; names of files need not be Unicode.
+        info.add_text(key, value.encode("utf-8", "backslashreplace").decode("utf-8"))
     put = put_in_place if replace else put_if_free
-    try:
-        with temporary_beside(target) as temporary:
-            image.save(temporary, format="PNG", pnginfo=info)
-            put(temporary, target)
-    except FileExistsError:
-        raise
-    except OSError as error:
-        raise GgufSdError(f"cannot write {target}: {error.strerror or error}") from error
+    with temporary_beside(target) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+        put(temporary, target)

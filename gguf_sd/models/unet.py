@@ -88,8 +88,9 @@ class Attention(nn.Module):
         """x and residual [B, N, dim] -> [B, N, dim]; for cross-attention ``projected`` [B, M, …] holds its keys and
         values at ``place``."""
         batch, tokens, _ = x.shape
-        if self.to_qkv is not None:
-            q, k, v = self.to_qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
+        to_qkv = self.to_qkv
+        if to_qkv is not None:
+            q, k, v = to_qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
         else:
             q = self._by_heads(self.to_q(x))
             if projected is None:
@@ -201,10 +202,22 @@ class Stage(nn.ModuleList):
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     """Sinusoids of the timestep, cosines first: [B] -> float32 [B, dim]. As in diffusers' get_timestep_embedding
     with flip_sin_to_cos and no shift."""
-    half = dim // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half)
-    angles = timesteps.float()[:, None] * frequencies
+    angles = timesteps.float()[:, None] * _frequencies(dim // 2, timesteps.device)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def _frequencies(half: int, device: torch.device) -> Tensor:
+    """Of the sinusoids, float32 [half], falling from 1 to nearly 1 / 10000; kept from step to step."""
+    known = _known_frequencies.get((half, device))
+    if known is None:
+        with torch.inference_mode(False):  # usable in inference mode and out of it
+            known = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=device) / half)
+        if type(known) is Tensor and not torch.compiler.is_compiling():  # no stand-in of a compiler's
+            _known_frequencies[half, device] = known
+    return known
+
+
+_known_frequencies: dict[tuple[int, torch.device], Tensor] = {}
 
 
 class UNet(nn.Module):

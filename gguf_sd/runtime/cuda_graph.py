@@ -1,4 +1,8 @@
-"""UNet steps replayed from CUDA graphs: one launch in place of hundreds."""
+"""UNet steps replayed from CUDA graphs: one launch in place of hundreds.
+
+A shape is captured when enough passes of it are to come, or when it is painted again: a server that paints a step or
+four at a time asks for the same shape all day. Graphs live as long as the loaded UNet does.
+"""
 
 from __future__ import annotations
 
@@ -25,23 +29,39 @@ WORTH_PASSES = 8
 
 # Shapes whose graphs are held at a time. A job needs one, or two where its last batch is smaller; not measured.
 MAX_GRAPHS = 4
+MAX_SHAPES = 256  # that are remembered to have been painted
 CAPTURING = threading.Lock()  # CUDA records one graph at a time in a process
 
 # Runs the captured pass on the inputs' present values; its result is overwritten next time.
 Replay = Callable[[], Tensor]
+Shapes = tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]  # of a step's inputs
 
 
-def use_graphs(mode: str, device: torch.device, kernels: str, passes: int) -> bool:
-    """Whether ``passes`` steps of the UNet are to go through a graph: ``on`` and ``off`` say so themselves, ``auto``
-    is on with the Triton kernels (``kernels`` is not torch) and enough passes.
+@dataclass(frozen=True)
+class Graphing:
+    """How ``passes`` steps of the UNet are to be made: ``on`` through graphs, ``auto`` where a graph pays, ``off``
+    without."""
+
+    mode: str
+    passes: int = WORTH_PASSES
+
+
+NO_GRAPHS = Graphing("off")
+
+
+def use_graphs(mode: str, device: torch.device, kernels: str, passes: int) -> Graphing:
+    """What ``mode``, one of GRAPH_MODES, comes to for ``passes`` steps: ``auto`` is off without a GPU, and without the
+    Triton kernels (``kernels`` is torch).
 
     Raises GgufSdError for an unknown mode, and ``on`` without a GPU.
     """
     if mode not in GRAPH_MODES:
         raise GgufSdError(f"unknown CUDA graph mode {mode!r}; choose from {', '.join(GRAPH_MODES)}")
     if mode == "on" and device.type != "cuda":
-        raise GgufSdError(f"CUDA graphs need a GPU, the device is {device}; choose auto or off")
-    return mode == "on" or (mode == "auto" and device.type == "cuda" and kernels != "torch" and passes >= WORTH_PASSES)
+        raise GgufSdError(f"CUDA graphs need an NVIDIA or AMD GPU, the device is {device}; choose auto or off")
+    if mode == "auto" and (device.type != "cuda" or kernels == "torch"):
+        return NO_GRAPHS
+    return Graphing(mode, passes)
 
 
 class CudaCapture:
@@ -99,19 +119,26 @@ class _Captured:
 
 @dataclass
 class GraphedUNet:
-    """Stands for ``unet``: captures a step when it meets inputs of new shapes, and replays it afterwards. Of the
+    """Stands for ``unet``: captures a step of inputs of some shapes once that pays, and replays it afterwards. Of the
     shapes, the ``limit`` used last are held.
 
-    Where a capture fails, out of memory say, it says so and runs passes as they are; with ``strict`` it raises
-    GgufSdError instead.
+    Where a capture fails, out of memory say, it says so and runs passes as they are; with ``graphing.mode`` "on",
+    where every shape is captured at once, it raises GgufSdError instead.
     """
 
     unet: Denoise
     capture: CudaCapture
-    strict: bool = False
+    graphing: Graphing = Graphing("auto")
     limit: int = MAX_GRAPHS
     nbytes: int = 0  # device memory that the graphs hold beside the weights
-    _known: OrderedDict[tuple[object, ...], _Captured | None] = field(default_factory=OrderedDict)
+    _known: OrderedDict[Shapes, _Captured | None] = field(default_factory=OrderedDict)
+    _loan: int = 0  # how often it was lent
+    _met: OrderedDict[Shapes, int] = field(default_factory=OrderedDict)  # the loan in which each shape came first
+
+    def lend(self, graphing: Graphing) -> GraphedUNet:
+        """Itself, for a painting whose steps are to be made as ``graphing`` says."""
+        self.graphing, self._loan = graphing, self._loan + 1
+        return self
 
     def project(self, context: Tensor) -> Tensor:
         """As :meth:`gguf_sd.models.unet.UNet.project`; once a prompt, without a graph."""
@@ -120,16 +147,29 @@ class GraphedUNet:
     def step(self, latents: Tensor, timesteps: Tensor, projected: Tensor, vector: Tensor | None = None) -> Tensor:
         """As :meth:`gguf_sd.models.unet.UNet.step`."""
         inputs = [latents, timesteps, projected] + ([] if vector is None else [vector])
-        key = tuple((tuple(x.shape), x.dtype, x.device) for x in inputs)
-        if key not in self._known or (self._known[key] is None and self.strict):
-            self._known[key] = self._captured(inputs)
-        self._known.move_to_end(key)
-        captured = self._known[key]
+        captured = self._graph_of(tuple((tuple(x.shape), x.dtype, x.device) for x in inputs), inputs)
         if captured is None:
             return self.unet.step(*inputs)
         for own, given in zip(captured.inputs, inputs, strict=True):
             own.copy_(given)
         return captured.replay().clone()
+
+    def _graph_of(self, shapes: Shapes, inputs: list[Tensor]) -> _Captured | None:
+        """The graph for such inputs; None where there is none, because it does not pay yet or cannot be."""
+        strict = self.graphing.mode == "on"
+        if shapes not in self._known or (self._known[shapes] is None and strict):
+            if not (strict or self._pays(shapes)):
+                return None
+            self._known[shapes] = self._captured(inputs)
+        self._known.move_to_end(shapes)
+        return self._known[shapes]
+
+    def _pays(self, shapes: Shapes) -> bool:
+        """Whether enough passes are to come, or the shape was painted before and so may be again."""
+        first = self._met.setdefault(shapes, self._loan)
+        if len(self._met) > MAX_SHAPES:
+            self._met.popitem(last=False)
+        return self.graphing.passes >= WORTH_PASSES or first < self._loan
 
     def _captured(self, inputs: list[Tensor]) -> _Captured | None:
         before = self.capture.reserved()
@@ -142,7 +182,7 @@ class GraphedUNet:
             captured = _Captured(own, self.capture(lambda: self.unet.step(*own)))
         except RuntimeError as error:  # out of memory included
             reason = str(error).splitlines()[0]
-            if self.strict:
+            if self.graphing.mode == "on":
                 raise GgufSdError(f"the UNet cannot become a CUDA graph: {reason}; use --cuda-graph off") from error
             log.warning("the UNet cannot become a CUDA graph, steps run without one: %s", reason)
         finally:

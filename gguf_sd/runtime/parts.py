@@ -27,7 +27,8 @@ from gguf_sd.models.text import TextEncoder
 from gguf_sd.models.tiny_vae import TinyAutoencoder
 from gguf_sd.models.unet import UNet
 from gguf_sd.models.vae import Autoencoder
-from gguf_sd.runtime.cuda_graph import CudaCapture, GraphedUNet
+from gguf_sd.runtime.cuda_graph import NO_GRAPHS, CudaCapture, GraphedUNet, Graphing
+from gguf_sd.runtime.host_heap import be_frugal
 from gguf_sd.runtime.kernel_modes import make_resident, use_kernels
 from gguf_sd.runtime.memory import give_back, held_bytes
 from gguf_sd.runtime.stages import Meter
@@ -96,21 +97,19 @@ class Parts:
             yield cast(SafetyChecker, loaded.part)
 
     @contextmanager
-    def unet(self, how: LoadedAs, graphed: bool = False, strict: bool = False) -> Iterator[Denoise]:
-        """Lends the UNet; with ``graphed`` behind its CUDA graphs, which live as long as it does. ``strict``: see
-        :class:`gguf_sd.runtime.cuda_graph.GraphedUNet`."""
+    def unet(self, how: LoadedAs, graphing: Graphing = NO_GRAPHS) -> Iterator[Denoise]:
+        """Lends the UNet; unless ``graphing`` is off, behind its CUDA graphs, which live as long as it does."""
         with self._borrowed("unet", how) as loaded:
             unet = cast(UNet, loaded.part)
             if loaded.streamed:  # in no graph: what it replays is of the device alone
                 yield StreamedUNet(unet, self.streamed["unet"])
                 return
-            if not graphed:
+            if graphing.mode == "off":
                 yield unet
                 return
             if loaded.graphs is None:
                 loaded.graphs = GraphedUNet(unet, CudaCapture(self.device))
-            loaded.graphs.strict = strict
-            yield loaded.graphs
+            yield loaded.graphs.lend(graphing)
 
     @property
     def nbytes(self) -> int:
@@ -146,6 +145,8 @@ class Parts:
 
     @contextmanager
     def _borrowed(self, name: str, how: LoadedAs) -> Iterator[_Loaded]:
+        if self.device.type == "cpu":
+            be_frugal(how.placement == "streamed")
         try:
             yield self._get(name, how)
         finally:

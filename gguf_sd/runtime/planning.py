@@ -54,7 +54,17 @@ class Planning:
             onednn=execution.dtype == torch.float32 or memory.wide_dtype(execution.device) == execution.dtype,
         )
         weights, placement = execution.weights, execution.placement
-        return Planner(self.model.config, self.vae, self._tiny, self._bytes, workload, machine, weights, placement)
+        return Planner(
+            self.model.config,
+            self.vae,
+            self._tiny,
+            self._bytes,
+            workload,
+            machine,
+            weights,
+            placement,
+            execution.vae_tile,
+        )
 
     def workload(self, jobs: Sequence[Job], chunks: Callable[[Job], int]) -> Workload:
         """The most that jobs paint at once; ``chunks`` counts those of a job's prompts."""

@@ -20,23 +20,25 @@ def described(tensor: Tensor | None) -> tuple[torch.Size, torch.dtype] | None:
     return None if tensor is None else (tensor.shape, tensor.dtype)
 
 
-def linear_key(x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None) -> tuple[Hashable, ...]:
-    """What a prepared linear layer depends on, its launch and GEGLU apart."""
-    return weight.kind, x.device, described(x), described(bias), described(residual)
+def linear_key(
+    how: Hashable, geglu: bool, x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None
+) -> Hashable:
+    """What a prepared linear layer depends on; ``how`` it is made is a mode, or a launch."""
+    return how, geglu, weight.kind, x.device, x.dtype, x.shape, described(bias), described(residual)
 
 
 def conv_key(
+    how: Hashable,
+    shifts: tuple[int, int],
     x: Tensor,
     weight: PackedWeight,
     bias: Tensor | None,
-    stride: int,
-    padding: int,
     residual: Tensor | None,
     emb: Tensor | None,
-) -> tuple[Hashable, ...]:
-    """What a prepared convolution depends on, its launch apart."""
-    rows = None if emb is None else (described(emb), emb.stride(0))
-    return weight.kind, stride, padding, x.device, described(x), described(bias), described(residual), rows
+) -> Hashable:
+    """What a prepared convolution depends on, ``shifts`` its stride and padding; ``how`` as for :func:`linear_key`."""
+    rows = None if emb is None else (emb.shape, emb.dtype, emb.stride(0))
+    return how, shifts, weight.kind, x.device, x.dtype, x.shape, described(bias), described(residual), rows
 
 
 def linear_product(x: Tensor, weight: PackedWeight, geglu: bool) -> Product:

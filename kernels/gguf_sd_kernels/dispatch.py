@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gguf_sd_kernels import ops
-from gguf_sd_kernels.checks import conv_product, linear_key, linear_product
+from gguf_sd_kernels.checks import conv_key, conv_product, conv_sizes, described, linear_key, linear_product
 from gguf_sd_kernels.cpu.activation import geglu as apply_geglu
 from gguf_sd_kernels.cpu.scratch import borrow
 from gguf_sd_kernels.reference import products as reference
 from gguf_sd_kernels.repack import PackedWeight, unpack
+from gguf_sd_kernels.triton.launcher import with_rows
 from gguf_sd_kernels.tuning.launch import Prepared
 from gguf_sd_kernels.tuning.operands import Use
 from gguf_sd_kernels.tuning.self_check import Subject
@@ -53,10 +54,8 @@ def linear_packed(
     "dequantize" for float32, and GPUs without tensor cores that Triton uses.
     Raises ValueError for another mode, or shapes that do not fit.
     """
-    key = mode, geglu, *linear_key(x, weight, bias, residual)
-    run = _linears.get(key)
-    if run is None:
-        run = _linears.keep(key, _prepare_linear(x, weight, bias, residual, geglu, mode))
+    key = linear_key(mode, geglu, x, weight, bias, residual)
+    run = _linears.get(key) or _linears.keep(key, _prepare_linear(x, weight, bias, residual, geglu, mode))
     return run(x, weight, bias, residual)
 
 
@@ -71,7 +70,7 @@ def _prepare_linear(
     use = Use(linear_product(x, weight, geglu), _added(bias=bias, residual=residual))
     way = way_of(use, weight, x.dtype, mode)
     if way.name == "int8":
-        return partial(_triton("int8").linear_int8, geglu=geglu, launch=way.launch)
+        return _triton("int8").PreparedInt8.linear(x, weight, bias, residual, geglu, way.launch)
     if way.name == "fused":
         return _triton("linear").PreparedLinear(x, weight, bias, residual, geglu, way.launch)
     if geglu and residual is not None:
@@ -107,28 +106,54 @@ def conv2d_packed(
     ``mode`` is one of MODES, as for :func:`linear_packed`; blocks in (IC, KH, KW) order, and channels that are no
     multiple of 32, are dequantized in any. Raises ValueError for another mode, or shapes that do not fit.
     """
+    emb, shifts = with_rows(emb), (stride, padding)
+    key = conv_key(mode, shifts, x, weight, bias, residual, emb)
+    run = _convs.get(key) or _convs.keep(key, _prepare_conv(x, weight, bias, shifts, residual, emb, mode))
+    return run(x, weight, bias, residual, emb)
+
+
+ConvRun = Callable[[Tensor, PackedWeight, Tensor | None, Tensor | None, Tensor | None], Tensor]
+_convs: Prepared[ConvRun] = Prepared()
+
+
+def _prepare_conv(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    shifts: tuple[int, int],
+    residual: Tensor | None,
+    emb: Tensor | None,
+    mode: str,
+) -> ConvRun:
+    """What makes such convolutions from now on."""
+    batch, channels, height, width = x.shape
     added = _added(bias=bias, residual=residual, emb=emb)
-    key = mode, stride, padding, weight.kind, x.device, x.dtype, x.shape, added
-    way = _ways.get(key)
-    if way is None:
-        batch, channels, height, width = x.shape
-        product = conv_product(x, weight, stride, padding)
-        use = Use(product, added, (batch, channels, height, width), stride, padding, weight.tap_major)
-        way = way_of(use, weight, x.dtype, mode)
-        _ways.keep(key, way)
-    if way.launch is not None:
-        convolve = _triton("int8").conv2d_int8 if way.name == "int8" else _triton("conv").conv2d_fused
-        return convolve(x, weight, bias, stride, padding, residual=residual, emb=emb, launch=way.launch)
+    use = Use(conv_product(x, weight, *shifts), added, (batch, channels, height, width), *shifts, weight.tap_major)
+    way = way_of(use, weight, x.dtype, mode)
+    if way.launch is None:
+        return partial(_conv_decoded, shifts=shifts, way=way)
+    sizes = conv_sizes(x, weight, bias, *shifts, residual=residual, emb=emb)
+    if way.name == "int8":
+        return _triton("int8").PreparedInt8.conv(sizes, x, way.launch)
+    return _triton("conv").PreparedConv(sizes, x, way.launch)
+
+
+def _conv_decoded(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    emb: Tensor | None,
+    shifts: tuple[int, int],
+    way: Way,
+) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
     with borrow((weight.rows, weight.cols), x.dtype, x.device) as buffer:
         full = _decoded(weight, x.dtype, buffer, way)
-        y = F.conv2d(x, full, None if bias is None else bias.to(x.dtype), stride, padding)
+        y = F.conv2d(x, full, None if bias is None else bias.to(x.dtype), *shifts)
     if emb is not None:
         y += emb[:, :, None, None]
     return y if residual is None else y.add_(residual)
-
-
-_ways: Prepared[Way] = Prepared()
 
 
 def _added(**operands: Tensor | None) -> tuple[str, ...]:
@@ -155,22 +180,36 @@ def _decoded(weight: PackedWeight, dtype: torch.dtype, buffer: Tensor, way: Way)
 
 def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
     """As :func:`gguf_sd_kernels.triton.norm.group_norm_silu_triton`, which makes it unless it is set aside."""
-    key = "group", x.device, x.dtype, x.shape, groups, silu
-    if key not in _norms:
-        _norms.keep(key, norm_trusted(x, groups, silu))
-    if not _norms[key]:
-        return ops.group_norm_silu(x, groups, weight, bias, eps, silu)
-    return _triton("norm").group_norm_silu_triton(x, groups, weight, bias, eps, silu)
+    key = groups, eps, silu, x.device, x.dtype, x.shape, described(weight), described(bias)
+    run = _norms.get(key)
+    if run is None:
+        if norm_trusted(x, groups, silu):
+            run = _triton("norm").PreparedGroupNorm(x, groups, weight, bias, eps, silu)
+        else:
+            run = partial(_plain_group_norm, groups=groups, eps=eps, silu=silu)
+        _norms.keep(key, run)
+    return run(x, weight, bias)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """As :func:`gguf_sd_kernels.triton.norm.layer_norm_triton`, which makes it unless it is set aside."""
-    key = "layer", x.device, x.dtype, x.shape[-1]
-    if key not in _norms:
-        _norms.keep(key, norm_trusted(x))
-    if not _norms[key]:
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
-    return _triton("norm").layer_norm_triton(x, weight, bias, eps)
+    key = eps, x.device, x.dtype, x.shape, described(weight), described(bias)
+    run = _norms.get(key)
+    if run is None:
+        trusted = norm_trusted(x)
+        run = (
+            _triton("norm").PreparedLayerNorm(x, weight, bias, eps) if trusted else partial(_plain_layer_norm, eps=eps)
+        )
+        _norms.keep(key, run)
+    return run(x, weight, bias)
 
 
-_norms: Prepared[bool] = Prepared()
+_norms: Prepared[Callable[[Tensor, Tensor, Tensor], Tensor]] = Prepared()
+
+
+def _plain_group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
+    return ops.group_norm_silu(x, groups, weight, bias, eps, silu)
+
+
+def _plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, eps)

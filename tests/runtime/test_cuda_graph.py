@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from gguf_sd.errors import GgufSdError
-from gguf_sd.runtime.cuda_graph import WORTH_PASSES, CudaCapture, GraphedUNet, use_graphs
+from gguf_sd.runtime.cuda_graph import (
+    MAX_SHAPES,
+    NO_GRAPHS,
+    WORTH_PASSES,
+    CudaCapture,
+    GraphedUNet,
+    Graphing,
+    use_graphs,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -53,8 +61,8 @@ def inputs(batch: int, value: float, vector: bool = False) -> list[Any]:
     return given + ([torch.full((1, 5), value).expand(batch, -1)] if vector else [])
 
 
-def graphed(capture: Any, strict: bool = False) -> GraphedUNet:
-    return GraphedUNet(Sum(), capture, strict)
+def graphed(capture: Any, mode: str = "auto") -> GraphedUNet:
+    return GraphedUNet(Sum(), capture, Graphing(mode))
 
 
 def test_a_replay_sees_its_inputs() -> None:
@@ -85,27 +93,61 @@ def test_a_failed_capture_is_said_once_and_steps_go_on(caplog: pytest.LogCapture
         "the UNet cannot become a CUDA graph, steps run without one: CUDA out of memory"
     ]
     with pytest.raises(GgufSdError, match="out of memory; use --cuda-graph off"):
-        graphed(Recorder("CUDA out of memory"), strict=True).step(*inputs(1, 1.0))
+        graphed(Recorder("CUDA out of memory"), "on").step(*inputs(1, 1.0))
 
 
 def test_when_graphs_are_used() -> None:
-    many, few = WORTH_PASSES, WORTH_PASSES - 1
-    assert use_graphs("auto", GPU, "fused", many)
-    assert not use_graphs("auto", GPU, "fused", few)
-    assert not use_graphs("auto", GPU, "torch", many)
-    assert not use_graphs("auto", CPU, "torch", many)
-    assert use_graphs("on", GPU, "torch", 1)
-    assert not use_graphs("off", GPU, "fused", many)
+    many = WORTH_PASSES
+    assert use_graphs("auto", GPU, "fused", 3) == Graphing("auto", 3)
+    assert use_graphs("auto", GPU, "torch", many) == NO_GRAPHS
+    assert use_graphs("auto", CPU, "torch", many) == NO_GRAPHS
+    assert use_graphs("on", GPU, "torch", 1).mode == "on"
+    assert use_graphs("off", GPU, "fused", many).mode == "off"
     with pytest.raises(GgufSdError, match="'yes'; choose from auto, on, off"):
         use_graphs("yes", GPU, "fused", many)
-    with pytest.raises(GgufSdError, match="need a GPU, the device is cpu"):
+    with pytest.raises(GgufSdError, match="need an NVIDIA or AMD GPU, the device is cpu"):
         use_graphs("on", CPU, "torch", many)
+
+
+def painted(unet: GraphedUNet, passes: int, *given: list[Any], mode: str = "auto") -> None:
+    lent = unet.lend(Graphing(mode, passes))
+    for each in given:
+        assert torch.equal(lent.step(*each), Sum().step(*each))
+
+
+def test_few_passes_are_captured_when_the_shape_is_painted_again() -> None:
+    """Turbo's one to four steps; another shape in between has its own count, and the graph is kept."""
+    recorder = Recorder()
+    unet = graphed(recorder)
+    painted(unet, 2, inputs(1, 1.0), inputs(1, 2.0))
+    painted(unet, 2, inputs(2, 1.0), inputs(2, 2.0))
+    assert recorder.captures == 0
+    painted(unet, 2, inputs(1, 3.0), inputs(1, 4.0))
+    assert recorder.captures == 1
+    painted(unet, 2, inputs(2, 3.0), inputs(1, 5.0))
+    assert recorder.captures == 2
+    painted(unet, 1, inputs(1, 6.0), inputs(2, 6.0))
+    assert recorder.captures == 2
+
+
+def test_many_passes_and_graphs_on_are_captured_at_once() -> None:
+    for passes, mode in ((WORTH_PASSES, "auto"), (1, "on")):
+        recorder = Recorder()
+        painted(graphed(recorder), passes, inputs(1, 1.0), mode=mode)
+        assert recorder.captures == 1
+
+
+def test_not_all_shapes_ever_painted_are_remembered() -> None:
+    unet = graphed(Recorder())
+    for batch in range(1, MAX_SHAPES + 3):
+        painted(unet, 1, [torch.zeros(batch, 1, 1, 1), torch.zeros(batch), torch.zeros(batch, 1, 1)])
+    assert len(unet._met) == MAX_SHAPES
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @torch.inference_mode()
 def test_on_a_gpu() -> None:
-    unet = GraphedUNet(Sum(), CudaCapture(GPU), strict=True)
+    unet = GraphedUNet(Sum(), CudaCapture(GPU), Graphing("on"))
     for value in (1.0, 2.0):
         given = [x.to(GPU) for x in inputs(2, value)]
         assert torch.equal(unet.step(*given), Sum().step(*given))

@@ -14,6 +14,7 @@ from torch import Tensor
 from gguf_sd.models.layers import Quantized
 from gguf_sd.pipeline import Pipeline
 from gguf_sd.request import Request
+from gguf_sd.runtime.cuda_graph import Graphing
 from gguf_sd.runtime.part_bytes import part_bytes
 from gguf_sd.runtime.plan import Planner
 
@@ -114,15 +115,20 @@ class Capture:
         return 1000 * self.captures
 
 
+def with_graphs(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """As if there were a GPU."""
+    monkeypatch.setattr("gguf_sd.pipeline.use_graphs", lambda asked, device, kernels, passes: Graphing(mode, passes))
+    monkeypatch.setattr("gguf_sd.runtime.parts.CudaCapture", Capture)
+    monkeypatch.setattr(Capture, "made", [])
+
+
 @pytest.mark.parametrize("weights", ["quantized", "resident"])
 def test_a_step_is_captured_once_a_unet_and_shape(
     tiny_model: Path, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = load(tiny_model, weights)
     plain = pipeline("a cat", count=2, **SETTINGS)
-    monkeypatch.setattr("gguf_sd.pipeline.use_graphs", lambda *asked: True)
-    monkeypatch.setattr("gguf_sd.runtime.parts.CudaCapture", Capture)
-    monkeypatch.setattr(Capture, "made", [])
+    with_graphs(monkeypatch, "on")
     job = pipeline.prepare(Request("a cat", count=2, **SETTINGS))
     for _ in range(2):
         painted = list(pipeline.paint(job))
@@ -133,6 +139,18 @@ def test_a_step_is_captured_once_a_unet_and_shape(
     assert pipeline.parts.graph_bytes == 0
     list(pipeline.paint(job))
     assert [capture.captures for capture in Capture.made] == [1, 1], "graphs outlived their UNet"
+
+
+def test_few_steps_are_captured_when_they_are_painted_again(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the next call that asks for such a picture, and by the next batch of one; by no other size's."""
+    pipeline = load(tiny_model)
+    with_graphs(monkeypatch, "auto")
+    small, large = (pipeline.prepare(Request("a cat", **SETTINGS | {"height": height})) for height in (32, 64))
+    batches = pipeline.prepare(Request("a cat", count=3, batch=2, **SETTINGS | {"height": 48}))
+    for job, captures in ((small, 0), (large, 0), (small, 1), (small, 1), (large, 2), (batches, 2), (batches, 4)):
+        list(pipeline.paint(job))
+        assert [capture.captures for capture in Capture.made] == [captures]
+    assert pipeline.parts.graph_bytes == 4000
 
 
 def test_parts_go_by_kind(tiny_model: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 # Values of the result computed at a time on a CPU, so that a part stays in the L2 cache between its passes.
@@ -19,7 +20,7 @@ def geglu(x: Tensor) -> Tensor:
     """
     if x.ndim < 1 or x.shape[-1] % 2:
         raise ValueError(f"geglu halves the last dimension, which must be even; got {list(x.shape)}")
-    if x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):
+    if x.device.type != "cpu" or is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
         value, gate = x.chunk(2, -1)
         return value * F.gelu(gate)
     width = x.shape[-1] // 2

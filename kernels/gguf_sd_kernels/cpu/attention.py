@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 # Bytes of scores alive at a time. Zen 5, 2 threads, 2 MiB L2, 32 MiB L3, time against SDPA:
@@ -19,6 +20,7 @@ SCORE_BYTES = 4 << 20
 SAMPLE_STRIDE, SAMPLE_FROM_KEYS = 4, 512
 # Exponents stay below 2^96: a row of 2^13 of them sums to 2^109, which leaves values up to 2^18 room in bfloat16.
 MAX_EXPONENT = 96.0
+_HAS_BF16_PRODUCTS: bool = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -27,18 +29,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Strided views are welcome: heads split from ``[B, N, H*D]`` need no copy.
     Raises ValueError on other shapes.
     """
-    if q.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+    of_q, of_k = q.shape, k.shape
+    if len(of_q) != 4 or of_k != v.shape or of_q[:2] != of_k[:2] or of_q[3] != of_k[3]:
         raise ValueError(
             f"attention takes q [B, H, N, D] with k and v [B, H, M, D], "
             f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
         )
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and _has_bf16_products():
-        return _attention_bf16(q, k, v)
+    if q.is_cpu and q.dtype == torch.bfloat16 and _HAS_BF16_PRODUCTS:
+        return _opaque(q, k, v) if is_compiling() else _attention_bf16(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def _has_bf16_products() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def _opaque(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same as one operator, as it looks at values on its way."""
+    from gguf_sd_kernels import custom_ops
+
+    return custom_ops.attention(q, k, v)
 
 
 def _attention_bf16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from gguf_sd_kernels.cpu.activation import geglu
@@ -48,8 +49,9 @@ def product_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def _in_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN computes in x's dtype here, and no gradients are asked for."""
-    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    """Whether oneDNN computes in x's dtype here, and no gradients are asked for. The compiler takes plain products, and
+    chooses for itself."""
+    if is_compiling() or x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return False

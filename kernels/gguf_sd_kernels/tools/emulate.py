@@ -31,6 +31,7 @@ from gguf_sd_kernels import devices
 from gguf_sd_kernels.tools.emulate_cases import Case, cases
 from gguf_sd_kernels.tools.emulated_gpu import ARCHITECTURE, EmulatedGpu, emulated_gpu
 from gguf_sd_kernels.tools.emulator import Emulator
+from gguf_sd_kernels.tuning.fingerprint import kernels_version
 
 # Whole steps and pictures: above this package, so found by name where they are.
 MODEL_CASES = "benchmarks.lib.emulated_model"
@@ -50,6 +51,11 @@ class Executed:
     launches: int
     psnr: float | None = None
     fault: str = ""
+
+    @property
+    def name(self) -> str:
+        """As :attr:`Case.name`."""
+        return f"{self.kernel} {self.launch} {self.shape}"
 
     @property
     def ok(self) -> bool:
@@ -122,9 +128,21 @@ def versions() -> dict[str, str]:
         "target": ARCHITECTURE,
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "kernels": kernels_version(),
         "llvm": _llvm_version(Path(triton.__file__).parent / "_C/libtriton.so"),
         "emulator": "tinygrad, test/mockgpu/amd/emu.py",
     }
+
+
+def earlier(path: Path) -> dict[str, Executed]:
+    """What an earlier run left in the file and was right, by the case's name; nothing of other kernels or versions."""
+    if not path.is_file():
+        return {}
+    report = json.loads(path.read_text())
+    if any(report.get(name) != value for name, value in versions().items() if name != "date"):
+        return {}
+    results = [Executed(**entry) for entry in report["results"]]
+    return {done.name: done for done in results if done.ok}
 
 
 def _llvm_version(library: Path) -> str:
@@ -142,17 +160,21 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only each N-th of the kernels' cases")
     parser.add_argument("--picture", action="store_true", help="a picture of the demo model too, in minutes")
     parser.add_argument("--json", type=Path, help="file to write results to")
+    parser.add_argument("--resume", action="store_true", help="do not run again what --json has of the same kernels")
     args = parser.parse_args()
     try:
         emulator = Emulator(args.emulator)
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
-    results = []
+    if args.resume and not args.json:
+        parser.error("--resume goes on with the results in --json: name that file")
+    known = earlier(args.json) if args.resume else {}
+    results: list[Executed] = []
     titles = "error", "seconds", "emulated"
     print(f"{'kernel':16} {'launch':36} {'shape':18} {titles[0]:>9} {titles[1]:>8} {titles[2]:>8}   launches")
     with emulated_gpu(emulator) as gpu:
         for case in chosen_cases(args.only or [""], max(1, args.every), args.picture):
-            results.append(execute(case, gpu))
+            results.append(known.get(case.name) or execute(case, gpu))
             print(line(results[-1]), flush=True)
             if args.json:  # after each, so that an interrupted run leaves what it has
                 report = versions() | {"results": [asdict(done) for done in results]}

@@ -17,7 +17,7 @@ from torch import Tensor
 from gguf_sd_kernels.checks import ConvSizes, conv_key, conv_sizes
 from gguf_sd_kernels.devices import gpu_of
 from gguf_sd_kernels.repack import PackedWeight
-from gguf_sd_kernels.triton.launcher import PreparedLaunch, channels_last, in_order, with_rows
+from gguf_sd_kernels.triton.launcher import PreparedLaunch, allocator, channels_last, in_order, with_rows
 from gguf_sd_kernels.triton.tiles import (
     decode_tile,
     finish_tile,
@@ -112,7 +112,8 @@ class PreparedConv:
     """A convolution of ``sizes``, ready for operands of the dtypes it was prepared with."""
 
     def __init__(self, sizes: ConvSizes, x: Tensor, launch: Launch | None):
-        self.result, self.dtype, self.device = sizes.result, x.dtype, x.device
+        self.device = x.device
+        self.result = allocator(sizes.result, x.dtype, x.device, torch.channels_last)
         self.start: PreparedLaunch | None = None
         if not sizes.batch:
             return
@@ -134,7 +135,7 @@ class PreparedConv:
     def __call__(
         self, x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None, emb: Tensor | None
     ) -> Tensor:
-        out = torch.empty(self.result, dtype=self.dtype, device=self.device, memory_format=torch.channels_last)
+        out = self.result()
         if self.start is not None:
             arrays = channels_last(x), weight.quants, weight.scales, weight.mins
             self.start(*arrays, in_order(bias), channels_last(residual), emb, out, *self.programs.shared(self.device))
@@ -163,7 +164,7 @@ def conv2d_fused(
     that are no multiple of 32, other dtypes, and shapes that do not fit.
     """
     emb = with_rows(emb)
-    key = launch, *conv_key(x, weight, bias, stride, padding, residual, emb)
+    key = conv_key(launch, (stride, padding), x, weight, bias, residual, emb)
     run = _prepared.get(key)
     if run is None:
         sizes = conv_sizes(x, weight, bias, stride, padding, residual=residual, emb=emb)

@@ -21,7 +21,7 @@ from torch import Tensor
 from gguf_sd_kernels.checks import ConvSizes, conv_key, conv_sizes, linear_key, linear_product, linear_shape
 from gguf_sd_kernels.devices import gpu_of
 from gguf_sd_kernels.repack import PackedWeight
-from gguf_sd_kernels.triton.launcher import PreparedLaunch, channels_last, in_order, with_rows
+from gguf_sd_kernels.triton.launcher import PreparedLaunch, allocator, channels_last, in_order, with_rows
 from gguf_sd_kernels.triton.quantize import quantize_activations
 from gguf_sd_kernels.triton.tiles import finish_tile, split_range, tap_at, tile_position, weight_rows, windows
 from gguf_sd_kernels.triton.workspace import divide
@@ -178,8 +178,9 @@ class PreparedInt8:
         sizes: ConvSizes | None = None,
     ):
         launch = _checked(launch, product, x.device)
-        self.result, self.dtype, self.device = result, x.dtype, x.device
-        self.layout = torch.channels_last if sizes else torch.contiguous_format
+        self.device, self.pictures = x.device, sizes is not None
+        layout = torch.channels_last if sizes else torch.contiguous_format
+        self.result = allocator(result, x.dtype, x.device, layout)
         self.start: PreparedLaunch | None = None
         if not product.m:
             return
@@ -194,15 +195,40 @@ class PreparedInt8:
         numbers = (*numbers, self.programs.steps)
         self.start = PreparedLaunch(kernel, self.programs.grid, x.device, numbers, constants, **launch.options)
 
-    def __call__(self, rows: Tensor, weight: PackedWeight, *epilogue: Tensor | None) -> Tensor:
-        """``rows`` [M, K], or [pixels, IC]; ``epilogue`` bias, residual and a convolution's emb, as the kernel takes
-        them."""
-        out = torch.empty(self.result, dtype=self.dtype, device=self.device, memory_format=self.layout)
-        if self.start is not None:
-            x = quantize_activations(rows)
-            arrays = x.codes, x.scales, x.sums, weight.quants, weight.scales
-            self.start(*arrays, *epilogue, out, *self.programs.shared(self.device))
+    def __call__(
+        self, x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None, emb: Tensor | None = None
+    ) -> Tensor:
+        out = self.result()
+        if self.start is None:
+            return out
+        epilogue: tuple[Tensor | None, ...]
+        if self.pictures:
+            rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+            epilogue = in_order(bias), channels_last(residual), emb
+        else:
+            rows, epilogue = x.reshape(-1, weight.cols), (in_order(bias), in_order(residual))
+        codes = quantize_activations(rows)
+        arrays = codes.codes, codes.scales, codes.sums, weight.quants, weight.scales
+        self.start(*arrays, *epilogue, out, *self.programs.shared(self.device))
         return out
+
+    @classmethod
+    def linear(
+        cls,
+        x: Tensor,
+        weight: PackedWeight,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        geglu: bool,
+        launch: Launch | None,
+    ) -> PreparedInt8:
+        """The linear layer of such operands."""
+        return cls(linear_shape(x, weight, bias, residual, geglu), linear_product(x, weight, geglu), x, launch)
+
+    @classmethod
+    def conv(cls, sizes: ConvSizes, x: Tensor, launch: Launch | None) -> PreparedInt8:
+        """The convolution of ``sizes``."""
+        return cls(sizes.result, sizes.product, x, launch, sizes)
 
 
 _prepared: Prepared[PreparedInt8] = Prepared()
@@ -222,12 +248,9 @@ def linear_int8(
     Raises ValueError for other types, dtypes other than float16 and bfloat16, GPUs without 8-bit launches, or shapes
     that do not fit.
     """
-    key = launch, geglu, *linear_key(x, weight, bias, residual)
-    run = _prepared.get(key)
-    if run is None:
-        result = linear_shape(x, weight, bias, residual, geglu)
-        run = _prepared.keep(key, PreparedInt8(result, linear_product(x, weight, geglu), x, launch))
-    return run(x.reshape(-1, weight.cols), weight, in_order(bias), in_order(residual))
+    key = linear_key(launch, geglu, x, weight, bias, residual)
+    run = _prepared.get(key) or _prepared.keep(key, PreparedInt8.linear(x, weight, bias, residual, geglu, launch))
+    return run(x, weight, bias, residual)
 
 
 def conv2d_int8(
@@ -248,13 +271,12 @@ def conv2d_int8(
     other than float16 and bfloat16, GPUs without 8-bit launches, or shapes that do not fit.
     """
     emb = with_rows(emb)
-    key = launch, *conv_key(x, weight, bias, stride, padding, residual, emb)
+    key = conv_key(launch, (stride, padding), x, weight, bias, residual, emb)
     run = _prepared.get(key)
     if run is None:
         sizes = conv_sizes(x, weight, bias, stride, padding, residual=residual, emb=emb)
-        run = _prepared.keep(key, PreparedInt8(sizes.result, sizes.product, x, launch, sizes))
-    pixels = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-    return run(pixels, weight, in_order(bias), channels_last(residual), emb)
+        run = _prepared.keep(key, PreparedInt8.conv(sizes, x, launch))
+    return run(x, weight, bias, residual, emb)
 
 
 def _checked(launch: Launch | None, product: Product, device: torch.device) -> Launch:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from gguf_sd_kernels.checks import linear_key, linear_product, linear_shape
 from gguf_sd_kernels.devices import gpu_of
 from gguf_sd_kernels.repack import PackedWeight
-from gguf_sd_kernels.triton.launcher import PreparedLaunch, in_order
+from gguf_sd_kernels.triton.launcher import PreparedLaunch, allocator, in_order
 from gguf_sd_kernels.triton.tiles import decode_tile, finish_tile, multiply, split_range, tile_position, weight_rows
 from gguf_sd_kernels.triton.workspace import divide
 from gguf_sd_kernels.tuning.launch import Launch, Prepared, choose
@@ -80,8 +79,8 @@ class PreparedLinear:
         geglu: bool,
         launch: Launch | None = None,
     ):
-        self.result = linear_shape(x, weight, bias, residual, geglu)
-        self.dtype, self.device = x.dtype, x.device
+        self.device = x.device
+        self.result = allocator(linear_shape(x, weight, bias, residual, geglu), x.dtype, x.device)
         self.start: PreparedLaunch | None = None
         product = linear_product(x, weight, geglu)
         if not product.m:
@@ -100,7 +99,7 @@ class PreparedLinear:
         )
 
     def __call__(self, x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        out = torch.empty(self.result, dtype=self.dtype, device=self.device)
+        out = self.result()
         if self.start is not None:
             arrays = in_order(x), weight.quants, weight.scales, weight.mins
             self.start(*arrays, in_order(bias), in_order(residual), out, *self.programs.shared(self.device))
@@ -125,6 +124,6 @@ def linear_fused(
     ``[..., N/2]``; there is no residual then. float16 and bfloat16; sums are float32.
     Raises ValueError for other dtypes, or shapes that do not fit.
     """
-    key = launch, geglu, *linear_key(x, weight, bias, residual)
+    key = linear_key(launch, geglu, x, weight, bias, residual)
     run = _prepared.get(key) or _prepared.keep(key, PreparedLinear(x, weight, bias, residual, geglu, launch))
     return run(x, weight, bias, residual)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gguf_sd_kernels.checks import described
-from gguf_sd_kernels.triton.launcher import PreparedLaunch, channels_last, in_order
+from gguf_sd_kernels.triton.launcher import PreparedLaunch, allocator, channels_last, in_order
 from gguf_sd_kernels.tuning.launch import Prepared
 
 # Untuned: values a program holds at a time, 16 a thread (32 a thread spill), and programs a picture at most.
@@ -143,7 +143,8 @@ class PreparedGroupNorm:
             )
         if x.dtype not in DTYPES or x.numel() >= 2**31:
             raise ValueError(f"group norm takes fewer than 2^31 float values, got {x.numel()} of {x.dtype}")
-        self.shape, self.dtype, self.device, self.empty = x.shape, x.dtype, x.device, not x.numel()
+        self.device, self.empty = x.device, not x.numel()
+        self.result = allocator(x.shape, x.dtype, x.device, torch.channels_last)
         if self.empty:
             return
         batch, rows, width = x.shape[0], x.shape[2] * x.shape[3], channels // groups
@@ -160,7 +161,7 @@ class PreparedGroupNorm:
         self.apply = PreparedLaunch(group_apply_kernel, grid, x.device, (*numbers, eps), slots, num_warps=WARPS)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        out = torch.empty(self.shape, dtype=self.dtype, device=self.device, memory_format=torch.channels_last)
+        out = self.result()
         if not self.empty:
             pixels = channels_last(x)
             means, deviations = torch.empty(self.parts, dtype=torch.float32, device=self.device).unbind()
@@ -169,8 +170,33 @@ class PreparedGroupNorm:
         return out
 
 
+class PreparedLayerNorm:
+    """Layer normalisation, ready for operands of the shapes and dtypes of those it was prepared with.
+
+    Raises ValueError as :func:`layer_norm_triton` does.
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float):
+        width = x.shape[-1] if x.ndim else 0
+        if not 0 < width <= 16384 or weight.shape != (width,) or bias.shape != (width,) or x.dtype not in DTYPES:
+            raise ValueError(
+                f"layer norm of {x.dtype} {list(x.shape)} takes weight and bias [{width}] of at most 16384, "
+                f"got weight {list(weight.shape)}, bias {list(bias.shape)}"
+            )
+        self.result = allocator(x.shape, x.dtype, x.device)
+        rows, slots = x.numel() // width, triton.next_power_of_2(width)
+        constants, warps = {"WIDTH": slots}, max(1, min(8, slots // 256))
+        self.start = PreparedLaunch(layer_norm_kernel, (rows,), x.device, (width, eps), constants, num_warps=warps)
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        out = self.result()
+        if out.numel():
+            self.start(in_order(x), in_order(weight), in_order(bias), out)
+        return out
+
+
 _prepared: Prepared[PreparedGroupNorm] = Prepared()
-_prepared_layer: Prepared[PreparedLaunch] = Prepared()
+_prepared_layer: Prepared[PreparedLayerNorm] = Prepared()
 
 
 def group_norm_silu_triton(
@@ -192,20 +218,5 @@ def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
     Raises ValueError when the parameters do not fit or C is above 16384.
     """
     key = x.device, described(x), described(weight), described(bias), eps
-    start = _prepared_layer.get(key) or _prepared_layer.keep(key, _prepare_layer_norm(x, weight, bias, eps))
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel():
-        start(in_order(x), in_order(weight), in_order(bias), out)
-    return out
-
-
-def _prepare_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> PreparedLaunch:
-    width = x.shape[-1] if x.ndim else 0
-    if not 0 < width <= 16384 or weight.shape != (width,) or bias.shape != (width,) or x.dtype not in DTYPES:
-        raise ValueError(
-            f"layer norm of {x.dtype} {list(x.shape)} takes weight and bias [{width}] of at most 16384, "
-            f"got weight {list(weight.shape)}, bias {list(bias.shape)}"
-        )
-    slots = triton.next_power_of_2(width)
-    grid, warps = (x.numel() // width,), max(1, min(8, slots // 256))
-    return PreparedLaunch(layer_norm_kernel, grid, x.device, (width, eps), {"WIDTH": slots}, num_warps=warps)
+    run = _prepared_layer.get(key) or _prepared_layer.keep(key, PreparedLayerNorm(x, weight, bias, eps))
+    return run(x, weight, bias)

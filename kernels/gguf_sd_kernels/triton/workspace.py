@@ -48,7 +48,8 @@ class Programs:
         counters = _counters.get(key)
         if counters is None:
             counters = _counters[key] = torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
-        return torch.empty(self.splits * self.tiles * self.tile_values, dtype=torch.float32, device=device), counters
+        values = self.splits * self.tiles * self.tile_values
+        return torch.empty_strided((values,), (1,), dtype=torch.float32, device=device), counters
 
 
 def divide(product: Product, launch: Launch) -> Programs:

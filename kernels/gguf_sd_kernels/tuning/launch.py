@@ -309,7 +309,10 @@ def measured_entries(products: Mapping[Product, Measured]) -> list[dict[str, Any
 
 def measured_entry(entry: Mapping[str, Any]) -> tuple[Product, Measured]:
     """A product of a table. Raises KeyError, TypeError or ValueError for what cannot have been measured."""
-    times = {name: float(value) for name, value in entry.items() if name not in ("product", "launch")}
+    try:
+        times = {name: float(value) for name, value in entry.items() if name not in ("product", "launch")}
+    except OverflowError as error:
+        raise ValueError("no product takes so long") from error
     product, known = Product(**entry["product"]), Measured(launch=Launch.checked(entry["launch"]), **times)
     sizes = product.m, product.n, product.k, product.taps
     if any(type(size) is not int or not 0 < size < 1 << 31 for size in sizes) or product.k % product.taps:

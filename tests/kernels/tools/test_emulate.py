@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from gguf_sd.errors import GgufSdError
 from gguf_sd.runtime.kernel_modes import choose_kernels
 from gguf_sd_kernels import devices
 from gguf_sd_kernels.devices import INTERPRETER, Gpu, gpu_of
+from gguf_sd_kernels.tools.emulate import Executed, earlier, versions
 from gguf_sd_kernels.tools.emulate_cases import Case, cases, random_blocks
 from gguf_sd_kernels.tools.emulator import Emulator
 from gguf_sd_kernels.tuning.launch import UNTUNED, Launch
@@ -105,6 +107,18 @@ def test_random_weights_are_of_a_size_that_products_keep(qtype: str) -> None:
     values = dequantize(random_blocks(qtype, 64, 128), qtype)
     assert 0.05 < values.std() < 1
     assert abs(values.mean()) < 0.2
+
+
+def test_a_run_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what was right, of the same kernels alone."""
+    path = tmp_path / "emulated.json"
+    assert earlier(path) == {}
+    right = Executed("linear", "Q4_0", "5x32x32", 1e-4, 2e-3, 1.0, 1.0, 1)
+    wrong = replace(right, kernel="geglu", error=1.0)
+    path.write_text(json.dumps(versions() | {"date": "another", "results": [asdict(right), asdict(wrong)]}))
+    assert earlier(path) == {"linear Q4_0 5x32x32": right}
+    monkeypatch.setattr("gguf_sd_kernels.tools.emulate.kernels_version", lambda: "another")
+    assert earlier(path) == {}
 
 
 def test_what_is_no_checkout_is_refused(tmp_path: Path) -> None:

