@@ -266,7 +266,7 @@ class Planner:
         tokens = load.chunks * self.config.text[0].max_position_embeddings
         engine = machine.engine(decodes=quantized)
         step = activations.unet_step(self.config.unet, load.pictures, halves, load.size, tokens, engine)
-        if not machine.gpu:
+        if not machine.gpu and self._placed(choice, "unet") != "streamed":  # see gguf_sd.runtime.host_heap
             step += min(step, HOLES)
         step += load.adapters * machine.itemsize
         if quantized and not machine.gpu:
