@@ -343,8 +343,9 @@ class Pipeline:
 
     def _between(self, plan: MemoryPlan) -> None:
         """Between two stages; where all stays on a GPU, what torch keeps for reuse stays too."""
-        if self.device.type == "cpu" or "staged" in plan.placement.values():
-            memory.give_back(self.device)
+        placements = set(plan.placement.values())
+        if self.device.type == "cpu" or placements != {"resident"}:
+            memory.give_back(self.device, "streamed" in placements)
 
 
 def _pasted(painted: Image.Image, job: Job) -> Image.Image:

@@ -21,6 +21,7 @@ Rows = Iterator[Tensor]
 Operator = Callable[[Rows], Rows]
 Pad = tuple[int, int, int, int]  # left, right, top, bottom
 BOTH_SIDES: Pad = (1, 1, 1, 1)
+MOMENTS_VALUES = 1 << 20  # that moments are taken of at a time: their float32 copies stay small
 
 
 def bands(x: Tensor, values: int, channels: int) -> Rows:
@@ -171,14 +172,14 @@ class Moments:
 
     def add(self, band: Tensor) -> None:
         x = band.permute(0, 2, 3, 1).flatten(0, 2)  # [pixels, C], a view
-        x = x.float() if x.dtype.itemsize == 2 else x
         if not self.count:
-            self.shift = x[0].clone()
-            self.total, self.squares = torch.zeros_like(x[0], dtype=torch.float64), torch.zeros_like(x[0]).double()
-        x = x - self.shift
-        self.total += x.sum(0)
-        self.squares += x.square_().sum(0)
+            self.shift = x[0].to(torch.promote_types(x.dtype, torch.float32), copy=True)
+            self.total, self.squares = torch.zeros_like(self.shift).double(), torch.zeros_like(self.shift).double()
         self.count += len(x)
+        for part in x.split(max(1, MOMENTS_VALUES // x.shape[1])):
+            shifted = part.to(self.shift.dtype) - self.shift
+            self.total += shifted.sum(0)
+            self.squares += shifted.square_().sum(0)
 
     def of_groups(self, groups: int) -> tuple[Tensor, Tensor]:
         """Mean and variance [C], the same for all channels of a group."""

@@ -1,6 +1,26 @@
-"""The autoencoders in little memory.
+"""The autoencoders in little memory: pictures in bands of rows, equal to the whole picture's but for rounding.
 
-Bands of rows pass through the layers one after the other; see :mod:`gguf_sd.models.kl_bands`.
+``tile`` is the edge of a square of latent pixels. As many values as its square of pixels has at the finest level, an
+area, pass through the layers at a time, as bands across the picture's whole width: they have half the borders that
+squares have, and each border hands over the rows that the next band needs, so that there is nothing to blend. Tiles of
+the usual kind, overlapping and each with group norm statistics of its own (diffusers, 16 latent pixels), came out at
+13 dB with the demo's autoencoder, with gradients at a border up to 290 times as strong; bands at 102 dB and 1.001.
+
+How the KL autoencoder fares with its group norms says :mod:`gguf_sd.models.kl_bands`: beside the bands it keeps two of
+its finest maps (of 512x512 pixels in float32 134 MB each); with a tile of at most a sixteenth of the picture, one; of
+at most a 256th, half a map. The tiny autoencoder has no norms, and keeps nothing.
+
+Most bytes alive at a time, in MB, weights not counted, whole and with tiles (SD 1.5's and SDXL's autoencoder):
+
+    decode  512x512   float32    whole 805    32: 358    16: 174    8: 164
+    encode  512x512   float32    whole 674    32: 340    16: 181    8: 149
+    decode  1024x1024 bfloat16   whole 1611   32: 443    16: 302
+    encode  1024x1024 bfloat16   whole 1348   32: 449    16: 309
+    TAESD decode 512x512 float32 whole 201    32: 224    16: 112    8: 64
+
+Processor time of a decode of 512x512 against the whole (float32, AVX2, one core of a busy machine): 1.06 with a tile of
+32, 1.15 with 16, 1.24 with 8. The norms' extra passes are paid for by enlarging with 4/9 of the products, see
+:func:`gguf_sd.models.row_bands.upsampled`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ DTYPE_ALIASES = {"f32": "float32", "f16": "float16", "fp32": "float32", "fp16": 
 DTYPE_ALIASES |= {"bf16": "bfloat16"} | {f"torch.{name}": name for name in DTYPES}
 # Of a part: it stays loaded; it is loaded for its stage and goes behind it; its layers come and go one by one.
 PLACEMENTS = ("resident", "staged", "streamed")
-LATER_IMPORTS = 24 << 20  # bytes of what a first picture imports, and of libraries' own buffers
+LATER_IMPORTS = 48 << 20  # bytes of what a first picture imports, of libraries' buffers and of compiled primitives
 USUAL_PROCESS = 300 << 20  # where it cannot be measured
 GPU_LIBRARIES = 64 << 20  # workspaces of cuBLAS and cuDNN
 MARGIN = 0.2  # share of the free memory that is left to others, where no budget is given
@@ -113,9 +114,12 @@ def process_memory(device: torch.device) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE") + LATER_IMPORTS
 
 
-def give_back(device: torch.device) -> None:
+def give_back(device: torch.device, cycles: bool = False) -> None:
     """Returns memory that was freed, and is only kept for reuse, to the system: between stages, so that one does not
-    pay for what another took. On a CPU the buffer for decoded weights goes too."""
+    pay for what another took. On a CPU the buffer for decoded weights goes too; with ``cycles`` what refers to itself,
+    as a streamed part does."""
+    if cycles:
+        gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return

@@ -159,7 +159,7 @@ class Parts:
             if loaded is None or not loaded.how.fits(how):
                 del loaded  # with drop(), its last reference: the old part goes before the new one comes
                 self.drop(name)
-                give_back(self.device)  # what the part before it took, whose borrower has let it go by now
+                give_back(self.device, bool(self.streamed))  # of the part before, whose borrower has let go by now
                 self.loads[name] += 1
                 with torch.inference_mode(False), torch.no_grad():  # the same tensors whoever comes first
                     self._loaded[name] = self._loaded_anew(name, replace(how, loras=()))
