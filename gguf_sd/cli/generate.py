@@ -196,6 +196,7 @@ def _report(pipeline: Pipeline, job: Job, ran: dict[str, Any], seconds: float, i
 
     settings = {field.name: getattr(job, field.name) for field in fields(job) if field.repr}
     plan = ran.get("plan")
+    streamed = {name: meter.as_dict() for name, meter in pipeline.parts.streamed.items()}
     return {
         "model": str(pipeline.model.path),
         "device": str(pipeline.device),
@@ -203,7 +204,7 @@ def _report(pipeline: Pipeline, job: Job, ran: dict[str, Any], seconds: float, i
         "weights": ran.get("weights"),
         "kernels": pipeline.kernels,
         "graph_bytes": ran.get("graph_bytes"),
-        "memory": plan and as_dict(plan) | {"measured": peak_memory(pipeline.device)},
+        "memory": plan and as_dict(plan) | {"measured": peak_memory(pipeline.device), "streamed": streamed},
         "settings": settings,
         "seconds": seconds,
         "interrupted": interrupted,

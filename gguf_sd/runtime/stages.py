@@ -35,6 +35,11 @@ class Meter:
         """Bytes a second."""
         return self.nbytes / self.seconds if self.seconds else 0.0
 
+    def as_dict(self) -> dict[str, float]:
+        """For JSON."""
+        counts = {"bytes": self.nbytes, "seconds": round(self.seconds, 3), "bytes_per_second": round(self.rate)}
+        return counts | ({"steps": self.steps, "bytes_per_step": self.step_bytes} if self.steps else {})
+
 
 @dataclass
 class Weight:
@@ -70,6 +75,7 @@ class Slot:
     holds: Stage | None = None
     filled: Event | None = None
     used: Event | None = None  # the end of what it served last; None while it serves, and before
+    brought: int = 0  # bytes from the file that no stage has used yet
 
 
 @dataclass(eq=False)
@@ -114,6 +120,8 @@ class Stream:
                 self._fill(stage, slot)
             self.lane.compute_after(slot.filled)
             slot.used = None
+            self.meter.nbytes += slot.brought
+            slot.brought = 0
         for weight in stage.weights:
             if weight.place is None:
                 stored = weight.stored()
@@ -134,7 +142,7 @@ class Stream:
         self.meter.seconds += time.perf_counter() - self._began
 
     def _fill(self, stage: Stage, slot: Slot) -> None:
-        slot.holds = None
+        slot.holds, slot.brought = None, 0
         # Where a stage failed, the end of its computing was not marked, but is not later than now.
         self.lane.copy_after(slot.used or self.lane.computed())
         with self.lane.copying():
@@ -142,7 +150,7 @@ class Stream:
                 if weight.place is not None:
                     stored = weight.stored()
                     weight.check(weight.place(self.lane.bring(stored)))
-                    self.meter.nbytes += stored.nbytes
+                    slot.brought += stored.nbytes
             slot.filled = self.lane.copied()
         slot.holds = stage
         if self.drop:

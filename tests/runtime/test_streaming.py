@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.checkpoint.tensor_names import UNET
+from gguf_sd.cli.main import main
 from gguf_sd.errors import GgufSdError
 from gguf_sd.models.layers import Quantized
 from gguf_sd.pipeline import Pipeline
@@ -150,6 +152,19 @@ def test_a_step_reads_each_weight_once(model: Callable[[str], Path]) -> None:
     meter = parts.streamed["unet"]
     assert (meter.steps, meter.nbytes) == (2, 2 * sum(weights.values()) - prompt)
     assert meter.rate == pytest.approx(meter.nbytes / meter.seconds)
+
+
+def test_json_says_what_was_streamed(
+    model: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["-p", "a cat", "--steps", "3", "--width", "32", "--height", "32", "-o", str(tmp_path / "a.png")]
+    assert main(["generate", str(model("sd1 q8_0")), *options, "--lowvram", "--quiet", "--json"]) == 0
+    streamed = json.loads(capsys.readouterr().out)["memory"]["streamed"]
+    assert {"unet", "text 0"} <= set(streamed)
+    unet = streamed["unet"]
+    assert unet["steps"] >= 3
+    assert unet["bytes"] > unet["steps"] * unet["bytes_per_step"] > 0
+    assert unet["bytes_per_second"] == pytest.approx(unet["bytes"] / unet["seconds"], rel=0.1)
 
 
 def mapped_kilobytes(path: Path) -> int:
