@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from gguf_sd.request import Job
 from gguf_sd.sampling.guidance import Conditioning
 
-OWN = {"prompt", "negative_prompt", "seed", "count"}  # what pictures of one batch may differ in
+OWN = {"prompt", "negative_prompt", "seed", "count", "embeddings"}  # what pictures of one batch may differ in
 UNCOMPARED = {"schedule", "picture"}  # tensors and images: the very same, or taken for different
 
 

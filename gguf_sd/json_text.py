@@ -9,6 +9,7 @@ from typing import Any
 
 from gguf_sd.errors import GgufSdError
 from gguf_sd.field_checks import shown
+from gguf_sd.input_files import open_input
 
 MAX_SETTINGS = 1 << 20  # characters of a configuration file
 MAX_TABLE = 16 << 20  # characters of a table of tensors, or of a vocabulary
@@ -57,5 +58,5 @@ def _shallow(value: Any, left: int) -> bool:
 
 def read_json_object(path: Path, most: int = MAX_SETTINGS) -> dict[str, Any]:
     """The JSON object in a file, as :func:`json_object`; raises OSError where the file cannot be read."""
-    with open(path, "rb") as file:
+    with open_input(path) as file:
         return json_object(file.read(most + 1), str(path), most)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from gguf_sd import keywords
 from gguf_sd.adapters.lora import Lora, active
+from gguf_sd.adapters.read_lora import lora_values
 from gguf_sd.adapters.targets import UNET_PART, text_part
 from gguf_sd.batching import Task, batches
 from gguf_sd.checkpoint.model_file import ModelFile
@@ -327,7 +329,10 @@ class Pipeline:
 
     def planner(self, *jobs: Job) -> Planner:
         """What plans jobs, and tells of a plan what each stage takes."""
-        return self.planning.planner(self.planning.workload(jobs, self._encoder.chunks))
+        beside: Counter[str] = Counter()
+        for job in jobs:
+            beside |= lora_values(job.loras, self.model.config)  # the larger of both
+        return self.planning.planner(self.planning.workload(jobs, self._encoder.chunks), beside)
 
     def _plan(self, latents: Tensor) -> MemoryPlan:
         """That of the batch that is painted, else one for latents [B, 4, h, w]."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from gguf_sd.adapters.embedding_files import EmbeddingFile, as_embeddings, check_embedding_files
 from gguf_sd.adapters.lora import Lora, as_loras, requested, without_tags
 from gguf_sd.adapters.lora_file import lora_table
 from gguf_sd.config import Defaults, ModelConfig
@@ -23,6 +24,7 @@ from gguf_sd.request_fields import typed
 from gguf_sd.sampling.names import SAMPLERS, resolve_sampler, resolve_schedule
 
 if TYPE_CHECKING:
+    from gguf_sd.adapters.embeddings import Embedding
     from gguf_sd.sampling.init_latents import InitImage
     from gguf_sd.sampling.schedules import Schedule
 
@@ -64,6 +66,7 @@ class Request:
     safety: str = "blur"  # what happens to pictures that the model's safety checker flags: blur, warn or off
     loras: Sequence[Lora | StrPath | tuple[StrPath, float]] = ()  # files, each with its weight: "style.safetensors:0.8"
     lora_dir: StrPath | None = None  # where the LoRAs are that the prompt names: <lora:name:weight>
+    embeddings: Sequence[EmbeddingFile | StrPath | tuple[str, StrPath]] = ()  # textual inversion: files, "name=file"
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class Job:
     mask_blur: int
     schedule: Schedule = field(repr=False, compare=False)
     loras: tuple[Lora, ...]
+    embeddings: tuple[Embedding, ...]
     picture: InitImage | None = field(repr=False, compare=False)
     paste: bool = field(repr=False, compare=False)
     safety: str = field(repr=False, compare=False)
@@ -114,6 +118,7 @@ def prepare(request: Request, config: ModelConfig) -> Job:
 
     What is asked for and has no effect is told in one line of the log each.
     """
+    from gguf_sd.adapters.embeddings import load_embeddings
     from gguf_sd.adapters.read_lora import check_loras
     from gguf_sd.sampling.schedules import make_schedule  # late, as is all that imports torch: see checked
 
@@ -146,6 +151,7 @@ def prepare(request: Request, config: ModelConfig) -> Job:
         resize=request.resize,
         mask_blur=request.mask_blur,
         loras=loras,
+        embeddings=load_embeddings(as_embeddings(request.embeddings), config),
         schedule=make_schedule(config.scheduler, sampler, schedule_name, values.steps, config.name),
         picture=picture,
         paste=request.paste,
@@ -180,6 +186,7 @@ def checked(request: Request) -> Request:
     _check_names(request)
     for lora in requested_loras(request):
         lora_table(lora.path)
+    check_embedding_files(as_embeddings(request.embeddings))
     if request.mask is not None and request.image is None:
         raise GgufSdError("a mask needs a picture to repaint: give it with --init-image")
     return request

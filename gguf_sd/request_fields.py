@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from gguf_sd.adapters.embedding_files import as_embeddings
 from gguf_sd.adapters.lora import as_loras
 from gguf_sd.errors import GgufSdError
 
@@ -95,5 +96,6 @@ KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     **dict.fromkeys(("image", "mask"), IMAGE),
     "loras": ("a file, file:weight, (file, weight), or a list of these", as_loras),
     "lora_dir": ("a folder", _folder),
+    "embeddings": ("a file, name=file, (name, file), or a list of these", as_embeddings),
     "paste": ("True or False", _truth),
 }

@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -19,12 +19,15 @@ import gguf
 import torch
 from torch import Tensor
 
+from gguf_sd.adapters.lora import Lora, as_loras, requested, short_hash
+from gguf_sd.adapters.lora_file import lora_table
 from gguf_sd.checkpoint import inventory
 from gguf_sd.checkpoint import metadata_keys as keys
 from gguf_sd.checkpoint.check_tensors import strays_note
 from gguf_sd.config import SD15, SDXL, SDXL_TURBO, ModelConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd.prompt.find_tokenizer import ClipTokenizer, find_tokenizer, read_tokenizer
+from gguf_sd_convert.merge_lora import merged
 from gguf_sd_convert.progress import Progress, progress_bar
 from gguf_sd_convert.quantize.policy import LAYOUTS, Stored, plan, type_name
 from gguf_sd_convert.quantize.quantizers import F16_MAX, quantize
@@ -54,6 +57,7 @@ class ConvertOptions:
     threads: int = 0
     preset: str | None = None  # a key of PRESETS: whose schedule and defaults the file gets
     safety: bool = True  # takes the source's safety checker over, if it has one
+    loras: Sequence[Lora] = ()  # merged into the weights before they are quantised
     shared: bool = False  # the output is one that several processes may write at once, all the same: the cache
 
 
@@ -103,7 +107,7 @@ def convert(
     """
     options, output, started = options or ConvertOptions(), Path(output), time.perf_counter()
     options = check_options(options)
-    inputs = [Path(source), options.tokenizer, options.config]
+    inputs = [Path(source), options.tokenizer, options.config, *(lora.path for lora in options.loras)]
     check_target(output, options.force, [path for path in inputs if isinstance(path, Path)], options.shared)
     job = _prepare(Path(source), options)
     with ExitStack() as stack:
@@ -122,7 +126,10 @@ def check_options(options: ConvertOptions) -> ConvertOptions:
         raise GgufSdError(f"no preset {options.preset!r}; choose from {', '.join(PRESETS)}")
     if options.threads < 0:
         raise GgufSdError(f"threads is {options.threads}; it takes 1 or more, or 0 for one a core")
-    return replace(options, type=type_name(options.type))
+    loras = requested(as_loras(options.loras), "", None)
+    for lora in loras:
+        lora_table(lora.path)
+    return replace(options, type=type_name(options.type), loras=loras)
 
 
 def source_config(path: Path, options: ConvertOptions) -> ModelConfig:
@@ -146,6 +153,10 @@ def _prepare(path: Path, options: ConvertOptions) -> _Job:
     tokenizer, config = _tokenizer(source, options)
     config = checked_config(config, path)
     tensors, unused = fitted(source, inventory.tensors(config))
+    if options.loras:
+        tensors, notes = merged(tensors, options.loras, config)
+        files = (*source.files, *(lora.path for lora in options.loras))  # what the weights come from, for the hash
+        source = replace(source, files=files, notes=(*source.notes, *notes))
     return _Job(source, config, tokenizer, tensors, unused, options)
 
 
@@ -263,6 +274,8 @@ def _metadata(job: _Job, stored: list[Stored]) -> dict[str, Any]:
         keys.SOURCE_HASH: PENDING_HASH,
         keys.TOKENIZER: job.tokenizer.json,
     }
+    if options.loras:
+        metadata[keys.LORAS] = json.dumps([[lora.name, lora.weights, short_hash(lora.path)] for lora in options.loras])
     reshaped = {tensor.name: list(tensor.logical) for tensor in stored if tensor.reshaped}
     if options.layout == "native":
         metadata[keys.SHAPES] = json.dumps(reshaped)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from gguf_sd.errors import GgufSdError
 from gguf_sd.field_checks import shown
 
-TAG = re.compile(r" ?<(?:lora|lyco):([^<>:]+)((?::[^<>:]*)*)>")
+TAG = re.compile(r"<(?:lora|lyco):([^<>:]+)((?::[^<>:]*)*)>")
 MAX_WEIGHT = 100.0
 MAX_LORAS = 100
 MAX_FOLDER = 100_000  # files of a folder that is searched for names
@@ -103,7 +103,7 @@ def _as_lora(item: Any) -> Lora:
 def parse_lora(text: str) -> Lora:
     """``file``, ``file:weight`` or ``file:text weight:UNet weight``. Raises GgufSdError for a weight that is no number,
     or a huge one."""
-    if Path(text).exists():  # whatever colons are in its name
+    if Path(text).is_file():  # whatever colons are in its name
         return Lora(Path(text))
     head, dot, tail = text.rpartition(SUFFIX)
     path, colon, weights = (head + dot, tail[:1], tail[1:]) if dot else text.partition(":")

@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 
 from gguf_sd.adapters.lora_names import refused, split
-from gguf_sd.adapters.lora_shapes import Made, made
+from gguf_sd.adapters.lora_shapes import Made, held_values, made
 from gguf_sd.adapters.peft_scale import peft_scale
 from gguf_sd.adapters.targets import Target, targets
 from gguf_sd.checkpoint.safetensors_header import Table, is_safetensors, read_table
@@ -45,6 +45,7 @@ class LayerChange:
     kind: str  # a key of WHOLE
     tensors: Mapping[str, str]
     scale: float
+    values: int  # that it takes beside the layer
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _change(path: Path, table: Table, config: ModelConfig, target: Target, leave
     scale, name = 1.0, split(first)
     if kind == "LoRA" and name:
         scale = peft_scale(path, table.metadata, target.part, name.module, shapes["down"][0])
-    return LayerChange(target, kind, leaves, scale)
+    return LayerChange(target, kind, leaves, scale, held_values(kind, shapes, target.shape))
 
 
 def _for_another(path: Path, table: Table, config: ModelConfig, target: Target, key: str, got: Made) -> GgufSdError:

@@ -35,6 +35,18 @@ def made(kind: str, shapes: Shapes) -> Made:
     return MAKERS[kind](shapes)
 
 
+def held_values(kind: str, shapes: Shapes, weight: Shape) -> int:
+    """How many values lie beside a layer for its change, see :mod:`gguf_sd.adapters.factors`."""
+    out, inputs = weight[0], prod(weight[1:])
+    if kind == "LoRA":
+        return shapes["up"][1] * (out + inputs)
+    if kind == "LoHa":
+        rank = shapes["hada_w1_b"][0] * shapes["hada_w2_b"][0]
+        return out * inputs if set(shapes) & {"hada_t1", "hada_t2"} else min(rank * (out + inputs), out * inputs)
+    left = shapes.get("lokr_w1") or (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
+    return prod(left) + out * inputs // prod(left)
+
+
 def _lora(shapes: Shapes) -> Made:
     down, up, mid = shapes["down"], shapes["up"], shapes.get("mid")
     _same("up", up[2:] or (1, 1), (1, 1), "kernel")

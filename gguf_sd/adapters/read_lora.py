@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -10,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gguf_sd.adapters.factors import Factors, factors
-from gguf_sd.adapters.lora import Active, Lora
+from gguf_sd.adapters.lora import Active, Lora, active
 from gguf_sd.adapters.lora_file import LayerChange, LoraFile
 from gguf_sd.adapters.targets import Target
 from gguf_sd.checkpoint.finite import is_finite
@@ -23,6 +24,11 @@ MAX_ALPHA = 1e6
 @lru_cache(maxsize=128)
 def _opened(path: Path, stamp: tuple[int, int], config: ModelConfig) -> LoraFile:
     return LoraFile.open(path, config)
+
+
+def lora_file(lora: Active, config: ModelConfig) -> LoraFile:
+    """As :meth:`LoraFile.open`; what was found before is kept, as long as the file is the same."""
+    return _opened(lora.path, lora.stamp, config)
 
 
 @lru_cache(maxsize=128)
@@ -54,10 +60,28 @@ def layer_factors(loras: Iterable[Active], part: str, config: ModelConfig) -> It
     """What LoRAs, each times its weight, add to the layers of a part of the model: one layer of one file after another,
     in float32."""
     for lora in loras:
-        file = _opened(lora.path, lora.stamp, config)
-        for change, tensors in _read(lora.path, (x for x in file.changes if x.target.part == part)):
-            made = factors(change.kind, tensors, change.target.shape, change.scale)
-            yield change.target, made.scaled(lora.weight)
+        for change, tensors in _read(lora.path, (x for x in lora_file(lora, config).changes if x.target.part == part)):
+            yield change.target, _made(lora, change, tensors)
+
+
+def lora_values(loras: Iterable[Lora], config: ModelConfig) -> Counter[str]:
+    """How many values lie beside the layers of each part of the model: unet, text 0, text 1."""
+    count: Counter[str] = Counter()
+    for lora in loras:
+        for change in _opened(lora.path, lora.stamp, config).changes:
+            if active([lora], change.target.part):
+                count[change.target.part] += change.values
+    return count
+
+
+def change_factors(lora: Active, change: LayerChange) -> Factors:
+    """What one layer gets, in float32."""
+    ((_, tensors),) = _read(lora.path, [change])
+    return _made(lora, change, tensors)
+
+
+def _made(lora: Active, change: LayerChange, tensors: dict[str, Tensor]) -> Factors:
+    return factors(change.kind, tensors, change.target.shape, change.scale).scaled(lora.weight)
 
 
 def _read(path: Path, changes: Iterable[LayerChange]) -> Iterator[tuple[LayerChange, dict[str, Tensor]]]:

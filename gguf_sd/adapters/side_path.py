@@ -16,14 +16,14 @@ from torch.nn import functional as F
 
 from gguf_sd.adapters.factors import Dense, Factors, Kronecker, LowRank
 from gguf_sd.adapters.targets import Target
-from gguf_sd.models.layers import Quantized
+from gguf_sd.models.layers import AroundNorm, Quantized
 from gguf_sd.models.unet import Attention, ResBlock
 from gguf_sd_kernels import ops
 
 WHOLE = slice(None)
 
 
-class Adapted(nn.Module):
+class Adapted(AroundNorm, nn.Module):
     """``base``, a linear or convolution of :mod:`gguf_sd.models.layers`, with what is added to its result."""
 
     def __init__(self, base: nn.Module, paths: Iterable[nn.Module]):
@@ -36,6 +36,10 @@ class Adapted(nn.Module):
         for path in self.paths:
             path(x, y)
         return y
+
+    def enlarged(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The layer of x enlarged to ``size`` (H, W), by its nearest neighbours."""
+        return self(F.interpolate(x, size=size))
 
     def geglu(self, x: Tensor) -> Tensor:
         """value * gelu(gate), the halves of y: x [..., in] -> [..., out / 2]."""
@@ -184,6 +188,12 @@ def detach(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, Adapted):
             model.set_submodule(name, module.base)
+
+
+def side_bytes(model: nn.Module) -> int:
+    """Bytes of what lies beside a model's layers."""
+    adapted = (module for module in model.modules() if isinstance(module, Adapted))
+    return sum(parameter.nbytes for module in adapted for parameter in module.paths.parameters())
 
 
 def _paths(base: nn.Module, placed: Sequence[tuple[slice, Factors]], like: Tensor) -> Iterator[nn.Module]:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from gguf_sd.checkpoint.ggml_types import GGML_TYPES, PLAIN, GGMLType
 from gguf_sd.errors import GgufSdError
+from gguf_sd.input_files import open_input
 
 MAX_DIMS = 4
 MAX_ENTRIES = 1 << 16  # tensors, and metadata keys: SDXL has 2,600, ComfyUI-GGUF adds a key for each convolution
@@ -85,7 +86,7 @@ class Header:
 def read_header(path: Path) -> Header:
     """Raises GgufSdError for files that cannot be read, and for anything that is not a whole, sane GGUF."""
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             return _header(_Reader(file, path))
     except OSError as error:
         raise GgufSdError(f"cannot read {path}: {error.strerror}") from error
@@ -94,7 +95,7 @@ def read_header(path: Path) -> Header:
 def is_gguf(path: Path) -> bool:
     """Told by the file's first bytes; what cannot be read is none."""
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             return file.read(4) == b"GGUF"
     except OSError:
         return False

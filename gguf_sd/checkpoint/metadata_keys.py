@@ -17,6 +17,7 @@ CONFIG = "gguf_sd.config"  # a ModelConfig as JSON
 LAYOUT = "gguf_sd.layout"
 TYPE = "gguf_sd.type"
 SHAPES = "gguf_sd.shapes"  # of tap-major convolutions: a JSON object, tensor name -> shape in torch order
+LORAS = "gguf_sd.loras"  # merged into the weights: JSON, a list of name, weight and beginning of the hash
 SOURCE_NAME = "gguf_sd.source.name"
 SOURCE_HASH = "gguf_sd.source.sha256"
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from gguf_sd.errors import GgufSdError
 from gguf_sd.field_checks import shown
+from gguf_sd.input_files import open_input
 from gguf_sd.json_text import MAX_TABLE, json_object
 
 MAX_DIMS = 8
@@ -45,7 +46,7 @@ class Table:
 def is_safetensors(path: Path) -> bool:
     """Told by content; a file that cannot be read is none."""
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             return file.read(9)[8:] == b"{"
     except OSError:
         return False
@@ -55,7 +56,7 @@ def read_table(path: Path) -> Table:
     """Raises GgufSdError for a file that cannot be read, is damaged or truncated."""
     try:
         size = path.stat().st_size
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or not 2 <= length <= min(MAX_TABLE, size - 8):
                 raise GgufSdError(

@@ -26,6 +26,7 @@ from gguf_sd.config import SD15, VAEConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd.field_checks import shown
 from gguf_sd.imaging.preview import family
+from gguf_sd.input_files import open_input
 from gguf_sd.json_text import read_json_object
 from gguf_sd.models.tiny_vae import TinyAutoencoder, tiny_config
 from gguf_sd.models.vae import Autoencoder
@@ -101,7 +102,7 @@ def _open_folder(folder: Path, model: VAEConfig) -> VAEFile:
 
 def _open_file(path: Path, model: VAEConfig) -> VAEFile:
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             head = file.read(9)
     except OSError as error:
         raise GgufSdError(f"cannot read the VAE {path}: {error.strerror}") from error

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from gguf_sd.checkpoint import cache
 from gguf_sd.checkpoint.cache import Conversion
 from gguf_sd.errors import GgufSdError
+from gguf_sd.input_files import open_input
 
 if TYPE_CHECKING:
     from gguf_sd.config import ModelConfig
@@ -122,7 +123,7 @@ def _found(tokenizer: Path) -> Path:
 
 def _magic(path: Path) -> bytes:
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             return file.read(4)
     except OSError as error:
         raise GgufSdError(f"cannot read {path}: {error.strerror}") from error

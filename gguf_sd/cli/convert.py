@@ -33,6 +33,8 @@ def add_parser(subparsers: Any) -> None:
     add("--config", type=Path, help="diffusers folder whose JSON files describe a single-file SOURCE")
     add("--preset", help="whose schedule and defaults the file gets: sd15, sdxl or sdxl-turbo (what the source says)")
     add("--no-safety", action="store_false", dest="safety", help="leave the source's safety checker out")
+    add("--lora", action="append", dest="loras", metavar="FILE[:WEIGHT]", help="a LoRA, LoHa or LoKr to merge into the "
+        "weights before they are quantised; may be given several times")  # fmt: skip
     add("--threads", type=int, default=0, help="tensors worked on at once (one a core)")
     add("--force", action="store_true", help="replace an existing file")
     add("--quiet", action="store_true", help="no progress bar and no table")
@@ -44,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     """Converts and reports; raises GgufSdError for bad input."""
     check_source(args.source)
     check_type(args.type)
+    from gguf_sd.adapters.lora import as_loras
     from gguf_sd_convert.convert import ConvertOptions, convert
 
     options = ConvertOptions(
@@ -56,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         threads=args.threads,
         preset=args.preset,
         safety=args.safety,
+        loras=as_loras(args.loras or ()),
     )
     report = convert(args.source, args.output, options, quiet=args.quiet or args.json)
     if args.json:

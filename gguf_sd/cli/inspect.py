@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gguf_sd.cli.terminal import printable
 from gguf_sd.errors import GgufSdError
+from gguf_sd.input_files import open_input
 
 if TYPE_CHECKING:
     from gguf_sd.checkpoint.model_file import ModelFile
@@ -73,7 +74,7 @@ def inspect(path: Path, tensors: bool = False) -> dict[str, Any]:
 
 def _head(path: Path) -> bytes:
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             return file.read(4)
     except OSError as error:
         raise GgufSdError(f"cannot read {path}: {error.strerror}") from error

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gguf_sd.errors import GgufSdError
+from gguf_sd.input_files import open_input
 
 if TYPE_CHECKING:
     from gguf_sd.request import Request
@@ -84,7 +85,7 @@ def vae_hash(path: Path | None) -> str:
     if path is None or not path.is_file() or path.suffix.lower() == ".gguf":
         return ""
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise GgufSdError(f"cannot read the VAE {path}: {error.strerror}") from error

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 import gguf_sd
+from gguf_sd.adapters.embedding_files import short_hash as embedding_hash
 from gguf_sd.adapters.lora import short_hash, tag_names
 from gguf_sd.errors import GgufSdError
 from gguf_sd.imaging.images import check_size, open_image
@@ -16,6 +17,7 @@ from gguf_sd.imaging.infotext import compose, decompose, read_pairs
 from gguf_sd.sampling.names import SAMPLERS
 
 if TYPE_CHECKING:
+    from gguf_sd.adapters.embeddings import Embedding
     from gguf_sd.pipeline import Picture
     from gguf_sd.request import Job
 
@@ -51,6 +53,7 @@ def parameters(
         "Model hash": model_hash[:10],
         "Model": model,
         "Lora hashes": _hashes({lora.name: short_hash(lora.path) for lora in job.loras}),
+        "TI hashes": _hashes({x.names[0]: embedding_hash(x.path) for x in _used(job)}),
         "VAE hash": vae_hash[:10],
         "VAE": vae,
         "Clip skip": job.clip_skip,
@@ -70,6 +73,12 @@ def _with_tags(job: Job) -> str:
     """The prompt with a tag for each LoRA, of those that it does not name itself behind it."""
     named = tag_names(job.prompt)
     return " ".join([job.prompt, *(lora.tag for lora in job.loras if lora.name not in named)]).lstrip(" ")
+
+
+def _used(job: Job) -> list[Embedding]:
+    from gguf_sd.adapters.embeddings import Words  # late: it imports torch
+
+    return Words(job.embeddings).used(job.prompt, job.negative_prompt)
 
 
 def _hashes(hashes: dict[str, str]) -> str:
@@ -121,8 +130,8 @@ def parse_parameters(text: str) -> dict[str, Any]:
     """The settings in a text of AUTOMATIC1111's form: keywords of :class:`gguf_sd.request.Request`, where it has them.
 
     Sampler and schedule are as the text names them, ours or not. Besides: ``dtype``, ``model``, ``model_hash``,
-    ``vae``, ``vae_hash``, ``lora_hashes``, ``embedding_hashes`` (see :func:`read_hashes`); ``masked`` is true where a
-    mask was in use, ``hires`` where a larger picture was painted from a first one, whose settings these are. Raises
+    ``vae``, ``vae_hash``, ``lora_hashes`` and ``embedding_hashes`` (see :func:`read_hashes`); ``masked`` is true where
+    a mask was in use, ``hires`` where a larger picture was painted from a first one, whose settings these are. Raises
     ValueError for values of the wrong kind.
     """
     prompt, negative, pairs = decompose(text)

@@ -66,9 +66,14 @@ class Embeddings(nn.Module):
         self.token_embedding = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """int64 [B, N] -> [B, N, hidden_size]."""
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+    def forward(self, ids: Tensor, own: Tensor | None = None) -> Tensor:
+        """int64 [B, N] -> [B, N, hidden_size]; ids behind the vocabulary are rows of ``own`` [n, hidden_size]."""
+        size = self.token_embedding.num_embeddings
+        found = self.token_embedding(ids if own is None else ids.clamp(max=size - 1))
+        if own is not None:
+            rows = own.to(found)[(ids - size).clamp(min=0)]
+            found = torch.where((ids >= size)[..., None], rows, found)
+        return found + self.position_embedding.weight[: ids.shape[1]]
 
 
 class CausalAttention(nn.Module):
@@ -156,11 +161,11 @@ class TextEncoder(nn.Module):
         return encoder.eval()
 
     @torch.inference_mode()
-    def encode(self, ids: Tensor, clip_skip: int, normalise: bool) -> Encoded:
+    def encode(self, ids: Tensor, clip_skip: int, normalise: bool, own: Tensor | None = None) -> Encoded:
         """Token ids [B, N], N at most ``config.max_position_embeddings``, to the states after the last layer
         (``clip_skip`` 1), the last but one (2) and so on; with the final LayerNorm where ``normalise``, as SD 1.x has
-        it."""
-        x = states = self.embeddings(ids)
+        it. ``own``: vectors of ids behind the vocabulary."""
+        x = states = self.embeddings(ids, own)
         wanted = len(self.encoder.layers) - clip_skip
         for index, layer in enumerate(self.encoder.layers):
             if index > wanted and not self.config.projection_dim:
@@ -217,4 +222,7 @@ def _transposed(source: Source) -> Tensor:
 
 
 def _third(source: Source, index: int) -> Tensor:
-    return _full(source).chunk(3)[index]
+    stored = source()
+    if isinstance(stored, QuantTensor):
+        return stored.dequantize().chunk(3)[index].clone()  # the other two go
+    return stored.chunk(3)[index]

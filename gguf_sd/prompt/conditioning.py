@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gguf_sd.adapters.embeddings import Embedding
 from gguf_sd.adapters.lora import without_tags
 from gguf_sd.config import ModelConfig
 from gguf_sd.errors import GgufSdError, not_finite
@@ -31,6 +32,7 @@ class _Text:
     text: str
     chunks: int
     clip_skip: int | None
+    embeddings: tuple[Embedding, ...]
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,9 @@ class PromptEncoder:
         if job.guided and negative is None and not self.config.zero_empty_negative:
             negative = ""
         both = [text for text in (without_tags(job.prompt), negative) if text is not None]
-        chunks = max(len(self.tokenizer.encode(text, self.config.text[0]).ids) for text in both)
-        first, *second = [_Text(text, chunks, job.clip_skip) for text in both]
+        words = job.embeddings
+        chunks = max(len(self.tokenizer.encode(text, self.config.text[0], words).ids) for text in both)
+        first, *second = [_Text(text, chunks, job.clip_skip, words) for text in both]
         return first, second[0] if second else None
 
     def _encode(self, index: int, encoder: TextEncoder, text: _Text) -> Encoded:
@@ -78,9 +81,10 @@ class PromptEncoder:
         SD 1.x attends to the last states, normalised; SDXL to the last but one as they are.
         """
         config = self.config.text[index]
-        tokens = self.tokenizer.encode(text.text, config).padded(text.chunks, config)
+        tokens = self.tokenizer.encode(text.text, config, text.embeddings).padded(text.chunks, config)
+        own = torch.cat([x.vectors[index] for x in text.embeddings]) if text.embeddings else None
         xl = bool(self.config.unet.vector_dim)
-        states, pooled = encoder.encode(tokens.ids.to(self.device), text.clip_skip or (2 if xl else 1), not xl)
+        states, pooled = encoder.encode(tokens.ids.to(self.device), text.clip_skip or (2 if xl else 1), not xl, own)
         states = weighted(states, tokens.weights.to(states)).flatten(0, 1)[None]
         if not states.isfinite().all() or (pooled is not None and not pooled[:1].isfinite().all()):
             raise GgufSdError(not_finite(f"text encoder {index + 1}", states.dtype))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from gguf_sd.config import TextConfig
 from gguf_sd.errors import GgufSdError
+from gguf_sd.input_files import open_input
 from gguf_sd.json_text import MAX_TABLE, read_json_object
 from gguf_sd.prompt.clip_bpe import END, START, ClipBPE, Merges, build, checked, read_clip_bpe, token_id
 
@@ -82,7 +83,7 @@ def read_tokenizer(path: Path, vocab_size: int) -> ClipTokenizer:
 
 def _text(path: Path) -> str:
     """A file's text, packed by gzip or not. Raises GgufSdError for more than a vocabulary has."""
-    with open(path, "rb") as file:
+    with open_input(path) as file:
         data = file.read(MAX_TABLE + 1)
     if data[:2] == b"\x1f\x8b":
         with gzip.open(io.BytesIO(data)) as packed:

@@ -41,7 +41,7 @@ def parse(prompt: str) -> list[Part]:
         elif token == "]" and open_square:
             square_spans.append(Span(open_square.pop(), len(texts), SQUARE))
         elif token[0] == ":" and token[-1] == ")" and open_round:
-            round_spans.append(Span(open_round.pop(), len(texts), float(token[1:-1])))
+            round_spans.append(Span(open_round.pop(), len(texts), float(token[1:-1].strip())))
         elif token == BREAK:
             texts.append(None)
         else:

@@ -37,14 +37,16 @@ class PartBytes:
     held: int = 0  # of a streamed part: weights that stay
     stage_blocks: int = 0  # and the largest stage that comes and goes
     stage_plain: int = 0
+    beside: int = 0  # values of LoRAs beside the weights
 
     def loaded(self, itemsize: int, quantized: bool) -> int:
         """Bytes of the part in memory, ``itemsize`` a value that is not in blocks."""
-        return self.blocks + self.plain * itemsize if quantized else self.values * itemsize
+        own = self.blocks + self.plain * itemsize if quantized else self.values * itemsize
+        return own + self.beside * itemsize
 
     def streamed(self, itemsize: int) -> int:
         """Bytes of what is in memory of a streamed part: one stage that is used, and one on its way."""
-        return self.held * itemsize + 2 * (self.stage_blocks + self.stage_plain * itemsize)
+        return (self.held + self.beside) * itemsize + 2 * (self.stage_blocks + self.stage_plain * itemsize)
 
 
 def part_bytes(model: ModelFile, vae_file: VAEFile | None = None) -> dict[str, PartBytes]:

@@ -19,7 +19,7 @@ from torch import nn
 
 from gguf_sd.adapters.lora import Active
 from gguf_sd.adapters.read_lora import layer_factors
-from gguf_sd.adapters.side_path import attach, detach
+from gguf_sd.adapters.side_path import attach, detach, side_bytes
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.checkpoint.vae_file import VAEFile
 from gguf_sd.models.safety import SafetyChecker
@@ -61,7 +61,7 @@ class _Loaded:
     graphs: GraphedUNet | None = None  # of a UNet
 
     def nbytes(self, device: torch.device) -> int:
-        part = self.streamed.nbytes if self.streamed else held_bytes(self.part, device)
+        part = self.streamed.nbytes + side_bytes(self.part) if self.streamed else held_bytes(self.part, device)
         return part + (self.graphs.nbytes if self.graphs else 0)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -44,7 +44,8 @@ class Planning:
         self._bytes = part_bytes(model, vae_file)
         self._base = 0
 
-    def planner(self, workload: Workload) -> Planner:
+    def planner(self, workload: Workload, beside: Mapping[str, int] | None = None) -> Planner:
+        """``beside``: values that LoRAs hold beside the weights of a part."""
         execution = self.execution
         machine = Machine(
             gpu=execution.device.type == "cuda",
@@ -54,11 +55,12 @@ class Planning:
             onednn=execution.dtype == torch.float32 or memory.wide_dtype(execution.device) == execution.dtype,
         )
         weights, placement = execution.weights, execution.placement
+        parts = self._bytes | {name: replace(self._bytes[name], beside=n) for name, n in (beside or {}).items()}
         return Planner(
             self.model.config,
             self.vae,
             self._tiny,
-            self._bytes,
+            parts,
             workload,
             machine,
             weights,
@@ -76,6 +78,7 @@ class Planning:
             guided=any(job.guided for job in jobs),
             chunks=max(chunks(job) for job in jobs),
             encodes=any(job.picture is not None for job in jobs),
+            adapters=max(sum(lora.stamp[1] // 2 for lora in job.loras) for job in jobs),  # in 16 bits
         )
 
     @property

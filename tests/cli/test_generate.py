@@ -93,6 +93,7 @@ def test_settings_of_automatic1111_are_understood() -> None:
         "height": 768,
         "model": "v1-5-pruned",
         "model_hash": "6ce0161689",
+        "lora_hashes": "a: 1, b: 2",
     }
 
 

@@ -7,7 +7,8 @@ import random
 PIECES = (
     "a red circle", "(", ")", "[", "]", ":", "1.3", ":1.3)", ":-0.5)", ":1e9)", "\\", "\\(", "BREAK", " ", "\n", ",",
     '"',
-    "<lora:x:1>", "[a:b:0.5]", "{x|y}", "Negative prompt: ", "Steps: 20", ", Sampler: Euler a", "Size: 64x64",
+    "<lora:x:1>", "[a:b:0.5]", "{x|y}", "(x:\x1d1.2)", "(x:\u2003\u0662)",
+    "Negative prompt: ", "Steps: 20", ", Sampler: Euler a", "Size: 64x64",
     "Size: x", "CFG scale: nan", "Seed: 99999999999999999999", "Steps: -1", "\0", "\x1b[31m", "é", "日本",
     "👩‍🚀", "\ud800",
     "\u202e", "a" * 3000, "((" * 800, "[" * 2000, ":" * 3000, "\\" * 3001, '"' * 999, ", " * 2000, "x: y, " * 500,

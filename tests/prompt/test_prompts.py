@@ -134,3 +134,9 @@ def test_a_prompt_without_end_is_refused(tiny_pipeline: Callable[..., Path], tmp
     pipeline = Pipeline.load(path, device="cpu", dtype="float32")
     with pytest.raises(GgufSdError, match=r"chunks of up to .* shorten it"):
         pipeline("cat " * 8000, steps=1, width=16, height=16)
+
+
+@pytest.mark.parametrize("space", ["", " ", "\n", "\x1c", "\x1d\x1e\x1f", "\x85", "\u2003", "\u3000"])
+def test_any_space_before_a_weight(space: str) -> None:
+    """Regular expressions know more spaces than float() does."""
+    assert parse(f"(x:{space}1.5{space})") == [Part("x", 1.5)]

@@ -16,6 +16,7 @@ from torch import Tensor
 from gguf_sd.checkpoint.safetensors_header import Stored, read_table
 from gguf_sd.errors import GgufSdError
 from gguf_sd.field_checks import shown
+from gguf_sd.input_files import open_input
 from gguf_sd.json_text import MAX_TABLE, read_json_object
 from gguf_sd_convert.sources.entries import Checkpoint, Entry, read_bytes
 from gguf_sd_convert.sources.torch_file import open_torch_file
@@ -39,7 +40,7 @@ SAFETENSORS_DTYPES = {
 def open_checkpoint(path: Path) -> Checkpoint:
     """Opens a .safetensors or .ckpt file, told apart by content. Raises GgufSdError for anything else."""
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             head = file.read(9)
     except OSError as error:
         raise GgufSdError(f"cannot read {path}: {error.strerror}") from error

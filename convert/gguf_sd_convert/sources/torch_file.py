@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gguf_sd.errors import GgufSdError
 from gguf_sd.field_checks import shown
+from gguf_sd.input_files import open_input
 from gguf_sd_convert.sources.entries import Checkpoint, Entry, read_bytes
 from gguf_sd_convert.sources.pickles import Call, ForbiddenNameError, Name, Persistent, PickleError, read_pickle
 
@@ -64,7 +65,7 @@ def open_torch_file(path: Path) -> Checkpoint:
     """The tensors of a file that ``torch.save`` wrote, of its ``state_dict`` where it has one. Raises GgufSdError for
     what is damaged, names Python code, or holds tensors that are not plain values in the file."""
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             zipped = file.read(2) == b"PK"
             file.seek(0)
             content, places = _zipped(file, path) if zipped else _legacy(file, path)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from gguf_sd_kernels.devices import INTERPRETER, Gpu, gpu_of
+from gguf_sd_kernels.devices import INTERPRETER, Gpu, gpu_of, takes_ptx
 
 # Tiles of M walked before the next of N, so that programs that run together share operands in the L2 cache. A
 # customary value, not measured here.
@@ -79,7 +79,7 @@ class Launch:
         interpreted = gpu_of(device) is INTERPRETER  # which knows no bfloat16 product
         return {
             "SWAP": self.swap,
-            "PTX": self.ptx and device.type == "cuda" and not torch.version.hip,
+            "PTX": self.ptx and takes_ptx(device),
             "WIDEN": interpreted and dtype == torch.bfloat16,
             "BLOCK_K": self.block_k,
         }
@@ -112,7 +112,8 @@ Table = dict[str, tuple[tuple[int, Launch], ...]]
 # mma (sm_80 86 89 120): mma.sync; 128x128 and 128x64 spill with 4 warps and 64x128 with any. At a BLOCK_K of 64,
 # 128x64 spills with 8 warps too, in 1x1 convolutions, and with GEGLU on sm_120. 3 stages fit 99 KiB.
 # wgmma (sm_90): 256 rows of x share one decoding of 128 rows of w. tcgen05: sm_100. mfma: AMD CDNA. wmma: AMD
-# RDNA, where 128x128 spills at a BLOCK_K of 64, and 64x128 does with Triton 3.9 (12 bytes, linears of Q8_0 in float16).
+# RDNA, where 128x128 spills at a BLOCK_K of 64, 64x128 does with Triton 3.9 (12 bytes, linears of Q8_0 in float16), and
+# 32x64 does with 4 warps where it takes a layer norm in.
 UNTUNED: Table = {
     "mma": (
         (16, Launch(16, 64, 64, warps=4, stages=4, swap=True, ptx=True)),
@@ -138,7 +139,7 @@ UNTUNED: Table = {
         (1 << 31, Launch(128, 128, 64, warps=8, stages=2)),
     ),
     "wmma": (
-        (64, Launch(32, 64, 64, warps=4, stages=2)),
+        (64, Launch(32, 64, 64, warps=8, stages=2)),
         (512, Launch(64, 128, 32, warps=8, stages=2)),
         (1 << 31, Launch(128, 128, 32, warps=8, stages=2)),
     ),
