@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from gguf_sd.cli.preflight import check_source, check_type
 
 if TYPE_CHECKING:
-    from gguf_sd.adapters.lora import as_loras
     from gguf_sd_convert.convert import ConvertReport
 
 
@@ -47,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     """Converts and reports; raises GgufSdError for bad input."""
     check_source(args.source)
     check_type(args.type)
+    from gguf_sd.adapters.lora import as_loras
     from gguf_sd_convert.convert import ConvertOptions, convert
 
     options = ConvertOptions(
