@@ -99,6 +99,7 @@ class Pipeline:
         cuda_graph: str | None = "auto",
         max_memory: str | float | None = None,
         placement: str | None = "auto",
+        vae_tile: int | str | None = "auto",
     ) -> Pipeline:
         """Opens a GGUF file.
 
@@ -107,11 +108,12 @@ class Pipeline:
         :func:`gguf_sd.runtime.cuda_graph.use_graphs`; ``max_memory``: what painting may take of a GPU's memory, or on a
         CPU the whole process of the system's, such as "1.5GB" or a number of GiB (None: GGUF_SD_MAX_MEMORY, else what
         is free less a margin); ``placement``: resident, staged or streamed for all parts, see the same class (auto: as
-        memory allows); ``tokenizer``: a folder or a BPE merges file, for GGUF files that carry none; ``vae``: another
-        autoencoder than the file's own, full or tiny, see :mod:`gguf_sd.checkpoint.vae_file`. None is the default
-        everywhere.
+        memory allows); ``vae_tile``: edge of a tile in latent pixels, on, off or auto, see
+        :func:`gguf_sd.runtime.execution.checked_tile`; ``tokenizer``: a folder or a BPE merges file, for GGUF files
+        that carry none; ``vae``: another autoencoder than the file's own, full or tiny, see
+        :mod:`gguf_sd.checkpoint.vae_file`. None is the default everywhere.
         Raises GgufSdError for files and settings that cannot work."""
-        execution = Execution.choose(device, dtype, weights, kernels, cuda_graph, max_memory, placement)
+        execution = Execution.choose(device, dtype, weights, kernels, cuda_graph, max_memory, placement, vae_tile)
         model = ModelFile.open(keywords.gguf_path(path))
         own_vae = None if vae is None else VAEFile.open(keywords.path("vae", vae), model.config.vae)
         own_tokenizer = None if tokenizer is None else keywords.path("tokenizer", tokenizer)
@@ -300,7 +302,7 @@ class Pipeline:
         tiny = self.vae_file is not None and self.vae_config == tiny_config(self.vae_config.latent_channels)
         if tiny or family(config) is None:
             with self.parts.vae(self.vae_dtype, plan.placement["vae"]) as vae:
-                look = previews(step.denoised[:1], config, vae)
+                look = previews(step.denoised[:1], config, vae, plan.vae_tile)
         else:
             look = previews(step.denoised[:1], config, None)
         return self._checked(look, "off" if safety == "warn" else safety, plan)[0][0]

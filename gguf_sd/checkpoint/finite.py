@@ -14,9 +14,10 @@ SIXTEEN_BIT_INTEGERS = ("IQ4_XS", 1)  # the one field of two bytes that is no fl
 
 
 def cast(stored: Tensor | QuantTensor, dtype: torch.dtype, name: str, where: str) -> Tensor:
-    """The tensor in full, in ``dtype``. Raises GgufSdError where ``where``'s tensor ``name`` holds NaN or infinity, or
+    """The tensor in full, in ``dtype``; four dimensions lie channels-last, as convolutions run, which need not reorder
+    a weight then at every call. Raises GgufSdError where ``where``'s tensor ``name`` holds NaN or infinity, or
     values beyond ``dtype``."""
-    full = stored.dequantize(dtype) if isinstance(stored, QuantTensor) else stored.to(dtype)
+    full = stored.dequantize(dtype) if isinstance(stored, QuantTensor) else _converted(stored, dtype)
     if is_finite(full):
         return full
     original = stored.dequantize(torch.float32) if isinstance(stored, QuantTensor) else stored
@@ -27,6 +28,12 @@ def cast(stored: Tensor | QuantTensor, dtype: torch.dtype, name: str, where: str
         f"{where}: tensor {name} has values up to {original.abs().max().item():g}, beyond the range of {kind}; "
         "take --dtype bfloat16 or float32"
     )
+
+
+def _converted(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """In one copy, or none."""
+    order = torch.channels_last if stored.dim() == 4 else torch.preserve_format
+    return stored.to(dtype, memory_format=order)
 
 
 def is_finite(x: Tensor) -> bool:

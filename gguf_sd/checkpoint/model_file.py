@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gguf_sd.checkpoint.assign import Deferred, Source
+    from gguf_sd.checkpoint.quant_tensor import QuantTensor
     from gguf_sd.models.safety import SafetyChecker
     from gguf_sd.models.text import TextEncoder
     from gguf_sd.models.unet import UNet
@@ -86,24 +87,16 @@ class ModelFile:
             )
         return sources
 
-    def _copied(self, names: dict[str, str], dtype: torch.dtype) -> dict[str, Source]:
-        """Readers of tensors, given by the name for the reader and their canonical one, that are converted at once:
-        their pages go back one by one, so that a part is never in memory twice."""
+    def _passing(self, names: dict[str, str]) -> dict[str, Source]:
+        """Readers of tensors, given by the name for the reader and their canonical one, for parts that take what they
+        need: the pages behind one go back when the next is read, so that a part is never in memory twice."""
 
-        from gguf_sd.checkpoint.finite import cast
-
-        def read(name: str) -> Tensor:
-            full = cast(self.file.tensor(name), dtype, name, str(self.path))
+        def read(name: str) -> Tensor | QuantTensor:
             self.file.forget_pages()
-            return full
+            return self.file.tensor(name)
 
         known = {local: canonical for local, canonical in names.items() if canonical not in self.strays}
         return {local: partial(read, self.names[canonical]) for local, canonical in known.items()}
-
-    def _mapped(self, names: dict[str, str]) -> dict[str, Source]:
-        """Readers of tensors, given as to :meth:`_copied`, that stay views of the mapped file."""
-        known = {local: canonical for local, canonical in names.items() if canonical not in self.strays}
-        return {local: partial(self.file.tensor, self.names[canonical]) for local, canonical in known.items()}
 
     def _under(self, prefix: str) -> dict[str, str]:
         """Name behind the prefix -> canonical name; raises GgufSdError where there is none."""
@@ -139,7 +132,8 @@ class ModelFile:
 
         with torch.device("meta"):
             vae = Autoencoder(self.config.vae)
-        assign(vae, self._copied(self._under(VAE), dtype), dtype, str(self.path), keep_quantized=False, prefix=VAE)
+        assign(vae, self._passing(self._under(VAE)), dtype, str(self.path), keep_quantized=False, prefix=VAE)
+        self.file.forget_pages()
         return vae.eval()
 
     def load_text(self, index: int, dtype: torch.dtype, deferred: dict[str, Deferred] | None = None) -> TextEncoder:
@@ -149,9 +143,10 @@ class ModelFile:
         texts = self.config.text
         prefix = TEXT if len(texts) == 1 else XL_TEXTS[index]
         self.part(prefix)  # raises where there is none
-        names = text_names(self.names, len(texts), index)
-        tensors = self._copied(names, dtype) if deferred is None else self._mapped(names)
-        return TextEncoder.load(texts[index], tensors, dtype, str(self.path), deferred, prefix)
+        tensors = self._passing(text_names(self.names, len(texts), index))
+        encoder = TextEncoder.load(texts[index], tensors, dtype, str(self.path), deferred, prefix)
+        self.file.forget_pages()
+        return encoder
 
     def load_safety(self, dtype: torch.dtype, deferred: dict[str, Deferred] | None = None) -> SafetyChecker:
         """The model's safety checker. Raises GgufSdError where the file carries none (``config.safety`` is None)."""

@@ -18,9 +18,9 @@ class Kind(NamedTuple):
 
 MODELS = "gguf-sd takes Stable Diffusion 1.x and XL"
 WHOLE = "a whole model is needed: UNet, autoencoder and text encoder in one checkpoint, or a diffusers folder"
-LORA = Kind("a LoRA", "merge it into the checkpoint that it was made for, and convert that")
+LORA = Kind("a LoRA", "give it to generate or convert as --lora, beside the model that it was made for")
 CONTROLNET = Kind("a ControlNet", f"gguf-sd does not run these; {WHOLE}")
-EMBEDDING = Kind("a textual-inversion embedding", f"gguf-sd does not read these; {WHOLE}")
+EMBEDDING = Kind("a textual-inversion embedding", "give it to generate as --embedding, beside a model")
 TINY_VAE = Kind("a tiny autoencoder (TAESD)", "give it to generate as --vae, beside a model")
 VAE = Kind("a VAE alone", "give it to generate as --vae, beside a model")
 UNET = Kind("a UNet alone", WHOLE)

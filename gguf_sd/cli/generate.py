@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         args.cuda_graph,
         args.max_memory,
         args.placement,
+        args.vae_tile,
     )
     pipeline.tuning = tuning
     warn_of_other_model(recorded, pipeline.model.source_hash)
@@ -108,7 +109,8 @@ def _check_engine(args: argparse.Namespace, dtype: str, vae: Path | None) -> Non
     from gguf_sd.checkpoint.vae_file import VAEFile
     from gguf_sd.runtime.execution import Execution
 
-    Execution.choose(args.device, dtype, args.weights, args.kernels, args.cuda_graph, args.max_memory, args.placement)
+    memory = args.max_memory, args.placement, args.vae_tile
+    Execution.choose(args.device, dtype, args.weights, args.kernels, args.cuda_graph, *memory)
     if vae is not None:
         VAEFile.open(vae)
     if args.tokenizer is not None and not args.tokenizer.exists():

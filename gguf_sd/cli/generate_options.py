@@ -17,6 +17,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "--count": ("-b", "--batch-count"),
     "--batch": ("--batch-size",),
     "--seed": ("-s",),
+    "--vae-tile": ("--vae-tile-size",),
     "--max-memory": ("--max-vram",),
     "MODEL": ("-m", "--model"),
 }
@@ -100,6 +101,11 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         help="what painting may take, of a GPU's memory or, on a CPU, the whole process "
         "of the system's: 1GiB, 800MB, 1.5 (GiB); default: GGUF_SD_MAX_MEMORY, else what is free less a margin",
     )
+    add("--vae-tile", metavar="SIZE", default="auto", help="decode and encode pictures in tiles of so many latent "
+        "pixels (8 pixels) along an edge: slower, in less memory, the same picture; or auto, on, off (auto: as memory "
+        "allows)")  # fmt: skip
+    add("--vae-tiling", action="store_const", const="on", dest="vae_tile", default=argparse.SUPPRESS,
+        help="--vae-tile on: the largest tiles that memory allows")  # fmt: skip
     add("--kernels", default="auto", help="how quantised layers compute: fused, dequantize, int8 or resident (Triton, "
         "on a GPU), torch (auto: on a GPU the fastest of fused and dequantize, else torch)")  # fmt: skip
     add("--tune", default="45", metavar="SECONDS|off", help="how long kernels are measured on a GPU that is new to a "

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gguf_sd.config import SD15, SDXL, VAEConfig
 from gguf_sd.errors import GgufSdError
+from gguf_sd.models import tiled_vae
 from gguf_sd.models.tiny_vae import TinyAutoencoder
 from gguf_sd.models.vae import Autoencoder
 
@@ -57,16 +58,17 @@ def family(vae: VAEConfig) -> str | None:
 
 @torch.inference_mode()
 def previews(
-    denoised: Tensor, vae: VAEConfig, decoder: Autoencoder | TinyAutoencoder | None = None
+    denoised: Tensor, vae: VAEConfig, decoder: Autoencoder | TinyAutoencoder | None = None, tile: int | None = None
 ) -> list[Image.Image]:
     """Pictures [8h x 8w] of a step's estimate [B, 4, h, w] of the finished latents.
 
     ``vae`` is the model's. ``decoder`` paints them where there is a cheap one (TAESD, or the model's own where that is
-    small); without, the linear map does. Raises GgufSdError for a VAE that neither can show.
+    small), in tiles of ``tile``, see :mod:`gguf_sd.models.tiled_vae`; without, the linear map does.
+    Raises GgufSdError for a VAE that neither can show.
     """
     if decoder is not None:
         first = next(decoder.parameters())
-        decoded = [decoder.decode(latents[None].to(first))[0] for latents in denoised]
+        decoded = [tiled_vae.decode(decoder, latents[None].to(first), tile)[0] for latents in denoised]
         return [_image(pixels.float().cpu().permute(1, 2, 0) / 2 + 0.5) for pixels in decoded]
     if (name := family(vae)) is None:
         raise GgufSdError("this model's VAE is of its own kind, there is no linear preview for it; give a decoder")

@@ -51,34 +51,32 @@ class Limits:
         maps = 2 * picture if 16 * area > picture else picture if 256 * area > picture else picture // 2
         return cls(finest * area, finest * maps)
 
-    def bands(self, map_values: int, store: Store) -> int:
-        """What a band may hold at a level whose maps hold ``map_values``: about eight are alive at a time, and where
-        maps are small there is room for large ones, which is faster."""
-        return max(self.band, (self.maps - store.value * map_values) // 8)
-
-    def store(self, values: int, least: Store = Store.NOTHING) -> Store:
-        """How to compute blocks whose map holds ``values``."""
+    def level(self, values: int, finest: bool) -> tuple[Store, int]:
+        """For a level whose maps hold ``values``: how its blocks are computed, and what a band may hold. Only the
+        finest level is computed anew on every pass. About eight bands are alive at a time: where maps are small there
+        is room for large ones, which is faster."""
         if 2 * values <= self.maps:
-            return Store.TWO
-        return Store.ONE if values <= self.maps else least
+            store = Store.TWO
+        else:
+            store = Store.ONE if values <= self.maps or not finest else Store.NOTHING
+        return store, max(self.band, (self.maps - store.value * values) // 8)
 
 
 def decode(vae: Autoencoder, latents: Tensor, limits: Limits) -> Tensor:
     """One picture through the KL autoencoder."""
     decoder, scale = vae.decoder, vae.config.downscale
     z = vae.post_quant_conv((latents / vae.config.scaling_factor).contiguous(memory_format=torch.channels_last))
-    pixels = z[0, 0].numel()
-    width = decoder.conv_in.out_channels
-    bands = stream.bands(z, limits.bands(pixels * width, Store.TWO), width)
+    pixels, width = z[0, 0].numel(), decoder.conv_in.out_channels
+    bands = stream.bands(z, limits.level(pixels * width, False)[1], width)
     x: Map = _mid(decoder.mid, StoredMap(stream.convolved(bands, decoder.conv_in)), limits)
+    enlarge: Upsample | nn.Module = nn.Identity()
     for level in cast(Iterable[Level], reversed(decoder.up)):
-        store = limits.store(pixels * level.width, Store.NOTHING if level is decoder.up[0] else Store.ONE)
+        store, values = limits.level(pixels * level.width, level is decoder.up[0])
+        if isinstance(enlarge, Upsample):
+            x = DerivedMap(x, partial(stream.upsampled, conv=enlarge.conv, values=values))
         for block in cast(Iterable[ResnetBlock], level.block):
             x = _resnet(block, x, store)
-        if isinstance(level.upsample, Upsample):
-            pixels *= 4
-            values = limits.bands(pixels * level.width, store)
-            x = DerivedMap(x, partial(stream.upsampled, conv=level.upsample.conv, values=values))
+        enlarge, pixels = level.upsample, 4 * pixels
     rows = _norm_conv(decoder.norm_out, decoder.conv_out, x.moments)(x.drain())
     return assembled(rows, (1, vae.config.in_channels, scale * latents.shape[2], scale * latents.shape[3]))
 
@@ -90,14 +88,14 @@ def encode(vae: Autoencoder, image: Tensor, limits: Limits) -> tuple[Tensor, Ten
     picture = image.contiguous(memory_format=torch.channels_last)
     source = StoredMap(stream.bands(picture, limits.band, encoder.conv_in.out_channels))
     x: Map = DerivedMap(source, partial(stream.convolved, conv=encoder.conv_in))
+    shrink: Downsample | nn.Module = nn.Identity()
     for level in cast(Iterable[Level], encoder.down):
-        store = limits.store(pixels * level.width)
+        store, values = limits.level(pixels * level.width, level is encoder.down[0])
+        if isinstance(shrink, Downsample):
+            x = StoredMap(stream.rebanded(stream.strided(x.drain(), shrink.conv, (0, 1, 0, 1)), values))
         for block in cast(Iterable[ResnetBlock], level.block):
             x = _resnet(block, x, store)
-        if isinstance(level.downsample, Downsample):
-            pixels //= 4
-            rows = stream.strided(x.drain(), level.downsample.conv, (0, 1, 0, 1))
-            x = StoredMap(stream.rebanded(rows, limits.bands(pixels * level.width, store)))
+        shrink, pixels = level.downsample, pixels // 4
     x = _mid(encoder.mid, x, limits)
     rows = _norm_conv(encoder.norm_out, encoder.conv_out, x.moments)(x.drain())
     return vae.distribution(torch.cat(list(rows), 2))

@@ -222,4 +222,7 @@ def _transposed(source: Source) -> Tensor:
 
 
 def _third(source: Source, index: int) -> Tensor:
-    return _full(source).chunk(3)[index]
+    stored = source()
+    if isinstance(stored, QuantTensor):
+        return stored.dequantize().chunk(3)[index].clone()  # the other two go
+    return stored.chunk(3)[index]

@@ -8,7 +8,6 @@ linears over that sequence.
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -114,8 +113,8 @@ class Attention(nn.Module):
             q = self._by_heads(self.to_q.after_norm(norm, x))
             both = projected[..., self.place]
             k, v = both.view(batch, both.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
-        out = cast(Linear, self.to_out[0])
-        return out.measured(ops.attention(q, k, v).transpose(1, 2).flatten(2), x.rows)
+        (out,) = self.to_out
+        return out.measured(ops.attention(q, k, v).transpose(1, 2).flatten(2), x.rows)  # type: ignore[operator]
 
     def _by_heads(self, x: Tensor) -> Tensor:
         """[B, N, dim] -> [B, heads, N, dim / heads], a view."""
@@ -145,9 +144,9 @@ class FeedForward(nn.Module):
 
     def forward(self, norm: LayerNorm, x: Measured, last: bool) -> Measured:
         """Of norm(x), added to x [B, N, dim] -> [B, N, dim]; no norm comes behind the ``last``."""
-        out = cast(Linear, self.net[2])
-        h = self.net[0](norm, x)
-        return Measured(out(h, x.rows), None) if last else out.measured(h, x.rows)
+        geglu, _, out = self.net
+        h = geglu(norm, x)
+        return Measured(out(h, x.rows), None) if last else out.measured(h, x.rows)  # type: ignore[operator]
 
 
 class TransformerBlock(nn.Module):

@@ -13,6 +13,7 @@ from gguf_sd.runtime.cuda_graph import use_graphs
 from gguf_sd.runtime.kernel_modes import choose_kernels
 from gguf_sd.runtime.memory import PLACEMENTS, WEIGHT_MODES, choose_device, choose_dtype
 
+VAE_TILING = ("auto", "on", "off")  # as memory allows; always, in tiles as large as it allows; never
 MAX_MEMORY = "GGUF_SD_MAX_MEMORY"  # environment variable: the budget where none is given
 
 
@@ -27,6 +28,7 @@ class Execution:
     cuda_graph: str = "auto"  # see gguf_sd.runtime.cuda_graph.use_graphs
     max_memory: int | None = None  # bytes, see gguf_sd.runtime.planning; None = what is free less a margin
     placement: str = "auto"  # of all parts, see gguf_sd.runtime.memory.PLACEMENTS; auto: as memory allows
+    vae_tile: int | str = "auto"  # edge in latent pixels, or one of VAE_TILING
 
     @classmethod
     def choose(
@@ -38,6 +40,7 @@ class Execution:
         cuda_graph: str | None = None,
         max_memory: str | float | None = None,
         placement: str | None = None,
+        vae_tile: int | str | None = None,
     ) -> Execution:
         """None is auto throughout; for ``max_memory`` it is the environment's GGUF_SD_MAX_MEMORY. Raises GgufSdError
         for what is unknown, or cannot be on this device."""
@@ -53,4 +56,19 @@ class Execution:
             budget = parse_memory(os.environ.get(MAX_MEMORY), MAX_MEMORY)
         chosen, weights = choose_kernels(kernels or "auto", weights, where)
         use_graphs(graph, where, chosen, passes=0)  # raises for what cannot be
-        return cls(where, choose_dtype(dtype, where), weights, chosen, graph, budget, placed)
+        return cls(where, choose_dtype(dtype, where), weights, chosen, graph, budget, placed, checked_tile(vae_tile))
+
+
+def checked_tile(tile: int | str | None) -> int | str:
+    """One of VAE_TILING, None being auto, or the edge of a tile in latent pixels: 32, "32", or "32x32" as other
+    programs have it, of which the shorter side counts. Raises GgufSdError for anything else."""
+    text = "auto" if tile is None else str(tile).lower()
+    if text in VAE_TILING:
+        return text
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdigit() and len(side) < 6 and int(side) for side in sides):
+        raise GgufSdError(
+            f"the VAE tile {tile!r} is no size; it takes {', '.join(VAE_TILING)}, or an edge of 1 latent pixel "
+            "(8 pixels of the picture) or more, such as 32"
+        )
+    return min(map(int, sides))

@@ -43,8 +43,8 @@ def choose_kernels(name: str, weights: str, device: torch.device) -> tuple[str, 
     if name not in KERNEL_MODES:
         raise GgufSdError(f"unknown kernels {name!r}; choose from {', '.join(KERNEL_MODES)}")
     if name in ("auto", "torch"):
-        return ("auto" if name == "auto" and device.type == "cuda" and _has_triton() else "torch"), weights
-    if device.type != "cuda" and not emulated(device):
+        return ("auto" if name == "auto" and device.type != "cpu" and _has_triton() else "torch"), weights
+    if device.type == "cpu" and not emulated(device):
         raise GgufSdError(f"kernels {name!r} run on a GPU, the device is {device}; choose torch or auto")
     if not _has_triton():
         raise GgufSdError(f"kernels {name!r} need Triton, which is not installed; choose torch or auto")

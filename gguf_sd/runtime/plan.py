@@ -97,6 +97,7 @@ class Planner:
     machine: Machine
     weights: str = "auto"
     placement: str = "auto"
+    vae_tile: int | str = "auto"  # kept to, see gguf_sd.runtime.execution.Execution
 
     def __post_init__(self) -> None:
         for what, value, known in (
@@ -158,12 +159,20 @@ class Planner:
     def _choices(self) -> Iterator[_Choice]:
         modes = [self.weights] if self.weights != "auto" else ["quantized", "resident"]
         guidance = (True, False) if self.workload.guided else (True,)
-        tiles = [None, *(tile for tile in TILES if tile < max(self.workload.size))]
         placements = [self._placements(name) for name in self.parts]
-        for weights, placement, batched, tile in product(modes, product(*placements), guidance, tiles):
+        for weights, placement, batched, tile in product(modes, product(*placements), guidance, self._tiles()):
             choice = _Choice(weights, placement, batched, tile)
             if weights == "quantized" or self._placed(choice, "unet") != "streamed":
                 yield choice
+
+    def _tiles(self) -> list[int | None]:
+        """Those to choose from; None: the whole picture."""
+        if isinstance(self.vae_tile, int):
+            return [self.vae_tile]
+        tiles: list[int | None] = [tile for tile in TILES if tile < max(self.workload.size)]
+        if self.vae_tile == "off" or not tiles:
+            return [None]
+        return tiles if self.vae_tile == "on" else [None, *tiles]
 
     def _placements(self, part: str) -> tuple[str, ...]:
         """The VAE's weights are few, and read again for every band: it is not streamed."""

@@ -56,7 +56,17 @@ class Planning:
         )
         weights, placement = execution.weights, execution.placement
         parts = self._bytes | {name: replace(self._bytes[name], beside=n) for name, n in (beside or {}).items()}
-        return Planner(self.model.config, self.vae, self._tiny, parts, workload, machine, weights, placement)
+        return Planner(
+            self.model.config,
+            self.vae,
+            self._tiny,
+            parts,
+            workload,
+            machine,
+            weights,
+            placement,
+            execution.vae_tile,
+        )
 
     def workload(self, jobs: Sequence[Job], chunks: Callable[[Job], int]) -> Workload:
         """The most that jobs paint at once; ``chunks`` counts those of a job's prompts."""

@@ -26,8 +26,9 @@ class Gpu:
 
 def architecture_family(architecture: str) -> str | None:
     """The family of "86" (compute capability * 10) or "gfx1100"; None for GPUs whose matrix instructions, if they have
-    any, Triton does not use: NVIDIA before sm_80, AMD before MI100 and the RX 7000 series."""
-    if not architecture.startswith("gfx"):
+    any, Triton does not use, NVIDIA before sm_80, AMD before MI100 and the RX 7000 series, and for other makers', which
+    have no launches yet."""
+    if architecture.isdigit():
         return FAMILIES.get(int(architecture))
     if architecture.startswith(("gfx908", "gfx90a", "gfx94", "gfx95")):
         return "mfma"
@@ -53,10 +54,30 @@ def emulated(device: torch.device) -> bool:
 @cache
 def _gpu_of(device: torch.device) -> Gpu:
     properties = torch.get_device_module(device).get_device_properties(device)
-    if device.type != "cuda":
-        return Gpu(properties.name, None, properties.max_compute_units)
-    architecture = properties.gcnArchName if torch.version.hip else f"{properties.major}{properties.minor}"
-    return Gpu(properties.name, architecture_family(architecture), properties.multi_processor_count)
+    return Gpu(properties.name, architecture_family(architecture_of(properties)), processors_of(properties))
+
+
+def architecture_of(properties: Any) -> str:
+    """What torch's properties of a device say: "86" (compute capability * 10) or "gfx1100"; of other kinds the name."""
+    if torch.version.hip:
+        return str(properties.gcnArchName)  # which torch for NVIDIA has too, as another word for the name
+    return f"{properties.major}{properties.minor}" if hasattr(properties, "major") else str(properties.name)
+
+
+def processors_of(properties: Any) -> int:
+    """Multiprocessors; Intel's Xe cores."""
+    return int(getattr(properties, "multi_processor_count", 0) or getattr(properties, "max_compute_units", 0))
+
+
+def takes_ptx(device: torch.device) -> bool:
+    """Whether inline PTX can be compiled for ``device``: on NVIDIA's, which torch calls "cuda" as it does AMD's."""
+    return device.type == "cuda" and not torch.version.hip
+
+
+def recording(device: torch.device) -> bool:
+    """Whether launches on ``device`` are being recorded into a graph in place of made."""
+    asked = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
+    return asked is not None and asked()
 
 
 def gpu_family(device: torch.device) -> str | None:

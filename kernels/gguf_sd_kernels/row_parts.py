@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 MAX_PARTS = 32  # of a row, that a product joins
+CHUNK_VALUES = 1 << 20  # of a weight at a time, while a norm is folded
 
 
-@dataclass(frozen=True)
-class RowParts:
+class RowParts(NamedTuple):
     """The mean, and the sum of squared deviations from it, of each part of ``width`` values of rows ``[M, C]``: float32
     ``[2, parts, M]``; the last part of a row may be shorter."""
 
@@ -62,8 +63,9 @@ class FoldedNorm:
         share of those roundings behind.
         """
         gain = norm_weight.to(dtype)
-        sums = (weight * gain.to(weight.dtype)).to(dtype).float().sum(1)
-        shift = weight.float() @ norm_bias.float()
+        chunks = weight.split(max(1, CHUNK_VALUES // weight.shape[1]))  # float32 of all would take more than a layer
+        sums = torch.cat([(rows * gain.to(rows.dtype)).to(dtype).float().sum(1) for rows in chunks])
+        shift = torch.cat([rows.float() @ norm_bias.float() for rows in chunks])
         return cls(gain, sums, shift if bias is None else shift + bias.float(), eps)
 
     def fits(self, x: Tensor) -> bool:

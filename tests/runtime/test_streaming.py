@@ -230,3 +230,12 @@ def test_a_copy_streams_nothing(model: Callable[[str], Path]) -> None:
         for hook in module._forward_pre_hooks.values():
             hook(module, ())
         assert (meter.nbytes > 0) == (unet is streamed.part)
+
+
+def test_loaded_weights_keep_nothing_else_in_memory(model: Callable[[str], Path]) -> None:
+    """Such as the whole of what OpenCLIP's queries, keys and values were cut from, once each."""
+    file = ModelFile.open(model("sdxl q4_0"))
+    parts = [file.load_text(0, torch.float32), file.load_text(1, torch.float32), file.load_vae(torch.float32)]
+    for part in parts:
+        for name, weight in part.named_parameters():
+            assert file.file.holds(weight) or weight.untyped_storage().nbytes() == weight.nbytes, name

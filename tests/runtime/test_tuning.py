@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.lib.random_weights import random_unet, unet_inputs
 from gguf_sd.config import UNetConfig
 from gguf_sd.errors import GgufSdError
-from gguf_sd.models.unet import UNet
+from gguf_sd.models.unet import UNet, Upsample
 from gguf_sd.runtime.cuda_graph import GraphedUNet
 from gguf_sd.runtime.kernel_modes import use_kernels
 from gguf_sd.runtime.step_kernels import step_kernels
@@ -137,12 +137,33 @@ def test_the_products_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     real_fused = ways.fused_launch
     monkeypatch.setattr("gguf_sd_kernels.dispatch.way_of", spy)
     monkeypatch.setattr("gguf_sd_kernels.normed.fused_launch", spy_fused)
-    monkeypatch.setattr("gguf_sd_kernels.enlarged.fused_launch", spy_fused)
     verdicts._of[CPU] = Verdicts(CPU, check=agrees)
     unet(*inputs())
     assert set(asked) == set(kernels.uses)
     assert {s for s in verdicts.verdicts_of(CPU).known if s.kernel.endswith("norm")} == kernels.norms
     assert sum(kernels.uses.values()) > len(kernels.uses)
+
+
+def test_an_enlargement_is_part_of_the_convolution_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the recorder as for the layer."""
+    config = replace(CONFIG, block_out_channels=(32, 32), transformer_layers=(0, 0), num_heads=(4, 4))
+    unet = random_unet(config, "Q4_0", torch.float16, CPU)
+    use_kernels(unet, "fused")
+    found = [use for use, _ in step_kernels(unet, 1, 3, 4, torch.float16).uses if "enlarge" in use.added]
+    asked: list[Any] = []
+    real = ways.fused_launch
+
+    def spy(use: Any, *rest: Any) -> Any:
+        asked.append(use)
+        return real(use, *rest)
+
+    monkeypatch.setattr("gguf_sd_kernels.enlarged.fused_launch", spy)
+    verdicts._of[CPU] = Verdicts(CPU, check=agrees)
+    (conv,) = (module.conv for module in unet.modules() if isinstance(module, Upsample))
+    x = torch.ones(1, 32, 2, 2, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+    assert conv.enlarged(x, (3, 4)).shape == (1, 32, 3, 4)
+    assert asked == found
+    assert len(found) == 1
 
 
 def test_once_a_gpu(tuning: InProcess) -> None:

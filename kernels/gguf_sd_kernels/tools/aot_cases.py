@@ -131,7 +131,7 @@ def dequantize_cases(dtypes: Sequence[str]) -> Iterator[Case]:
 
 def norm_cases(dtypes: Sequence[str]) -> Iterator[Case]:
     """Group norm of the narrowest and the widest groups that SD 1.5 and SDXL have, and layer norm."""
-    from gguf_sd_kernels.triton.norm import MAX_TILES, TILE_VALUES, WARPS
+    from gguf_sd_kernels.triton.norm import MAX_TILES, TILE_VALUES, WARPS, WHOLE_VALUES, WHOLE_WARPS
 
     counts = dict.fromkeys(("rows", "rows_a_tile", "G", "C"), "i32") | {"eps": "fp32"}
     pointers = {"means": "*fp32", "deviations": "*fp32"}
@@ -142,6 +142,8 @@ def norm_cases(dtypes: Sequence[str]) -> Iterator[Case]:
         yield Case(f"group stats {name}", "triton.norm:group_stats_kernel", types, tile, WARPS, 1)
         apply = tile | {"SILU": True, "TILES": MAX_TILES}
         yield Case(f"group apply {name}", "triton.norm:group_apply_kernel", types, apply, WARPS, 1)
+        whole = {"ROWS": WHOLE_VALUES // width, "WIDTH": width, "SILU": True}
+        yield Case(f"whole group norm {name}", "triton.norm:group_norm_kernel", types, whole, WHOLE_WARPS, 1)
     for dtype, width in product(dtypes, (512, 2048)):
         types = {"C": "i32", "eps": "fp32"} | dict.fromkeys(("x", "weight", "bias", "out"), f"*{dtype}")
         constants = {"WIDTH": width}

@@ -17,8 +17,10 @@ from torch.nn import functional as F
 from gguf_sd_kernels.formats import block_format
 from gguf_sd_kernels.reference.products import conv_weight, dequantize
 from gguf_sd_kernels.repack import PACKED_TYPES, PackedWeight, repack
-from gguf_sd_kernels.tuning.launch import UNTUNED, Launch
+from gguf_sd_kernels.row_parts import RowParts
+from gguf_sd_kernels.tuning.launch import UNTUNED, Launch, Product
 from gguf_sd_kernels.tuning.launch_int8 import INT8_TYPES, UNTUNED_INT8
+from gguf_sd_kernels.tuning.operands import Operands, Use
 
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 HALVES = (torch.float16, torch.bfloat16)
@@ -86,6 +88,33 @@ def _products(launch: Launch, qtype: str, dtype: torch.dtype, *, int8: bool) -> 
             picture = 2, channels, 9, math.ceil(launch.block_m / 12)
             convolve = partial(run_conv, picture, (n, channels, side, side), qtype, dtype, cut, int8=int8)
             yield Case(f"{prefix}conv {side}x{side}", words, f"{_sizes(picture)} to {n}", limit, convolve)
+        if not int8:
+            for name, use in _around(qtype, m, n, k, launch.block_k).items():
+                yield Case(name, words, str(use.product.m), limit, partial(run_use, use, dtype, cut))
+
+
+def _around(qtype: str, m: int, n: int, k: int, channels: int) -> dict[str, Use]:
+    """Products that take in what comes before them, or leave what comes after them something."""
+    picture = 2, channels, 9, math.ceil(m / 18)
+    conv = Product("conv", qtype, math.prod(picture) // channels, n, 9 * channels, 9)
+    return {
+        "linear normed": Use(Product("linear", qtype, m, n, k), ("bias", "norm")),
+        "geglu normed": Use(Product("geglu", qtype, m, 2 * n, k), ("bias", "norm")),
+        "linear measured": Use(Product("linear", qtype, m, n, k), ("bias", "residual", "parts")),
+        "conv enlarged": Use(conv, ("bias", "enlarge"), picture, padding=1),
+    }
+
+
+def run_use(use: Use, dtype: torch.dtype, launch: Launch) -> Outcome:
+    """The result, and behind it the statistics that it leaves, if any."""
+    operands = Operands(use, dtype, torch.device("cpu"))
+    got, want = operands.call(launch), operands.plain().double()
+    if operands.left is None:
+        return got, want
+    parts = RowParts.of(got, operands.left.width).values
+    return torch.cat([got.float().flatten(), operands.left.values.flatten()]), torch.cat(
+        [want.flatten(), parts.flatten()]
+    )
 
 
 def _words(launch: Launch) -> str:
@@ -185,17 +214,21 @@ def _dequantize_cases() -> Iterator[Case]:
 def _norm_cases() -> Iterator[Case]:
     from gguf_sd_kernels.triton.norm import group_norm_silu_triton, layer_norm_triton
 
-    for dtype, (channels, side), silu in product(NAMES, ((64, 7), (320, 9)), (False, True)):
+    shapes, flags = ((64, 7), (320, 9)), (False, True)
+    for dtype, (channels, side), silu, whole in product(NAMES, shapes, flags, flags):
 
         def group(
-            dtype: torch.dtype = dtype, shape: tuple[int, ...] = (2, channels, side, side), silu: bool = silu
+            dtype: torch.dtype = dtype,
+            shape: tuple[int, ...] = (2, channels, side, side),
+            silu: bool = silu,
+            whole: bool = whole,
         ) -> Outcome:
             x, weight, bias = _normed(shape, shape[1], dtype)
-            got = group_norm_silu_triton(x, 32, weight, bias, 1e-5, silu)
+            got = group_norm_silu_triton(x, 32, weight, bias, 1e-5, silu, whole)
             want = F.group_norm(x.double(), 32, weight.double(), bias.double(), 1e-5)
             return got, F.silu(want) if silu else want
 
-        name = "group norm silu" if silu else "group norm"
+        name = f"{'whole ' if whole else ''}group norm{' silu' if silu else ''}"
         yield Case(name, NAMES[dtype], _sizes((2, channels, side, side)), LIMIT, group)
     for dtype, width in product(NAMES, (320, 1280)):
 

@@ -50,7 +50,8 @@ class PreparedLaunch:
 
     def __call__(self, *operands: Tensor | None) -> None:
         """Starts the kernel. Raises ValueError where an operand lies on another device, or unaligned."""
-        number, addresses = self._number, list[int | None]()
+        number = self._number
+        addresses: list[int | None] = []
         for operand in operands:
             if operand is None:
                 addresses.append(None)

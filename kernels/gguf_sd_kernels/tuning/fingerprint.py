@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from gguf_sd_kernels.devices import architecture_of, processors_of
+
 SOURCES = Path(__file__).parent.parent / "triton"
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -23,8 +25,8 @@ def fingerprint(device: torch.device) -> dict[str, str | int]:
         properties = torch.get_device_module(device).get_device_properties(device)
         facts = {
             "name": properties.name,
-            "capability": str(getattr(properties, "gcnArchName", "")) or f"{properties.major}.{properties.minor}",
-            "processors": int(getattr(properties, "multi_processor_count", 0)),
+            "capability": architecture_of(properties),
+            "processors": processors_of(properties),
             "memory": int(properties.total_memory),
         }
     facts |= {"driver": driver_version(), "torch": torch.__version__, "triton": _triton_version()}

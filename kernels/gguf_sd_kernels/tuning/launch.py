@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from gguf_sd_kernels.devices import INTERPRETER, Gpu, gpu_of
+from gguf_sd_kernels.devices import INTERPRETER, Gpu, gpu_of, takes_ptx
 
 # Tiles of M walked before the next of N, so that programs that run together share operands in the L2 cache. A
 # customary value, not measured here.
@@ -79,7 +79,7 @@ class Launch:
         interpreted = gpu_of(device) is INTERPRETER  # which knows no bfloat16 product
         return {
             "SWAP": self.swap,
-            "PTX": self.ptx and device.type == "cuda" and not torch.version.hip,
+            "PTX": self.ptx and takes_ptx(device),
             "WIDEN": interpreted and dtype == torch.bfloat16,
             "BLOCK_K": self.block_k,
         }

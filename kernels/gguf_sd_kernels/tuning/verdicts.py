@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from gguf_sd_kernels.devices import recording
 from gguf_sd_kernels.tuning.fingerprint import file_name, fingerprint
 from gguf_sd_kernels.tuning.launch import Prepared
 from gguf_sd_kernels.tuning.self_check import Subject, check, proof_of_life, reason_of
@@ -54,8 +55,8 @@ class Verdicts:
             return self.known[subject] == GOOD
 
     def _check(self, subject: Subject) -> None:
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"{subject} has to be checked before it becomes part of a CUDA graph")
+        if recording(self.device):
+            raise RuntimeError(f"{subject} has to be checked before it becomes part of a graph")
         try:
             self.check(subject, self.device)
             self.note({subject: GOOD})

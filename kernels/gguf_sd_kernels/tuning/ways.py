@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from gguf_sd_kernels.checks import DTYPES
-from gguf_sd_kernels.devices import Gpu, gpu_of
+from gguf_sd_kernels.devices import Gpu, gpu_of, takes_ptx
 from gguf_sd_kernels.repack import PackedWeight
 from gguf_sd_kernels.triton.workspace import MAX_TILES
 from gguf_sd_kernels.tuning.launch import UNTUNED, Launch, Product, choose, measured, tiles, untuned
@@ -107,7 +107,7 @@ def ptx_subject(subject: Subject, device: torch.device) -> Subject | None:
     """The comparison of inline PTX with the portable decoder that stands for ``subject``'s; None without PTX, which is
     so where it is not compiled in either."""
     family = gpu_of(device).family
-    if subject.launch is None or not subject.launch.ptx or device.type != "cuda" or torch.version.hip or not family:
+    if subject.launch is None or not subject.launch.ptx or not takes_ptx(device) or not family:
         return None
     _, launch = UNTUNED[family][0]
     return Subject("ptx", subject.dtype, subject.qtype, replace(launch, ptx=True, splits=1))
