@@ -98,13 +98,13 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
     def make(**fields: Any) -> Path:
         key = json.dumps(fields, sort_keys=True)
         if key not in made:
-            made[key] = _save(Tiny(**fields), tmp_path_factory.mktemp("tiny"))
+            made[key] = save_pipeline(Tiny(**fields), tmp_path_factory.mktemp("tiny"))
         return made[key]
 
     return make
 
 
-def _save(tiny: Tiny, folder: Path) -> Path:
+def save_pipeline(tiny: Tiny, folder: Path) -> Path:
     import diffusers
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 

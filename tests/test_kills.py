@@ -32,7 +32,7 @@ class Killer:
         monkeypatch.setenv("GGUF_SD_CACHE", str(folder))
         self.commands = {
             "convert": ["convert", str(source), "-o", "m.gguf", "--type", "q4_0", "--force"],
-            "generate": ["generate", str(self.whole), "-p", "a cat", "--count", "8", "--seed", "1", *SIZE],
+            "generate": ["generate", str(self.whole), "-p", "a cat", "--count", "4", "--seed", "1", *SIZE],
             "cache": ["generate", str(source), "-p", "a cat", "-o", "x.png", "--force", "--seed", "1", *SIZE],
         }
         self.seconds = {name: self.run(name) for name in self.commands}

@@ -1,10 +1,12 @@
 """How long `gguf-sd` takes from the shell to an answer: help, refusals, inspect, and the demo model's first step.
 
     python -m benchmarks.cpu.bench_startup --json benchmarks/results/startup.json
+    python -m benchmarks.cpu.bench_startup --only "first step" --only "first step, cold" --model sd15-q4_0.gguf
 
 Every run is a process of its own, from its start to its end; the first step is when its preview (--preview 1) lies on
 the disk, some ten milliseconds after the step itself. Runs alternate between the commands; medians are shown, with the
-processor seconds (user and system), which a busy machine lengthens less, and the peak resident set.
+processor seconds (user and system), which a busy machine lengthens less, and the peak resident set. "cold" is with
+nothing of the model's file in the system's cache; Python, torch and our code stay there.
 """
 
 from __future__ import annotations
@@ -35,10 +37,31 @@ class Run:
     peak_mb: float
 
 
-def measure(arguments: list[str], code: int, preview: Path | None = None) -> Run:
-    """Runs one command; its seconds end with it, or when ``preview`` was written."""
+@dataclass(frozen=True)
+class Command:
+    """What is run: the program's arguments, the exit code to expect, the preview to wait for, and the file that is not
+    to be in the system's cache."""
+
+    arguments: list[str]
+    code: int = 0
+    preview: Path | None = None
+    cold: Path | None = None
+
+
+def make_cold(path: Path) -> None:
+    """Has the system forget what it keeps of a file. Linux alone does so for the asking."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())  # what is not on the disk yet cannot be forgotten
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(command: Command) -> Run:
+    """Runs one command; its seconds end with it, or when its preview was written."""
+    arguments, code, preview = command.arguments, command.code, command.preview
     if preview:
         preview.unlink(missing_ok=True)
+    if command.cold:
+        make_cold(command.cold)
     started, clock = time.time(), time.perf_counter()
     process = subprocess.Popen(PROGRAM + arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
@@ -55,24 +78,27 @@ def measure(arguments: list[str], code: int, preview: Path | None = None) -> Run
     return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
-def commands(folder: Path) -> dict[str, tuple[list[str], int, Path | None]]:
-    """Arguments, exit code, and the preview to wait for, of each command; the demo model is converted here."""
+def commands(folder: Path, given: Path | None) -> dict[str, Command]:
+    """The commands by their titles; the first steps are of the model ``given``, or the demo's, converted here."""
     from gguf_sd.demo import model_folder
 
     model, picture, lora = folder / "demo.gguf", folder / "out.png", folder / "lora.safetensors"
     # In a process of its own: what this one holds would count as its children's peak.
-    measure(["convert", str(model_folder()), "-o", str(model), "--quiet"], 0)
+    measure(Command(["convert", str(model_folder()), "-o", str(model), "--quiet"]))
     header = b'{"lora_unet_mid.lora_up.weight": {"dtype": "F16", "shape": [1], "data_offsets": [0, 2]}}'
     lora.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
-    paint = ["generate", str(model), "-p", "a red circle", "--seed", "1", "-o", str(picture), "--preview", "1"]
+    painted, preview = given or model, picture.with_suffix(".preview.png")
+    paint = ["generate", str(painted), "-p", "a red circle", "--seed", "1", "-o", str(picture), "--preview", "1"]
+    paint += ["--steps", "1", "--quiet", "--force"]
     return {
-        "help": (["--help"], 0, None),
-        "version": (["--version"], 0, None),
-        "inspect": (["inspect", str(model)], 0, None),
-        "missing file": (["generate", str(folder / "missing.gguf"), "-p", "a"], 2, None),
-        "bad argument": (["generate", "--steps", "x"], 2, None),
-        "no model": (["generate", str(lora), "-p", "a"], 2, None),
-        "first step": ([*paint, "--steps", "1", "--quiet"], 0, picture.with_suffix(".preview.png")),
+        "help": Command(["--help"]),
+        "version": Command(["--version"]),
+        "inspect": Command(["inspect", str(model)]),
+        "missing file": Command(["generate", str(folder / "missing.gguf"), "-p", "a"], 2),
+        "bad argument": Command(["generate", "--steps", "x"], 2),
+        "no model": Command(["generate", str(lora), "-p", "a"], 2),
+        "first step": Command(paint, preview=preview),
+        "first step, cold": Command(paint, preview=preview, cold=painted),
     }
 
 
@@ -90,21 +116,23 @@ def report(runs: dict[str, list[Run]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5, help="of each command, after one that is not counted (5)")
+    parser.add_argument("--model", type=Path, help="a GGUF file for the first steps (the demo's)")
+    parser.add_argument("--only", action="append", help="a command to run; all by default, several may be given")
     parser.add_argument("--json", type=Path, help="write the results there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        todo = commands(Path(name))
+        todo = {n: c for n, c in commands(Path(name), args.model).items() if not args.only or n in args.only}
         runs: dict[str, list[Run]] = {name: [] for name in todo}
         for index in range(args.runs + 1):
-            for name, (arguments, code, preview) in todo.items():
-                run = measure(arguments, code, preview)
+            for name, command in todo.items():
+                run = measure(command)
                 if index:  # the first one fills caches
                     runs[name].append(run)
     results = report(runs)
-    print(f"{'':14} {'seconds':>8} {'fastest':>8} {'target':>7} {'cpu s':>7} {'peak MB':>8}")
+    print(f"{'':17} {'seconds':>8} {'fastest':>8} {'target':>7} {'cpu s':>7} {'peak MB':>8}")
     for name, row in results.items():
         target = row["target"] or ""
-        print(f"{name:14} {row['seconds']:>8.2f} {row['fastest']:>8.2f} {target:>7} {row['cpu_seconds']:>7.2f} "
+        print(f"{name:17} {row['seconds']:>8.2f} {row['fastest']:>8.2f} {target:>7} {row['cpu_seconds']:>7.2f} "
               f"{row['peak_mb']:>8.0f}")  # fmt: skip
     if args.json:
         facts = {

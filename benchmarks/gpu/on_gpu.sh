@@ -8,8 +8,8 @@
 #
 # PYTHON names the interpreter; it needs torch, triton, numpy, transformers, safetensors, Pillow and tqdm. gguf is
 # needed for the pictures, gguf and diffusers for the baselines; what is missing is said. MINUTES is the time for all
-# (7.5), CHECK_SECONDS, KERNELS_SECONDS, TUNE_SECONDS, PICTURE_SECONDS and STEP_SECONDS that for a part: after it it starts
-# nothing new, and says what it left out. DEVICE=cpu runs all of it on tiny sizes without a GPU, to test this script.
+# (7.5), CHECK_SECONDS, KERNELS_SECONDS, TUNE_SECONDS, PICTURE_SECONDS, STREAM_SECONDS and STEP_SECONDS that for a part:
+# after it it starts nothing new, and says what it left out. DEVICE=cpu runs all of it on tiny sizes without a GPU, to test this script.
 set -uo pipefail
 results=${1:?usage: bash benchmarks/gpu/on_gpu.sh RESULTS_DIR}
 mkdir -p "$results"
@@ -62,6 +62,7 @@ everything() {
     part tune "${TUNE_SECONDS:-$(seconds 15)}" -m benchmarks.gpu.tune_model
     part picture "${PICTURE_SECONDS:-$(seconds 13)}" -m benchmarks.gpu.bench_picture "${picture[@]}" \
         --sheet "$results/pictures.png"
+    part stream "${STREAM_SECONDS:-$(seconds 10)}" -m benchmarks.gpu.bench_stream
     part step "${STEP_SECONDS:-$(seconds 100)}" -m benchmarks.gpu.bench_step "${step[@]}"
     cat "$results/summary.txt"
     echo "== done in $SECONDS s: $failed parts failed, results in $results"

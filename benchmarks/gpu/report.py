@@ -13,7 +13,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-PARTS = ("machine", "check", "kernels", "tune", "picture", "step")
+PARTS = ("machine", "check", "kernels", "tune", "picture", "stream", "step")
 
 
 def main() -> None:

@@ -16,14 +16,14 @@ from torch.nn import functional as F
 
 from gguf_sd.adapters.factors import Dense, Factors, Kronecker, LowRank
 from gguf_sd.adapters.targets import Target
-from gguf_sd.models.layers import Quantized
+from gguf_sd.models.layers import AroundNorm, Quantized
 from gguf_sd.models.unet import Attention, ResBlock
 from gguf_sd_kernels import ops
 
 WHOLE = slice(None)
 
 
-class Adapted(nn.Module):
+class Adapted(AroundNorm, nn.Module):
     """``base``, a linear or convolution of :mod:`gguf_sd.models.layers`, with what is added to its result."""
 
     def __init__(self, base: nn.Module, paths: Iterable[nn.Module]):
@@ -36,6 +36,10 @@ class Adapted(nn.Module):
         for path in self.paths:
             path(x, y)
         return y
+
+    def enlarged(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The layer of x enlarged to ``size`` (H, W), by its nearest neighbours."""
+        return self(F.interpolate(x, size=size))
 
     def geglu(self, x: Tensor) -> Tensor:
         """value * gelu(gate), the halves of y: x [..., in] -> [..., out / 2]."""

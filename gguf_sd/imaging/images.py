@@ -31,9 +31,8 @@ def open_image(path: Path) -> Image.Image:
     Image.init()
     formats = [name for name in FORMATS if name in Image.OPEN]
     try:
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-            opened = Image.open(path, formats=formats)
-        with opened as image:
+        # What Pillow warns of (odd tags, many pixels) is either harmless or refused below.
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=formats) as image:
             check_size(image, f"the picture {path}")
             turned = ImageOps.exif_transpose(image)
             turned.load()

@@ -51,6 +51,11 @@ class Limits:
         maps = 2 * picture if 16 * area > picture else picture if 256 * area > picture else picture // 2
         return cls(finest * area, finest * maps)
 
+    def bands(self, map_values: int, store: Store) -> int:
+        """What a band may hold at a level whose maps hold ``map_values``: about eight are alive at a time, and where
+        maps are small there is room for large ones, which is faster."""
+        return max(self.band, (self.maps - store.value * map_values) // 8)
+
     def store(self, values: int, least: Store = Store.NOTHING) -> Store:
         """How to compute blocks whose map holds ``values``."""
         if 2 * values <= self.maps:
@@ -63,16 +68,17 @@ def decode(vae: Autoencoder, latents: Tensor, limits: Limits) -> Tensor:
     decoder, scale = vae.decoder, vae.config.downscale
     z = vae.post_quant_conv((latents / vae.config.scaling_factor).contiguous(memory_format=torch.channels_last))
     pixels = z[0, 0].numel()
-    bands = stream.bands(z, limits.band, decoder.conv_in.out_channels)
-    x: Map = _mid(decoder.mid, StoredMap(stream.convolved(bands, decoder.conv_in)))
+    width = decoder.conv_in.out_channels
+    bands = stream.bands(z, limits.bands(pixels * width, Store.TWO), width)
+    x: Map = _mid(decoder.mid, StoredMap(stream.convolved(bands, decoder.conv_in)), limits)
     for level in cast(Iterable[Level], reversed(decoder.up)):
-        values = pixels * level.width
-        store = limits.store(values, Store.NOTHING if level is decoder.up[0] else Store.ONE)
+        store = limits.store(pixels * level.width, Store.NOTHING if level is decoder.up[0] else Store.ONE)
         for block in cast(Iterable[ResnetBlock], level.block):
             x = _resnet(block, x, store)
         if isinstance(level.upsample, Upsample):
             pixels *= 4
-            x = DerivedMap(x, partial(stream.upsampled, conv=level.upsample.conv, values=limits.band))
+            values = limits.bands(pixels * level.width, store)
+            x = DerivedMap(x, partial(stream.upsampled, conv=level.upsample.conv, values=values))
     rows = _norm_conv(decoder.norm_out, decoder.conv_out, x.moments)(x.drain())
     return assembled(rows, (1, vae.config.in_channels, scale * latents.shape[2], scale * latents.shape[3]))
 
@@ -91,8 +97,8 @@ def encode(vae: Autoencoder, image: Tensor, limits: Limits) -> tuple[Tensor, Ten
         if isinstance(level.downsample, Downsample):
             pixels //= 4
             rows = stream.strided(x.drain(), level.downsample.conv, (0, 1, 0, 1))
-            x = StoredMap(stream.rebanded(rows, limits.band))
-    x = _mid(encoder.mid, x)
+            x = StoredMap(stream.rebanded(rows, limits.bands(pixels * level.width, store)))
+    x = _mid(encoder.mid, x, limits)
     rows = _norm_conv(encoder.norm_out, encoder.conv_out, x.moments)(x.drain())
     return vae.distribution(torch.cat(list(rows), 2))
 
@@ -105,6 +111,7 @@ def assembled(rows: Rows, shape: tuple[int, ...]) -> Tensor:
             whole = band.new_empty(shape)
         whole[:, :, top : top + band.shape[2]] = band
         top += band.shape[2]
+        del band
     assert whole is not None
     return whole
 
@@ -116,26 +123,25 @@ def _norm_conv(norm: nn.GroupNorm, conv: nn.Conv2d, moments: Moments) -> Operato
 def _resnet(block: ResnetBlock, x: Map, store: Store) -> Map:
     """Passes over ``x`` for the moments of each group norm, and one to compute the output."""
     first = _norm_conv(block.norm1, block.conv1, x.moments)
+    waiting: deque[Tensor] = deque()
     if store is Store.TWO:
-        waiting: deque[Tensor] = deque()
         h = StoredMap(first(stream.noted(x.drain(), waiting, block.nin_shortcut)))
         second = _norm_conv(block.norm2, block.conv2, h.moments)
         return StoredMap(stream.added(second(h.drain()), waiting))
     second = _norm_conv(block.norm2, block.conv2, DerivedMap(x, first).moments)
+    if store is Store.ONE:
+        rows = second(first(stream.noted(x.drain(), waiting, block.nin_shortcut)))
+        return StoredMap(stream.added(rows, waiting))
+    return DerivedMap(x, lambda rows: stream.residual(rows, lambda band: second(first(band)), block.nin_shortcut))
 
-    def whole(rows: Rows) -> Rows:
-        return stream.residual(rows, lambda band: second(first(band)), block.nin_shortcut)
 
-    return DerivedMap(x, whole) if store is Store.NOTHING else StoredMap(whole(x.drain()))
-
-
-def _mid(mid: Mid, x: Map) -> Map:
+def _mid(mid: Mid, x: Map, limits: Limits) -> Map:
     x = _resnet(mid.block_1, x, Store.TWO)
-    return _resnet(mid.block_2, _attended(mid.attn_1, x), Store.TWO)
+    return _resnet(mid.block_2, _attended(mid.attn_1, x, 4 * limits.band), Store.TWO)
 
 
-def _attended(block: AttnBlock, x: Map) -> StoredMap:
-    """Keys and values of the whole map, and the queries of a band at a time."""
+def _attended(block: AttnBlock, x: Map, scores: int) -> StoredMap:
+    """Keys and values of the whole map, the queries of a band at a time, and about ``scores`` at once."""
     norm = partial(stream.normed, moments=x.moments, norm=block.norm, silu=False)
     pairs = [(block.k(tokens(band)), block.v(tokens(band))) for band in norm(x.rows())]
     k, v = (torch.cat(parts, 1)[:, None] for parts in zip(*pairs, strict=True))
@@ -144,6 +150,6 @@ def _attended(block: AttnBlock, x: Map) -> StoredMap:
     def attend(rows: Rows) -> Rows:
         for band in norm(rows):
             q = block.q(tokens(band))[:, None]
-            yield feature_map(block.proj_out(query_chunks(q, k, v)[:, 0]), band.shape[2], band.shape[3])
+            yield feature_map(block.proj_out(query_chunks(q, k, v, scores)[:, 0]), band.shape[2], band.shape[3])
 
     return StoredMap(stream.residual(x.drain(), attend))

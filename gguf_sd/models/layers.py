@@ -9,9 +9,13 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from gguf_sd.checkpoint.quant_tensor import QuantTensor
+from gguf_sd.models.members import parameter
 from gguf_sd_kernels import custom_ops, dispatch, ops
 from gguf_sd_kernels.dispatch import conv2d_packed, linear_packed
+from gguf_sd_kernels.enlarged import conv2d_enlarged
+from gguf_sd_kernels.normed import Measured, fold, linear_measured, normed_linear
 from gguf_sd_kernels.repack import PACKED_TYPES, PackedWeight, repack, unpack
+from gguf_sd_kernels.row_parts import FoldedNorm
 
 
 class PointwiseForward:
@@ -22,9 +26,24 @@ class PointwiseForward:
         return super().forward(x.permute(0, 2, 3, 1), last).permute(0, 3, 1, 2)  # type: ignore[misc]
 
 
-class Linear(nn.Linear):
+class AroundNorm:
+    """Mixin for linears that a layer norm follows or precedes: here that is a module of its own."""
+
+    def measured(self, x: Tensor, residual: Tensor | None = None) -> Measured:
+        """The layer's result, which is to be normalised."""
+        return Measured(self(x, residual), None)  # type: ignore[operator]
+
+    def after_norm(self, norm: LayerNorm, x: Measured, geglu: bool = False) -> Tensor:
+        """The layer, with GEGLU if ``geglu``, of norm(x)."""
+        rows = norm(x.rows)
+        return self.geglu(rows) if geglu else self(rows)  # type: ignore[attr-defined,operator]
+
+
+class Linear(AroundNorm, nn.Linear):
     """y = x W^T + b, and what is to be added to it."""
 
+    weight: nn.Parameter = parameter()
+    bias: nn.Parameter = parameter()
     origins: tuple[str, ...] = ()  # the weights that its rows are, in order, where they stay in a file
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -44,10 +63,17 @@ class Pointwise(PointwiseForward, Linear):
 class Conv2d(nn.Conv2d):
     """A convolution with a square kernel, the same stride and padding both ways, and what is to be added to it."""
 
+    weight: nn.Parameter = parameter()
+    bias: nn.Parameter = parameter()
+
     def forward(self, x: Tensor, emb: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """x [B, C, H, W], emb [B, out] for every pixel, residual [B, out, H', W'] -> [B, out, H', W']."""
         assert not isinstance(self.padding, str)
         return _added(ops.convolve(x, self.weight, self.bias, self.stride[0], self.padding[0]), emb, residual)
+
+    def enlarged(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The layer of x enlarged to ``size`` (H, W), by its nearest neighbours."""
+        return self(nn.functional.interpolate(x, size=size))
 
 
 def _added(y: Tensor, emb: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -56,16 +82,11 @@ def _added(y: Tensor, emb: Tensor | None, residual: Tensor | None) -> Tensor:
     return y if residual is None else y.add_(residual)
 
 
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """The norm's weight and bias. Read where nn.Module keeps them: as attributes they take six times as long, which
-    adds up where there are hundreds of norms a step."""
-    parameters = norm._parameters
-    return parameters["weight"], parameters["bias"]  # type: ignore[return-value]
-
-
 class GroupNorm(nn.GroupNorm):
     """Group normalisation of [B, C, H, W], with SiLU applied to its result where ``silu``."""
 
+    weight: nn.Parameter = parameter()
+    bias: nn.Parameter = parameter()
     fused = False  # in Triton, two launches
 
     def __init__(self, groups: int, channels: int, eps: float, silu: bool = True):
@@ -74,22 +95,22 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused:
-            weight, bias = _affine(self)
             norm = custom_ops.group_norm_silu if is_compiling() else dispatch.group_norm_silu
-            return norm(x, self.num_groups, weight, bias, self.eps, self.silu)
+            return norm(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
         return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
 
 
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation of [..., C]."""
 
+    weight: nn.Parameter = parameter()
+    bias: nn.Parameter = parameter()
     fused = False  # in Triton, one launch
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused:
-            weight, bias = _affine(self)
             norm = custom_ops.layer_norm if is_compiling() else dispatch.layer_norm
-            return norm(x, weight, bias, self.eps)
+            return norm(x, self.weight, self.bias, self.eps)
         return super().forward(x)
 
 
@@ -97,6 +118,7 @@ class Quantized(nn.Module):
     """Holds the blocks as a buffer, so that `.to(device)` moves them and `.to(dtype)` leaves them alone."""
 
     blocks: Tensor
+    bias: Tensor | None = parameter()
     origins: tuple[str, ...] = ()  # as Linear's
 
     def __init__(self, weight: QuantTensor, bias: Tensor | None):
@@ -105,6 +127,7 @@ class Quantized(nn.Module):
         self.qtype, self.shape, self.tap_major = weight.qtype, weight.shape, weight.tap_major
         self.bias = bias
         self.packed: PackedWeight | None = None  # the blocks as the GPU kernels take them, in place of `blocks`
+        self.folded: FoldedNorm | None = None  # with the norm before it, once it was met
         self.mode = ""
 
     @property
@@ -118,20 +141,20 @@ class Quantized(nn.Module):
         ``mode`` is one of gguf_sd_kernels.dispatch.MODES. Types without a kernel are left as they are."""
         if self.qtype in PACKED_TYPES:
             self.packed = repack(self.blocks, self.qtype, self.shape, tap_major=self.tap_major)
-            self.mode, self.blocks = mode, self.blocks.new_empty(0)
+            self.mode, self.blocks, self.folded = mode, self.blocks.new_empty(0), None
 
     def extra_repr(self) -> str:
         return f"{self.qtype}, shape={list(self.shape)}, bias={self.bias is not None}"
 
 
-class QuantLinear(Quantized):
+class QuantLinear(AroundNorm, Quantized):
     """y = x W^T + b, with W [out, in] in blocks, and what is to be added to it."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [..., in], residual [..., out] -> [..., out]."""
         if self.packed is not None:
             multiply = custom_ops.linear_packed if is_compiling() else linear_packed
-            return multiply(x, self.packed, self._parameters.get("bias"), residual, mode=self.mode)
+            return multiply(x, self.packed, self.bias, residual, mode=self.mode)
         y = (custom_ops if is_compiling() else ops).linear(x, self.blocks, self.qtype, self.bias)
         return y if residual is None else y.add_(residual)
 
@@ -139,8 +162,28 @@ class QuantLinear(Quantized):
         """value * gelu(gate), the halves of y: x [..., in] -> [..., out / 2]."""
         if self.packed is not None:
             multiply = custom_ops.linear_packed if is_compiling() else linear_packed
-            return multiply(x, self.packed, self._parameters.get("bias"), geglu=True, mode=self.mode)
+            return multiply(x, self.packed, self.bias, geglu=True, mode=self.mode)
         return (custom_ops if is_compiling() else ops).linear_geglu(x, self.blocks, self.qtype, self.bias)
+
+    def measured(self, x: Tensor, residual: Tensor | None = None) -> Measured:
+        """As :class:`AroundNorm` has it, with what the norm takes where the kernels leave it."""
+        if self.packed is None or is_compiling():
+            return super().measured(x, residual)
+        return linear_measured(x, self.packed, self.bias, residual, self.mode)
+
+    def after_norm(self, norm: LayerNorm, x: Measured, geglu: bool = False) -> Tensor:
+        """As :class:`AroundNorm` has it, in one launch where the kernels have one for it."""
+        if x.parts is not None and self.packed is not None and norm.fused and not is_compiling():
+            run = normed_linear(x.rows, x.parts, self.packed, self.bias, norm.eps, geglu=geglu, mode=self.mode)
+            if run is not None:
+                return run.normed(x.rows, self.packed, x.parts, self._fold(norm, x.rows))
+        return super().after_norm(norm, x, geglu)
+
+    def _fold(self, norm: LayerNorm, x: Tensor) -> FoldedNorm:
+        assert self.packed is not None
+        if self.folded is None or not self.folded.fits(x):
+            self.folded = fold(self.packed, self.bias, norm.weight, norm.bias, norm.eps, x.dtype)
+        return self.folded
 
 
 class QuantPointwise(PointwiseForward, QuantLinear):
@@ -157,9 +200,9 @@ class QuantConv2d(Quantized):
     def forward(self, x: Tensor, emb: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """x [B, C, H, W], emb [B, out] for every pixel, residual [B, out, H', W'] -> [B, out, H', W']."""
         if self.packed is not None:
-            bias, stride, padding = self._parameters.get("bias"), self.stride, self.padding
+            stride, padding = self.stride, self.padding
             convolve = custom_ops.conv2d_packed if is_compiling() else conv2d_packed
-            return convolve(x, self.packed, bias, stride, padding, residual=residual, emb=emb, mode=self.mode)
+            return convolve(x, self.packed, self.bias, stride, padding, residual=residual, emb=emb, mode=self.mode)
         out, channels, kh, kw = self.shape
         y = (custom_ops if is_compiling() else ops).conv2d(
             x,
@@ -173,6 +216,13 @@ class QuantConv2d(Quantized):
         )
         return _added(y, emb, residual)
 
+    def enlarged(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The layer of x enlarged to ``size`` (H, W), by its nearest neighbours; in one launch where the kernels have
+        one for it."""
+        if self.packed is None or self.stride != 1 or is_compiling():
+            return self(nn.functional.interpolate(x, size=size))
+        return conv2d_enlarged(x, self.packed, self.bias, size, self.padding, self.mode)
+
 
 def quantized(module: nn.Linear | nn.Conv2d, weight: QuantTensor) -> nn.Module:
     """The quantised counterpart of a linear, pointwise or convolution module; it takes over the bias."""
@@ -183,7 +233,7 @@ def quantized(module: nn.Linear | nn.Conv2d, weight: QuantTensor) -> nn.Module:
     return kind(weight, module.bias)
 
 
-def stacked(linears: Sequence[nn.Module]) -> nn.Module | None:
+def stacked(linears: Sequence[nn.Module]) -> Linear | QuantLinear | None:
     """One linear that makes the outputs of several side by side, from weights below one another; None where they are
     not all plain, or all in blocks of one type. For linears of one input width, with or without biases, not packed."""
     joined = _stacked(linears)
@@ -228,5 +278,5 @@ def resident(module: Quantized, dtype: torch.dtype, triton: bool = False) -> nn.
         else:
             kind = Pointwise if isinstance(module, QuantPointwise) else Linear
             full = kind(features, out)
-    full.weight, full.bias = weight, module.bias
+    full.weight, full.bias = weight, module.bias  # type: ignore[assignment]
     return full

@@ -3,6 +3,7 @@
 A map [1, C, H, W] is an iterator of bands [1, C, r, W], channels last, top to bottom. Operators take such an iterator
 and give another. A convolution waits for the first row of the next band and keeps the last row of the one before, so
 nothing is computed twice and what comes out is what the whole map would have given, but for the order of float sums.
+No operator holds on to a band that it has passed on: ``made.pop()`` and ``map`` leave no name for it.
 Bands keep their heights through every operator that keeps the map's height: a branch and its shortcut meet in pairs.
 """
 
@@ -52,16 +53,16 @@ def convolved(rows: Rows, conv: nn.Conv2d) -> Rows:
     above = band = None
     for below in chain(rows, (None,)):
         if band is not None:
-            around = _between(above, band, None if below is None else below[:, :, :1])
-            above = band[:, :, -1:].clone()
-            yield F.conv2d(around, conv.weight, conv.bias, padding=(0, 1))
+            made = [F.conv2d(_between(above, band, below), conv.weight, conv.bias, padding=(0, 1))]
+            above, band = band[:, :, -1:].clone(), None
+            yield made.pop()
         band = below
 
 
 def _between(above: Tensor | None, band: Tensor, below: Tensor | None) -> Tensor:
-    """The band with a row above and a row below it; zeros where there is none."""
+    """The band with the row ``above`` it and the first row of the one ``below`` it; zeros where there is none."""
     zeros = band.new_zeros(1, 1, 1, 1).expand(1, band.shape[1], 1, band.shape[3])
-    x = torch.cat([zeros if above is None else above, band, zeros if below is None else below], 2)
+    x = torch.cat([zeros if above is None else above, band, zeros if below is None else below[:, :, :1]], 2)
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -95,9 +96,9 @@ def upsampled(rows: Rows, conv: nn.Conv2d, values: int) -> Rows:
     above = band = None
     for below in chain(small, (None,)):
         if band is not None:
-            around = _between(above, band, None if below is None else below[:, :, :1])
-            above = band[:, :, -1:].clone()
-            yield _phases(F.pad(around, (1, 1)), kernels, conv.bias)
+            made = [_phases(F.pad(_between(above, band, below), (1, 1)), kernels, conv.bias)]
+            above, band = band[:, :, -1:].clone(), None
+            yield made.pop()
         band = below
 
 
@@ -133,20 +134,31 @@ def _same(band: Tensor) -> Tensor:
 def residual(rows: Rows, branch: Operator, shortcut: Callable[[Tensor], Tensor] = _same) -> Rows:
     """``branch(x) + shortcut(x)``; a band waits for what the branch makes of it."""
     waiting: deque[Tensor] = deque()
-    return added(branch(noted(rows, waiting)), waiting, shortcut)
+
+    def add(band: Tensor) -> Tensor:
+        return band.add_(shortcut(waiting.popleft()))
+
+    return map(add, branch(noted(rows, waiting)))
 
 
 def noted(rows: Rows, waiting: deque[Tensor], shortcut: Callable[[Tensor], Tensor] = _same) -> Rows:
     """The rows as they come, with ``shortcut`` of each band left in ``waiting``."""
-    for band in rows:
+
+    def note(band: Tensor) -> Tensor:
         waiting.append(shortcut(band))
-        yield band
+        return band
+
+    return map(note, rows)
 
 
-def added(rows: Rows, waiting: deque[Tensor], shortcut: Callable[[Tensor], Tensor] = _same) -> Rows:
-    """Each band plus ``shortcut`` of the one that has waited longest."""
-    for band in rows:
-        yield band.add_(shortcut(waiting.popleft()))
+def added(rows: Rows, waiting: deque[Tensor]) -> Rows:
+    """Each band added to the one that has waited longest, in its memory: what lives long stays where it is, and leaves
+    no holes in the heap."""
+
+    def add(band: Tensor) -> Tensor:
+        return waiting.popleft().add_(band)
+
+    return map(add, rows)
 
 
 class Moments:
@@ -182,10 +194,12 @@ def normed(rows: Rows, moments: Moments, norm: nn.GroupNorm, silu: bool = True) 
     """Group norm with the whole map's statistics, then SiLU."""
     mean, variance = moments.of_groups(norm.num_groups)
     weight, bias = norm.weight.to(mean), norm.bias.to(mean)
-    for band in rows:
+
+    def apply(band: Tensor) -> Tensor:
         y = F.batch_norm(band, mean, variance, weight, bias, eps=norm.eps)
-        del band
-        yield F.silu(y, inplace=True) if silu else y
+        return F.silu(y, inplace=True) if silu else y
+
+    return map(apply, rows)
 
 
 class StoredMap:
@@ -221,6 +235,7 @@ class DerivedMap:
             self._moments = Moments()
             for band in self.rows():
                 self._moments.add(band)
+                del band
         return self._moments
 
     def rows(self) -> Rows:

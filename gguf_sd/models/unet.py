@@ -8,13 +8,17 @@ linears over that sequence.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from gguf_sd.config import UNetConfig
-from gguf_sd.models.layers import Conv2d, GroupNorm, LayerNorm, Linear, Pointwise, stacked
+from gguf_sd.models.layers import Conv2d, GroupNorm, LayerNorm, Linear, Pointwise, QuantLinear, stacked
+from gguf_sd.models.members import child
 from gguf_sd_kernels import ops
+from gguf_sd_kernels.normed import Measured
 
 
 def tokens(x: Tensor) -> Tensor:
@@ -29,6 +33,11 @@ def feature_map(x: Tensor, height: int, width: int) -> Tensor:
 
 class ResBlock(nn.Module):
     """Two 3x3 convolutions with the timestep embedding added between them, around a skip connection."""
+
+    in_layers: nn.Sequential = child()
+    emb_layers: nn.Sequential = child()
+    out_layers: nn.Sequential = child()
+    skip_connection: nn.Module = child()
 
     def __init__(self, in_channels: int, out_channels: int, time_dim: int, groups: int):
         super().__init__()
@@ -62,6 +71,12 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention of x to itself, or to the prompt: cross-attention, which is told by its ``context_dim``."""
 
+    to_q: Linear = child()
+    to_k: Linear = child()
+    to_v: Linear = child()
+    to_out: nn.Sequential = child()
+    to_qkv: Linear | QuantLinear | None = child()
+
     def __init__(self, dim: int, context_dim: int | None, heads: int):
         super().__init__()
         self.heads = heads
@@ -69,7 +84,7 @@ class Attention(nn.Module):
         self.to_k = Linear(context_dim or dim, dim, bias=False)
         self.to_v = Linear(context_dim or dim, dim, bias=False)
         self.to_out = nn.Sequential(Linear(dim, dim))
-        self.to_qkv: nn.Module | None = None  # all three, after :meth:`stack`
+        self.to_qkv = None  # all three, after :meth:`stack`
         self.crosses = context_dim is not None
         self.place = slice(0)  # of cross-attention's keys and values among those of all layers
 
@@ -84,22 +99,23 @@ class Attention(nn.Module):
         """The keys and values of ``context`` [B, M, context_dim], side by side: [B, M, 2 * dim]."""
         return torch.cat([self.to_k(context), self.to_v(context)], dim=-1)
 
-    def forward(self, x: Tensor, residual: Tensor, projected: Tensor | None = None) -> Tensor:
-        """x and residual [B, N, dim] -> [B, N, dim]; for cross-attention ``projected`` [B, M, …] holds its keys and
-        values at ``place``."""
-        batch, tokens, _ = x.shape
+    def forward(self, norm: LayerNorm, x: Measured, projected: Tensor | None = None) -> Measured:
+        """Of norm(x), added to x [B, N, dim] -> [B, N, dim]; for cross-attention ``projected`` [B, M, …] holds its keys
+        and values at ``place``."""
+        batch, tokens, _ = x.rows.shape
         to_qkv = self.to_qkv
         if to_qkv is not None:
-            q, k, v = to_qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
+            qkv = to_qkv.after_norm(norm, x)
+            q, k, v = qkv.view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
+        elif projected is None:
+            rows = norm(x.rows)
+            q, k, v = (self._by_heads(linear(rows)) for linear in (self.to_q, self.to_k, self.to_v))
         else:
-            q = self._by_heads(self.to_q(x))
-            if projected is None:
-                k, v = self._by_heads(self.to_k(x)), self._by_heads(self.to_v(x))
-            else:
-                both = projected[..., self.place]
-                k, v = both.view(batch, both.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
-        (out,) = self.to_out
-        return out(ops.attention(q, k, v).transpose(1, 2).flatten(2), residual)
+            q = self._by_heads(self.to_q.after_norm(norm, x))
+            both = projected[..., self.place]
+            k, v = both.view(batch, both.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
+        out = cast(Linear, self.to_out[0])
+        return out.measured(ops.attention(q, k, v).transpose(1, 2).flatten(2), x.rows)
 
     def _by_heads(self, x: Tensor) -> Tensor:
         """[B, N, dim] -> [B, heads, N, dim / heads], a view."""
@@ -109,26 +125,40 @@ class Attention(nn.Module):
 class GEGLU(nn.Module):
     """x * gelu(gate), both from one projection (Shazeer 2020, arXiv:2002.05202)."""
 
+    proj: Linear = child()
+
     def __init__(self, dim: int, inner: int):
         super().__init__()
         self.proj = Linear(dim, 2 * inner)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj.geglu(x)
+    def forward(self, norm: LayerNorm, x: Measured) -> Tensor:
+        """Of norm(x)."""
+        return self.proj.after_norm(norm, x, geglu=True)
 
 
 class FeedForward(nn.Module):
+    net: nn.Sequential = child()
+
     def __init__(self, dim: int):
         super().__init__()
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim))
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        geglu, _, out = self.net
-        return out(geglu(x), residual)
+    def forward(self, norm: LayerNorm, x: Measured, last: bool) -> Measured:
+        """Of norm(x), added to x [B, N, dim] -> [B, N, dim]; no norm comes behind the ``last``."""
+        out = cast(Linear, self.net[2])
+        h = self.net[0](norm, x)
+        return Measured(out(h, x.rows), None) if last else out.measured(h, x.rows)
 
 
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the prompt, feed-forward; each with a LayerNorm before it."""
+
+    attn1: Attention = child()
+    ff: FeedForward = child()
+    attn2: Attention = child()
+    norm1: LayerNorm = child()
+    norm2: LayerNorm = child()
+    norm3: LayerNorm = child()
 
     def __init__(self, dim: int, context_dim: int, heads: int):
         super().__init__()
@@ -139,14 +169,19 @@ class TransformerBlock(nn.Module):
         self.norm2 = LayerNorm(dim)
         self.norm3 = LayerNorm(dim)
 
-    def forward(self, x: Tensor, projected: Tensor) -> Tensor:
-        x = self.attn1(self.norm1(x), x)
-        x = self.attn2(self.norm2(x), x, projected)
-        return self.ff(self.norm3(x), x)
+    def forward(self, x: Measured, projected: Tensor, last: bool) -> Measured:
+        x = self.attn1(self.norm1, x)
+        x = self.attn2(self.norm2, x, projected)
+        return self.ff(self.norm3, x, last)
 
 
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of a feature map."""
+
+    norm: GroupNorm = child()
+    proj_in: Linear = child()
+    transformer_blocks: nn.ModuleList = child()
+    proj_out: Linear = child()
 
     def __init__(self, dim: int, context_dim: int, heads: int, depth: int, groups: int):
         super().__init__()
@@ -157,10 +192,10 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, projected: Tensor) -> Tensor:
         """x [B, dim, H, W], projected as in :meth:`UNet.project` -> [B, dim, H, W]."""
-        h = self.proj_in(tokens(self.norm(x)))
-        for block in self.transformer_blocks:
-            h = block(h, projected)
-        return feature_map(self.proj_out(h, tokens(x)), x.shape[2], x.shape[3])
+        h = self.proj_in.measured(tokens(self.norm(x)))
+        for i, block in enumerate(self.transformer_blocks, 1):
+            h = block(h, projected, last=i == len(self.transformer_blocks))
+        return feature_map(self.proj_out(h.rows, tokens(x)), x.shape[2], x.shape[3])
 
 
 class Downsample(nn.Module):
@@ -180,7 +215,7 @@ class Upsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.conv(nn.functional.interpolate(x, size=size))
+        return self.conv.enlarged(x, size)
 
 
 class Stage(nn.ModuleList):
@@ -202,17 +237,23 @@ class Stage(nn.ModuleList):
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     """Sinusoids of the timestep, cosines first: [B] -> float32 [B, dim]. As in diffusers' get_timestep_embedding
     with flip_sin_to_cos and no shift."""
-    angles = timesteps.float()[:, None] * _frequencies(dim // 2, timesteps.device)
+    frequencies = _frequencies if is_compiling() else _kept_frequencies  # a compiler folds constants itself
+    angles = timesteps.float()[:, None] * frequencies(dim // 2, timesteps.device)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def _frequencies(half: int, device: torch.device) -> Tensor:
-    """Of the sinusoids, float32 [half], falling from 1 to nearly 1 / 10000; kept from step to step."""
+    """Of the sinusoids, float32 [half], falling from 1 to nearly 1 / 10000."""
+    return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=device) / half)
+
+
+def _kept_frequencies(half: int, device: torch.device) -> Tensor:
+    """The same, made once: they are the same at every step."""
     known = _known_frequencies.get((half, device))
     if known is None:
         with torch.inference_mode(False):  # usable in inference mode and out of it
-            known = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=device) / half)
-        if type(known) is Tensor and not torch.compiler.is_compiling():  # no stand-in of a compiler's
+            known = _frequencies(half, device)
+        if type(known) is Tensor:  # no stand-in, as of a FakeTensorMode
             _known_frequencies[half, device] = known
     return known
 

@@ -11,7 +11,7 @@ from gguf_sd.models.unet import feature_map, tokens
 from gguf_sd_kernels import ops
 
 EPS = 1e-6
-SCORE_BYTES = 64 << 20  # of a picture's scores in the attention of the middle; those of 512x512 in float32
+SCORES = 4096 * 4096  # of one picture in the attention of the middle at a time: all of those of 512x512 pixels
 
 
 class ResnetBlock(nn.Module):
@@ -29,13 +29,13 @@ class ResnetBlock(nn.Module):
         return self.conv2(self.norm2(h), residual=self.nin_shortcut(x))
 
 
-def query_chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention, as many queries at a time as have SCORE_BYTES of scores: where torch has no fused kernel for heads
-    this wide, it holds them all, and 1024x1024 pixels have 16384 x 16384."""
-    chunk = max(1, SCORE_BYTES // (k.shape[2] * q.element_size()))
-    if chunk >= q.shape[2]:
+def query_chunks(q: Tensor, k: Tensor, v: Tensor, scores: int = SCORES) -> Tensor:
+    """Attention, as many queries at a time as have ``scores``: where torch has no fused kernel for heads this wide, it
+    holds them all, and 1024x1024 pixels have 16384 x 16384."""
+    parts = q.split(max(1, scores // k.shape[2]), 2)
+    if len(parts) == 1:
         return ops.attention(q, k, v)
-    return torch.cat([ops.attention(part, k, v) for part in q.split(chunk, 2)], 2)
+    return torch.cat([ops.attention(part, k, v) for part in parts], 2)
 
 
 class AttnBlock(nn.Module):

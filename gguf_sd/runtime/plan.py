@@ -43,6 +43,7 @@ class Workload:
     guided: bool = True
     chunks: int = 1  # of 75 tokens that the prompts have
     encodes: bool = False  # a picture, to start from
+    adapters: int = 0  # values of LoRAs beside the UNet's weights
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,7 @@ class Planner:
         tokens = load.chunks * self.config.text[0].max_position_embeddings
         engine = machine.engine(decodes=quantized)
         step = activations.unet_step(self.config.unet, load.pictures, halves, load.size, tokens, engine)
+        step += load.adapters * machine.itemsize
         if quantized and not machine.gpu:
             step += counts.largest_blocks * machine.itemsize  # the buffer for decoded weights
             step += DECODING * min(counts.largest_blocks, CHUNK_VALUES)

@@ -68,6 +68,7 @@ class Planning:
             guided=any(job.guided for job in jobs),
             chunks=max(chunks(job) for job in jobs),
             encodes=any(job.picture is not None for job in jobs),
+            adapters=max(sum(lora.stamp[1] // 2 for lora in job.loras) for job in jobs),  # in 16 bits
         )
 
     @property

@@ -12,12 +12,17 @@ from torch import Tensor, nn
 
 from gguf_sd.models.layers import GroupNorm, LayerNorm, PointwiseForward, QuantConv2d, Quantized, QuantPointwise
 from gguf_sd.models.unet import UNet
+from gguf_sd_kernels.checks import doubles
+from gguf_sd_kernels.normed import Measured
+from gguf_sd_kernels.row_parts import RowParts
 from gguf_sd_kernels.tuning.launch import Product
 from gguf_sd_kernels.tuning.operands import Use
 from gguf_sd_kernels.tuning.self_check import Subject
 from gguf_sd_kernels.tuning.ways import norm_subject
 
 CONTEXT_TOKENS = 77
+FUSED_MODES = ("auto", "fused")  # whose products take in what comes before them
+_PARTS = RowParts(torch.empty(2, 1, 0, device="meta"), 1)  # stands for those of a result without values
 
 
 @dataclass
@@ -101,6 +106,22 @@ class _RecordingLinear(_Recorder):
         self._note(Use(Product("geglu", self.qtype, x.numel() // k, n, k), self._added()))
         return x.new_empty(*x.shape[:-1], n // 2)
 
+    def measured(self, x: Tensor, residual: Tensor | None = None) -> Measured:
+        n, k = self.shape
+        use = Use(Product("linear", self.qtype, x.numel() // k, n, k), (*self._added(residual=residual), "parts"))
+        if self.mode not in FUSED_MODES:
+            return Measured(self(x, residual), None)
+        self._note(use)
+        return Measured(x.new_empty(*x.shape[:-1], n), _PARTS)
+
+    def after_norm(self, norm: nn.Module, x: Measured, geglu: bool = False) -> Tensor:
+        if self.mode not in FUSED_MODES or x.parts is None:
+            return self.geglu(norm(x.rows)) if geglu else self(norm(x.rows))
+        n, k = self.shape
+        op = "geglu" if geglu else "linear"
+        self._note(Use(Product(op, self.qtype, x.rows.numel() // k, n, k), (*self._added(), "norm")))
+        return x.rows.new_empty(*x.rows.shape[:-1], n // 2 if geglu else n)
+
 
 class _RecordingPointwise(PointwiseForward, _RecordingLinear):
     pass
@@ -112,12 +133,19 @@ class _RecordingConv(_Recorder):
         self.stride, self.padding = layer.stride, layer.padding
 
     def forward(self, x: Tensor, emb: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        added = self._added(residual=residual, emb=emb)
+        return self._convolve(x, added, x.shape[2], x.shape[3])
+
+    def enlarged(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        fits = self.stride == 1 and self.mode in FUSED_MODES and doubles((x.shape[2], x.shape[3]), size)
+        return self._convolve(x, (*self._added(), *(("enlarge",) if fits else ())), *size)
+
+    def _convolve(self, x: Tensor, added: tuple[str, ...], height: int, width: int) -> Tensor:
         n, channels, kh, kw = self.shape
-        batch, _, height, width = x.shape
+        batch = x.shape[0]
         oh, ow = ((s + 2 * self.padding - t) // self.stride + 1 for s, t in ((height, kh), (width, kw)))
         product = Product("conv", self.qtype, batch * oh * ow, n, channels * kh * kw, kh * kw)
         picture = batch, channels, height, width
-        added = self._added(residual=residual, emb=emb)
         self._note(Use(product, added, picture, self.stride, self.padding, self.tap_major))
         return x.new_empty(batch, n, oh, ow).contiguous(memory_format=torch.channels_last)
 

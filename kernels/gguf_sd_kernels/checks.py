@@ -47,10 +47,13 @@ def linear_product(x: Tensor, weight: PackedWeight, geglu: bool) -> Product:
     return Product("geglu" if geglu else "linear", weight.qtype, x.numel() // k, n, k)
 
 
-def conv_product(x: Tensor, weight: PackedWeight, stride: int, padding: int) -> Product:
-    """The product that a convolution of ``x [B, IC, H, W]`` is."""
+def conv_product(
+    x: Tensor, weight: PackedWeight, stride: int, padding: int, enlarged: tuple[int, int] | None = None
+) -> Product:
+    """The product that a convolution of ``x [B, IC, H, W]`` is, or of x ``enlarged`` to H and W."""
     n, _, kh, kw = weight.shape
-    oh, ow = ((size + 2 * padding - taps) // stride + 1 for size, taps in ((x.shape[2], kh), (x.shape[3], kw)))
+    height, width = enlarged or x.shape[2:]
+    oh, ow = ((size + 2 * padding - taps) // stride + 1 for size, taps in ((height, kh), (width, kw)))
     return Product("conv", weight.qtype, x.shape[0] * oh * ow, n, weight.cols, taps=kh * kw)
 
 
@@ -115,8 +118,10 @@ def conv_sizes(
     *,
     residual: Tensor | None,
     emb: Tensor | None,
+    enlarged: tuple[int, int] | None = None,
 ) -> ConvSizes:
-    """Sizes of the convolution of ``x [B, IC, H, W]`` with a tap-major weight of shape ``(OC, IC, KH, KW)``.
+    """Sizes of the convolution of ``x [B, IC, H, W]``, or of x ``enlarged`` to H and W, with a tap-major weight of
+    shape ``(OC, IC, KH, KW)``.
 
     Raises ValueError for a weight in (IC, KH, KW) order, channels that are no multiple of 32, dtypes other than
     float16 and bfloat16, and operands that do not fit.
@@ -130,6 +135,10 @@ def conv_sizes(
     if x.ndim != 4 or x.shape[1] != ic:
         raise ValueError(f"x {list(x.shape)} is not [B, {ic}, H, W], which a weight {list(weight.shape)} takes")
     batch, _, height, width = x.shape
+    if enlarged is not None:
+        if not doubles((height, width), enlarged):
+            raise ValueError(f"a picture is enlarged to twice its size, or one less, got {enlarged} of {height, width}")
+        height, width = enlarged
     oh, ow = ((size + 2 * padding - taps) // stride + 1 for size, taps in ((height, kh), (width, kw)))
     if min(oh, ow) < 1:
         raise ValueError(f"a picture of {height} x {width} padded by {padding} is smaller than {kh} x {kw}")
@@ -138,11 +147,17 @@ def conv_sizes(
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"the {name} of a result {list(result)} is {list(shape)}, got {list(tensor.shape)}")
     m = batch * oh * ow
-    if max(x.numel() + (padding * width + padding) * ic, m * n) > MAX_ELEMENTS:
+    if max(batch * height * width * ic + (padding * width + padding) * ic, m * n) > MAX_ELEMENTS:
         raise ValueError(f"x {list(x.shape)} is too large for 32-bit offsets; split the batch or tile the picture")
     product = Product("conv", weight.qtype, m, n, weight.cols, taps=kh * kw)
     emb_stride = 0 if emb is None else emb.stride(0)
     return ConvSizes(batch, height, width, ic, oh, ow, kw, stride, padding, emb_stride, product)
+
+
+def doubles(size: tuple[int, int], enlarged: tuple[int, int]) -> bool:
+    """Whether pixel y, x of a picture ``enlarged`` by nearest neighbours is y/2, x/2 of the one of ``size``, rounded
+    down: so it is at twice the size, or one less."""
+    return all(large in (2 * small, 2 * small - 1) for small, large in zip(size, enlarged, strict=True))
 
 
 def _check_dtype(x: Tensor) -> None:

@@ -28,7 +28,7 @@ from gguf_sd_kernels.tuning.launch import Prepared
 from gguf_sd_kernels.tuning.operands import Use
 from gguf_sd_kernels.tuning.self_check import Subject
 from gguf_sd_kernels.tuning.verdicts import trusted
-from gguf_sd_kernels.tuning.ways import MODES, UNMEASURED, Way, norm_trusted, way_of
+from gguf_sd_kernels.tuning.ways import MODES, UNMEASURED, Way, group_norm_way, layer_norm_trusted, way_of
 
 __all__ = ["MODES", "UNMEASURED", "conv2d_packed", "decode_packed", "group_norm_silu", "layer_norm", "linear_packed"]
 
@@ -183,10 +183,11 @@ def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: f
     key = groups, eps, silu, x.device, x.dtype, x.shape, described(weight), described(bias)
     run = _norms.get(key)
     if run is None:
-        if norm_trusted(x, groups, silu):
-            run = _triton("norm").PreparedGroupNorm(x, groups, weight, bias, eps, silu)
-        else:
+        way = group_norm_way(x, groups, silu)
+        if way == "torch":
             run = partial(_plain_group_norm, groups=groups, eps=eps, silu=silu)
+        else:
+            run = _triton("norm").PreparedGroupNorm(x, groups, weight, bias, eps, silu, way == "whole")
         _norms.keep(key, run)
     return run(x, weight, bias)
 
@@ -196,7 +197,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     key = eps, x.device, x.dtype, x.shape, described(weight), described(bias)
     run = _norms.get(key)
     if run is None:
-        trusted = norm_trusted(x)
+        trusted = layer_norm_trusted(x)
         run = (
             _triton("norm").PreparedLayerNorm(x, weight, bias, eps) if trusted else partial(_plain_layer_norm, eps=eps)
         )

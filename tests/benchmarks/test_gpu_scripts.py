@@ -38,6 +38,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         "KERNELS_SECONDS": "120",
         "TUNE_SECONDS": "40",
         "PICTURE_SECONDS": "120",
+        "STREAM_SECONDS": "120",
         "STEP_SECONDS": "120",
     }
     folder = tmp_path / "results"
@@ -56,7 +57,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     ):
         assert line in summary
     found = json.loads((folder / "results.json").read_text())
-    assert list(found["parts"]) == ["machine", "check", "kernels", "tune", "picture", "step"]
+    assert list(found["parts"]) == ["machine", "check", "kernels", "tune", "picture", "stream", "step"]
     check, kernels = found["check"], found["kernels"]
     assert (check["wrong"], check["failures"]) == ([], {})
     assert check["comparisons"] > 2
@@ -69,6 +70,9 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert any("share" in row for row in found["tune"]["products"])
     assert "kernels agree with plain torch, 0 are set aside" in summary
     assert found["picture"]["psnr"]["torch"][0] > 35
+    stream = found["stream"]["streams"]["tiny Q4_0"]
+    assert stream["equal"]
+    assert stream["step_bytes"] > 100_000
     step = found["step"]["steps"]["tiny Q4_0"]
     assert {"fused", "fused graph", "torch", "torch graph"} <= step["ms"].keys()
     assert step["errors"]["fused graph against fused"] == 0

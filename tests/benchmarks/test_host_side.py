@@ -24,11 +24,11 @@ def run(script: str, result: Path, *options: str) -> Any:
 
 
 def test_launches_of_sd15(tmp_path: Path) -> None:
-    """Every linear, convolution and norm of the model, and no more."""
+    """Every linear, convolution and group norm of the model, and no more: layer norms are in the linears."""
     step = run("count_launches", tmp_path / "launches.json", "--workload", "sd15-512")["steps"]["sd15-512"]
-    norms = {"group_stats_kernel": 61, "group_apply_kernel": 61, "layer_norm_kernel": 48}
+    norms = {"group_norm_kernel": 43, "group_stats_kernel": 18, "group_apply_kernel": 18}
     assert step["triton"] == {"linear_kernel": 143, "conv_kernel": 50, **norms}
-    assert step["triton_total"] == 363
+    assert step["triton_total"] == 272 <= step["aim"]
     assert step["torch"]["attention"] == 32
 
 

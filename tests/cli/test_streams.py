@@ -44,8 +44,6 @@ FULL = "gguf-sd: cannot write the output: No space left on device\n"
     ("command", "code", "error"),
     [
         ('sd inspect "$M" > /dev/full', 2, FULL),
-        ('sd inspect "$M" --json > /dev/full', 2, FULL),
-        ('sd inspect "$M" >&-', 0, ""),
         ('sd inspect "$M" <&- >&- 2>&-', 0, ""),
         ("sd inspect nope.gguf >&-", 2, "gguf-sd: cannot read nope.gguf: No such file or directory\n"),
         ("sd inspect nope.gguf 2> /dev/full", 2, ""),
@@ -64,7 +62,6 @@ def test_a_closed_stream_is_no_file_of_ours(model: Path, tmp_path: Path) -> None
     paint = 'sd generate "$M" -p a --steps 1 --width 32 --height 32 --quiet -o x.png'
     assert shell(f"{paint} >&- 2>&-", tmp_path, model)[0] == 0
     assert Image.open(tmp_path / "x.png").size == (32, 32)
-    assert shell(f"{paint} > /dev/full", tmp_path, model) == (2, "", FULL)
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
 
 

@@ -1,50 +1,68 @@
-"""Files and texts that almost make sense end in success or in one sentence, seed by seed."""
+"""Files, folders, pictures and texts that almost make sense end in success or in one sentence, seed by seed.
+
+`pytest -m slow tests/fuzz` replays 20,000, `python -m tests.fuzz` as many as there is time for.
+"""
 
 from __future__ import annotations
 
 import random
-import time
+import resource
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from gguf_sd.checkpoint.model_file import ModelFile
-from gguf_sd.errors import GgufSdError
-from gguf_sd.imaging.png_metadata import parse_parameters
-from gguf_sd.prompt.prompts import parse, unsupported
-from gguf_sd_convert.convert import ConvertOptions, convert
-from tests.fuzz.gguf_mutator import mutated, take_apart
-from tests.fuzz.text_mutator import mutated_settings, mutated_text
+from tests.fuzz.cases import Cases
+from tests.fuzz.gguf_mutator import mutated
 
-SECONDS = 2.0  # of the processor's time, for any case
+KINDS = ("gguf", "safetensors", "ckpt", "folder", "tokenizer", "picture", "text")
+SECONDS = 1.0  # of the processor's time, for any case
+MEGABYTES = 300  # that the largest case may add to the process
+SHARE = {"gguf": 100, "safetensors": 150, "ckpt": 200, "folder": 50, "tokenizer": 80, "picture": 200, "text": 25}
 
 
-def test_damaged_gguf_files(tiny_pipeline: Callable[..., Path], tmp_path: Path) -> None:
-    whole, damaged = tmp_path / "whole.gguf", tmp_path / "damaged.gguf"
-    convert(tiny_pipeline(), whole, ConvertOptions(type="q4_0"))
-    parts = take_apart(whole)
-    damaged.write_bytes(parts.to_bytes())
-    assert ModelFile.open(damaged).config == ModelFile.open(whole).config, "taken apart and put together it is the same"
-    refused = 0
-    for seed in range(200):
-        damaged.write_bytes(mutated(parts, random.Random(seed)))
-        started = time.process_time()
+@pytest.fixture(scope="module")
+def cases(tiny_pipeline: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Cases:
+    return Cases(tiny_pipeline(safety=True), tmp_path_factory.mktemp("fuzz"))
+
+
+def replay(cases: Cases, kind: str, count: int) -> None:
+    before, refused = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
+    for seed in range(count):
         try:
-            ModelFile.open(damaged)
-        except GgufSdError:
-            refused += 1
-        assert time.process_time() - started < SECONDS, seed
-    assert 100 < refused < 200
+            outcome = cases.run(kind, seed)
+        except BaseException as error:
+            raise AssertionError(f"{kind} {seed}: {type(error).__name__}: {error}") from error
+        assert outcome.seconds < SECONDS, f"{kind} {seed}"
+        refused += bool(outcome.refused)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEGABYTES << 10
+    assert refused < count, "some must be fine, or nothing is looked at"
+    assert kind == "text" or refused > count / 5
 
 
-def test_prompts_and_settings() -> None:
-    for seed in range(200):
-        rng = random.Random(seed)
-        prompt, settings = mutated_text(rng), mutated_settings(rng)
-        started = time.process_time()
-        parts = parse(prompt)
-        list(unsupported(prompt))
-        with suppress(ValueError, GgufSdError):
-            parse_parameters(settings)
-        assert time.process_time() - started < SECONDS, seed
-        assert all(part.text is None or part.text for part in parts)
+@pytest.mark.parametrize("kind", KINDS)
+def test_replay(cases: Cases, kind: str) -> None:
+    replay(cases, kind, SHARE[kind])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_replay_of_twenty_thousand(cases: Cases, kind: str) -> None:
+    replay(cases, kind, 20_000 // len(KINDS) + 1)
+
+
+@given(rng=st.randoms(use_true_random=False), kind=st.sampled_from(KINDS))
+@settings(max_examples=20, deadline=None, database=None, derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])  # fmt: skip
+def test_what_hypothesis_draws(cases: Cases, rng: random.Random, kind: str) -> None:
+    """It chooses among the mutations itself, and makes what it finds smaller."""
+    cases.run(kind, rng.randrange(1 << 30))
+
+
+def test_a_whole_file_is_fine(cases: Cases, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(cases.parts.to_bytes())
+    assert ModelFile.open(tmp_path / "m.gguf").config == ModelFile.open(cases.work / "whole.gguf").config
+    assert mutated(cases.parts, random.Random(0)) == mutated(cases.parts, random.Random(0)), "by its seed alone"

@@ -155,6 +155,7 @@ def test_nothing_is_copied_between_layers(device: torch.device) -> None:
     model = unet("Q4_0", True, torch.float16, device)
     use_kernels(model, "fused")
     latents, timesteps, context = inputs(device)
+    model(latents, timesteps, context)  # norms are folded into the layers behind them
     with Copies() as copies:
         model(latents, timesteps, context)
     assert [seen for seen in copies.seen if not seen.startswith("to ")] == ["contiguous [2, 4, 5, 6]"]

@@ -57,7 +57,7 @@ def placed(pipeline: Pipeline, placement: str) -> Pipeline:
         made = planned(*given)
         return replace(made, weights="quantized", placement=dict.fromkeys(made.placement, placement))
 
-    pipeline.planning.plan = plan  # type: ignore[method-assign]
+    pipeline.planning.plan = plan  # type: ignore[method-assign, assignment]
     return pipeline
 
 

@@ -130,7 +130,14 @@ def test_the_products_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((use, mode))
         return real(use, weight, dtype, mode)
 
+    def spy_fused(use: Any, weight: Any, dtype: torch.dtype, mode: str) -> Any:
+        asked.append((use, mode))
+        return real_fused(use, weight, dtype, mode)
+
+    real_fused = ways.fused_launch
     monkeypatch.setattr("gguf_sd_kernels.dispatch.way_of", spy)
+    monkeypatch.setattr("gguf_sd_kernels.normed.fused_launch", spy_fused)
+    monkeypatch.setattr("gguf_sd_kernels.enlarged.fused_launch", spy_fused)
     verdicts._of[CPU] = Verdicts(CPU, check=agrees)
     unet(*inputs())
     assert set(asked) == set(kernels.uses)
@@ -190,7 +197,7 @@ def test_other_modes_and_plain_torch(tuning: InProcess, monkeypatch: pytest.Monk
     assert job.seconds == 0
     monkeypatch.setattr(InProcess, "prepare", None)
     tuning.before_steps(unet, latents, True)  # is not called again for a size that it was called for
-    assert {"linear int8", "conv int8", "linear", "dequantize", "group norm", "layer norm"} <= {
+    assert {"linear int8", "conv int8", "linear", "dequantize", "whole group norm", "layer norm"} <= {
         subject.kernel for subject in job.subjects
     }
 
@@ -238,7 +245,7 @@ def test_wrong_kernels_paint_the_right_picture(
     unet(*inputs())
     ran.clear()
     assert error(unet(*inputs()), right()) < 1e-2
-    left = {"products": {"dequantize_kernel", "group_stats_kernel", "group_apply_kernel", "layer_norm_kernel"}}
+    left = {"products": {"dequantize_kernel", "group_norm_kernel", "layer_norm_kernel"}}
     assert set(ran) == left.get(kernels, set())
     assert "the kernel conv Q4_0 float16" in caplog.text
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from gguf_sd_kernels.devices import architecture_family
 from gguf_sd_kernels.repack import PACKED_TYPES
+from gguf_sd_kernels.row_parts import MAX_PARTS
 from gguf_sd_kernels.tuning.launch import GROUP_M, UNTUNED, Launch
 from gguf_sd_kernels.tuning.launch_int8 import INT8_TYPES, UNTUNED_INT8
 
@@ -49,19 +50,28 @@ def cases(target: str) -> Iterator[Case]:
 
 def linear_cases(family: str) -> Iterator[Case]:
     for (_, launch), qtype, dtype in product(UNTUNED[family], PACKED_TYPES, ("fp16", "bf16")):
-        for geglu, split in product((False, True), repeat=2):
-            yield linear_case(launch, qtype, dtype, geglu=geglu, split=split)
+        for geglu, split, normed in product((False, True), repeat=3):
+            yield linear_case(launch, qtype, dtype, geglu=geglu, split=split, normed=normed)
 
 
-def linear_case(launch: Launch, qtype: str, dtype: str, *, geglu: bool = False, split: bool = False) -> Case:
+def linear_case(
+    launch: Launch, qtype: str, dtype: str, *, geglu: bool = False, split: bool = False, normed: bool = False
+) -> Case:
+    """Without ``normed`` it leaves the statistics of its rows, unless it has GEGLU; with it, it takes such in."""
     constants, name = _product_constants(launch, qtype, dtype, split)
-    types = dict.fromkeys(("x", "bias", "residual", "out"), f"*{dtype}") | _WEIGHT_TYPES
-    types |= dict.fromkeys(("M", "N", "K", "steps"), "i32")
+    types = dict.fromkeys(("x", "bias", "residual", "out", "gain"), f"*{dtype}") | _WEIGHT_TYPES
+    types |= dict.fromkeys(("M", "N", "K", "steps", "part_width"), "i32") | {"eps": "fp32"}
+    types |= dict.fromkeys(("sums", "parts", "out_parts"), "*fp32")
+    absent = ("residual", "out_parts") if geglu or normed else ()
+    if normed:
+        types["bias"] = "*fp32"
+    else:
+        absent = (*absent, "gain", "sums", "parts")
     return Case(
-        name=f"linear {name}{' geglu' if geglu else ''}",
+        name=f"linear {name}{' geglu' if geglu else ''}{' normed' if normed else ''}",
         function="triton.linear:linear_kernel",
         types=types,
-        constants=constants | {"GEGLU": geglu} | ({"residual": None} if geglu else {}),
+        constants=constants | {"GEGLU": geglu, "PARTS": MAX_PARTS} | dict.fromkeys(absent),
         warps=launch.warps,
         stages=launch.stages,
         multiples_of_16=frozenset({"N", "K"}),
@@ -74,18 +84,23 @@ def conv_cases(family: str) -> Iterator[Case]:
     for (_, launch), qtype, dtype in product(UNTUNED[family], PACKED_TYPES, ("fp16", "bf16")):
         for side, split in product((1, 3), (False, True)):
             yield conv_case(launch, qtype, dtype, side=side, split=split)
+        for split in (False, True):
+            yield conv_case(launch, qtype, dtype, split=split, enlarge=True)
 
 
-def conv_case(launch: Launch, qtype: str, dtype: str, *, side: int = 3, split: bool = False) -> Case:
-    """A convolution of side x side taps."""
+def conv_case(
+    launch: Launch, qtype: str, dtype: str, *, side: int = 3, split: bool = False, enlarge: bool = False
+) -> Case:
+    """A convolution of side x side taps; with ``enlarge`` as it follows an enlargement."""
     constants, name = _product_constants(launch, qtype, dtype, split)
     types = dict.fromkeys(("x", "bias", "residual", "emb", "out"), f"*{dtype}") | _WEIGHT_TYPES
+    absent = dict.fromkeys(("residual", "emb")) if enlarge else {}
     sizes = ("M", "N", "K", "H", "W", "IC", "OH", "OW", "stride", "padding", "steps", "emb_stride")
     return Case(
-        name=f"conv {side}x{side} {name}",
+        name=f"conv {side}x{side} {name}{' enlarge' if enlarge else ''}",
         function="triton.conv:conv_kernel",
         types=types | dict.fromkeys(sizes, "i32"),
-        constants=constants | {"TAPS_W": side},
+        constants=constants | {"TAPS_W": side, "ENLARGE": enlarge} | absent,
         warps=launch.warps,
         stages=launch.stages,
         multiples_of_16=frozenset({"N", "K", "IC", "emb_stride"}),
@@ -157,7 +172,7 @@ _INT8_KERNELS = {
 
 def int8_case(case: Case) -> Case:
     """The case of the product in 8 bits that a fused one corresponds to."""
-    unused = ("SWAP", "PTX", "WIDEN", "BLOCK_K", "mins")
+    unused = ("SWAP", "PTX", "WIDEN", "BLOCK_K", "mins", "PARTS", "ENLARGE", "gain", "sums", "parts", "out_parts")
     return replace(
         case,
         name=f"int8 {case.name}",

@@ -29,8 +29,8 @@ import torch
 
 from gguf_sd_kernels import devices
 from gguf_sd_kernels.tools.emulate_cases import Case, cases
-from gguf_sd_kernels.tools.emulated_gpu import ARCHITECTURE, EmulatedGpu, emulated_gpu
-from gguf_sd_kernels.tools.emulator import Emulator
+from gguf_sd_kernels.tools.emulated_gpu import EmulatedGpu, emulated_gpu
+from gguf_sd_kernels.tools.emulator import TARGETS, Emulator
 from gguf_sd_kernels.tuning.fingerprint import kernels_version
 
 # Whole steps and pictures: above this package, so found by name where they are.
@@ -88,10 +88,10 @@ def execute(case: Case, gpu: EmulatedGpu) -> Executed:
     )
 
 
-def chosen_cases(only: Sequence[str], every: int, picture: bool) -> Iterator[Case]:
+def chosen_cases(target: str, only: Sequence[str], every: int, picture: bool) -> Iterator[Case]:
     """Each ``every``-th of the kernels' cases with one of ``only`` in its name, then whole steps and a picture so
     named."""
-    family = devices.architecture_family(ARCHITECTURE)
+    family = devices.architecture_family(target)
     assert family is not None
     yield from [case for case in cases(family) if _named(case, only)][::every]
     if find_spec(MODEL_CASES.partition(".")[0]) is None:
@@ -120,12 +120,12 @@ def line(done: Executed) -> str:
     )
 
 
-def versions() -> dict[str, str]:
+def versions(target: str) -> dict[str, str]:
     import triton
 
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "target": ARCHITECTURE,
+        "target": target,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "kernels": kernels_version(),
@@ -134,12 +134,12 @@ def versions() -> dict[str, str]:
     }
 
 
-def earlier(path: Path) -> dict[str, Executed]:
+def earlier(path: Path, target: str) -> dict[str, Executed]:
     """What an earlier run left in the file and was right, by the case's name; nothing of other kernels or versions."""
     if not path.is_file():
         return {}
     report = json.loads(path.read_text())
-    if any(report.get(name) != value for name, value in versions().items() if name != "date"):
+    if any(report.get(name) != value for name, value in versions(target).items() if name != "date"):
         return {}
     results = [Executed(**entry) for entry in report["results"]]
     return {done.name: done for done in results if done.ok}
@@ -154,6 +154,7 @@ def _llvm_version(library: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--emulator", type=Path, required=True, help="folder of a checkout of tinygrad")
+    parser.add_argument("--target", choices=list(TARGETS), default="gfx1100")
     parser.add_argument(
         "--only", action="append", help="a part of the names of what is run: kernel, launch and shape; may be repeated"
     )
@@ -163,21 +164,21 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="do not run again what --json has of the same kernels")
     args = parser.parse_args()
     try:
-        emulator = Emulator(args.emulator)
+        emulator = Emulator(args.emulator, TARGETS[args.target])
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
     if args.resume and not args.json:
         parser.error("--resume goes on with the results in --json: name that file")
-    known = earlier(args.json) if args.resume else {}
+    known = earlier(args.json, args.target) if args.resume else {}
     results: list[Executed] = []
     titles = "error", "seconds", "emulated"
     print(f"{'kernel':16} {'launch':36} {'shape':18} {titles[0]:>9} {titles[1]:>8} {titles[2]:>8}   launches")
     with emulated_gpu(emulator) as gpu:
-        for case in chosen_cases(args.only or [""], max(1, args.every), args.picture):
+        for case in chosen_cases(args.target, args.only or [""], max(1, args.every), args.picture):
             results.append(known.get(case.name) or execute(case, gpu))
             print(line(results[-1]), flush=True)
             if args.json:  # after each, so that an interrupted run leaves what it has
-                report = versions() | {"results": [asdict(done) for done in results]}
+                report = versions(args.target) | {"results": [asdict(done) for done in results]}
                 args.json.write_text(json.dumps(report, indent=1) + "\n")
     faults = sum(not done.ok for done in results)
     print(f"{len(results)} executed, {faults} with faults, {sum(done.launches for done in results)} launches")

@@ -1,5 +1,5 @@
-"""A driver of Triton whose GPU is the emulator: kernels are compiled for gfx1100 as ever, and launched on CPU tensors
-by executing their machine code."""
+"""A driver of Triton whose GPU is the emulator: kernels are compiled for its target as ever, and launched on CPU
+tensors by executing their machine code."""
 
 from __future__ import annotations
 
@@ -13,27 +13,26 @@ import torch
 
 from gguf_sd_kernels import devices
 from gguf_sd_kernels.tools.code_object import CodeObject, pack_kernargs, parse_code_object
-from gguf_sd_kernels.tools.emulator import WAVE, Emulator
+from gguf_sd_kernels.tools.emulator import Emulator
 from gguf_sd_kernels.tuning.launch import Prepared
 
-ARCHITECTURE = "gfx1100"
 SHARED_BYTES, THREADS = 64 * 1024, 1024  # of a work group, at most
 PROCESSORS = 4  # few, so that K is split at times
 
 
 class EmulatedGpu:
-    """What Triton's runtime asks of a driver, of a gfx1100 that ``emulator`` stands in for."""
+    """What Triton's runtime asks of a driver, of the GPU that ``emulator`` stands in for."""
 
     def __init__(self, emulator: Emulator):
-        self.emulator = emulator
+        self.emulator, self.target = emulator, emulator.target
         self.launches: Counter[str] = Counter()  # by the kernel's name
         self.seconds = 0.0  # spent in the emulator
-        self.utils = _Utilities()
+        self.utils = _Utilities(self.target.wave)
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("hip", ARCHITECTURE, WAVE)
+        return GPUTarget("hip", self.target.architecture, self.target.wave)
 
     def get_current_device(self) -> int:
         return 0
@@ -61,7 +60,7 @@ class EmulatedGpu:
         self, metadata: Any, code: CodeObject, grid: tuple[int, int, int], arguments: list[tuple[str, Any]]
     ) -> None:
         values = [(kind, _address(value)) for kind, value in arguments if kind != "constexpr"]
-        threads = metadata.num_warps * WAVE
+        threads = metadata.num_warps * self.target.wave
         start = time.perf_counter()
         self.emulator.run(code, grid, threads, metadata.shared, pack_kernargs(code, values, grid, threads))
         self.seconds += time.perf_counter() - start
@@ -71,8 +70,11 @@ class EmulatedGpu:
 class _Utilities:
     """The driver's functions below the launch."""
 
+    def __init__(self, wave: int):
+        self.wave = wave
+
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED_BYTES, "multiprocessor_count": PROCESSORS, "warpSize": WAVE}
+        return {"max_shared_mem": SHARED_BYTES, "multiprocessor_count": PROCESSORS, "warpSize": self.wave}
 
     def load_binary(
         self, name: str, binary: bytes, shared: int, device: int
@@ -102,7 +104,8 @@ def emulated_gpu(emulator: Emulator) -> Iterator[EmulatedGpu]:
     gpu = EmulatedGpu(emulator)
     active, buffers = driver._active, knobs.amd.use_buffer_ops
     driver.set_active(gpu)
-    devices.stands_in = devices.Gpu(f"emulated {ARCHITECTURE}", devices.architecture_family(ARCHITECTURE), PROCESSORS)
+    name = emulator.target.architecture
+    devices.stands_in = devices.Gpu(f"emulated {name}", devices.architecture_family(name), PROCESSORS)
     knobs.amd.use_buffer_ops = False
     Prepared.forget()
     try:

@@ -25,25 +25,48 @@ import mmap
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from gguf_sd_kernels.tools.code_object import CodeObject
 
-WAVE = 32  # lanes
 USER_KERNARG_POINTER = 1 << 3  # KERNEL_CODE_PROPERTIES: registers 0 and 1 hold the kernarg segment's address
 USER_REGISTERS = 0x7F  # KERNEL_CODE_PROPERTIES: all that take user registers
 LDS_UNIT = 512  # bytes; COMPUTE_PGM_RSRC2 counts local memory so, from bit 15 on
 # What emulated instructions take, as the emulator numbers it.
+IDENTITY = 0xE4  # DPP control quad_perm [0, 1, 2, 3]
 SCALARS, VECTORS, LOCAL, SCRATCH, SNAPSHOT = 0, 1, 3, 4, 5
 
 
-class Emulator:
-    """The emulator of the checkout in ``folder``; one a process. Raises ValueError where it is none, RuntimeError
-    without clang."""
+@dataclass(frozen=True)
+class Target:
+    """A GPU's architecture: its name, the emulator's name for its instructions, and the lanes of a wave."""
 
-    def __init__(self, folder: Path):
+    architecture: str
+    instructions: str
+    wave: int
+
+    @property
+    def arguments_in_registers(self) -> bool:
+        """Whether a kernel may find its first arguments in registers, and begins behind 256 bytes that load them
+        where that is not done."""
+        return self.instructions == "cdna"
+
+
+TARGETS = {
+    "gfx1100": Target("gfx1100", "rdna3", 32),
+    "gfx1201": Target("gfx1201", "rdna4", 32),
+    "gfx942": Target("gfx942", "cdna", 64),
+}
+
+
+class Emulator:
+    """The emulator of the checkout in ``folder``, of ``target``; one a process. Raises ValueError where it is none,
+    RuntimeError without clang."""
+
+    def __init__(self, folder: Path, target: Target = TARGETS["gfx1100"]):
         if not (folder / "test/mockgpu/amd/emu.py").is_file():
             raise ValueError(f"{folder} is no checkout of tinygrad with test/mockgpu/amd/emu.py")
         if not shutil.which("clang"):
@@ -52,11 +75,17 @@ class Emulator:
         for name in [name for name in sys.modules if name.partition(".")[0] == "test"]:
             del sys.modules[name]  # Python's own package of that name
         self.emu: Any = importlib.import_module("test.mockgpu.amd.emu")
+        self.target = target
         self._scratch: dict[int, ctypes.Array[ctypes.c_char]] = {}  # by the wave's scalar registers
         self._scratch_bytes = 0
         _mend_row_xmask(self.emu)
         _mend_literals(self.emu)
-        _mend_cache_instructions(self.emu)
+        if target.instructions == "rdna3":
+            _mend_cache_instructions(self.emu)
+        if target.instructions == "rdna4":
+            _mend_global_cache_instructions(self.emu)
+        if target.instructions == "cdna":
+            _mend_row_bcast(self.emu)
         self._mend_dpp_and_scratch()
         self._keep_decoded()
 
@@ -65,16 +94,19 @@ class Emulator:
 
         Raises ValueError for a kernel that wants its registers set up in a way that is not done here.
         """
-        if code.properties & USER_REGISTERS != USER_KERNARG_POINTER or code.preload:
+        registers = code.properties & USER_REGISTERS
+        if registers != USER_KERNARG_POINTER or (code.preload and not self.target.arguments_in_registers):
             raise ValueError(f"only the kernarg pointer is put into registers, the kernel wants {code.properties:#x}")
         image = self._image(code)
         arguments = ctypes.create_string_buffer(kernargs, len(kernargs) + 16)
-        self._scratch, self._scratch_bytes = {}, code.scratch * WAVE
+        self._scratch, self._scratch_bytes = {}, code.scratch * self.target.wave
         rsrc2 = code.rsrc2 & ~(0x1FF << 15) | -(-lds // LDS_UNIT) << 15
         size = len(code.image) - code.entry
         start = ctypes.addressof(image) + code.entry
         kernarg_address = ctypes.addressof(arguments)
-        self.emu.run_asm(start, size, *grid, threads, 1, 1, kernarg_address, rsrc2, code.scratch, "rdna3")
+        self.emu.run_asm(
+            start, size, *grid, threads, 1, 1, kernarg_address, rsrc2, code.scratch, self.target.instructions
+        )
 
     @cached_property
     def _images(self) -> dict[CodeObject, ctypes.Array[ctypes.c_char]]:
@@ -101,7 +133,8 @@ class Emulator:
     def _mend_dpp_and_scratch(self) -> None:
         emu = self.emu
         read_swizzled, get_runner = emu._load_dpp16_src0, emu._get_runner
-        snapshot = emu.UOp.param(SNAPSHOT, emu.dtypes.uint32, (256 * WAVE,))
+        size = 256 * self.target.wave
+        snapshot = emu.UOp.param(SNAPSHOT, emu.dtypes.uint32, (size,))
 
         def read_snapshot(context: Any, *args: Any) -> Any:
             registers, context.vgpr = context.vgpr, snapshot
@@ -114,7 +147,9 @@ class Emulator:
             program, runtime = get_runner(code, arch)
             slots = list(program.arg.globals)
             if SNAPSHOT in slots and VECTORS in slots:
-                return program, _Runtime(_on_snapshot(runtime.fxn, slots.index(VECTORS), slots.index(SNAPSHOT)))
+                return program, _Runtime(
+                    _on_snapshot(runtime.fxn, slots.index(VECTORS), slots.index(SNAPSHOT), 4 * size)
+                )
             if LOCAL in slots:
                 return program, _Runtime(self._on_whole_local_memory(runtime.fxn, slots.index(LOCAL)))
             if SCRATCH in slots:
@@ -154,8 +189,8 @@ class _Runtime:
         self.fxn = fxn
 
 
-def _on_snapshot(function: Callable[..., Any], registers: int, snapshot: int) -> Callable[..., None]:
-    size = 256 * WAVE * 4
+def _on_snapshot(function: Callable[..., Any], registers: int, snapshot: int, size: int) -> Callable[..., None]:
+    """``size`` in bytes, of all registers."""
     copy = ctypes.create_string_buffer(size)
     address = ctypes.c_uint64(ctypes.addressof(copy))
 
@@ -169,7 +204,6 @@ def _on_snapshot(function: Callable[..., Any], registers: int, snapshot: int) ->
 def _mend_row_xmask(emu: Any) -> None:
     """The controls 0x160 to 0x16f: each lane reads the one of its row whose number differs in these bits."""
     control = emu._dpp16_ctrl
-    IDENTITY = 0xE4  # quad_perm [0, 1, 2, 3]
 
     def dpp16_control(lane: Any, dpp: int, *masks: Any) -> Any:
         if dpp & 0x1F0 != 0x160:
@@ -206,3 +240,31 @@ def _mend_cache_instructions(emu: Any) -> None:
 
     importlib.import_module("tinygrad.renderer.amd")._load_formats()["rdna3"].append(emu.ir3.MUBUF)
     emu._INST_HANDLERS[emu.ir3.MUBUF] = compile_buffer
+
+
+def _mend_global_cache_instructions(emu: Any) -> None:
+    compile_memory = emu._INST_HANDLERS[emu.ir4.VGLOBAL]
+
+    def compile_global(instruction: Any, context: Any) -> Any:
+        if instruction.op.name in ("GLOBAL_INV", "GLOBAL_WB", "GLOBAL_WBINV"):
+            return emu.UOp.sink(*context.inc_pc())
+        return compile_memory(instruction, context)
+
+    emu._INST_HANDLERS[emu.ir4.VGLOBAL] = compile_global
+
+
+def _mend_row_bcast(emu: Any) -> None:
+    """The controls 0x142 and 0x143: each row but the first reads the last lane of the one before; the upper half reads
+    lane 31."""
+    control = emu._dpp16_ctrl
+
+    def dpp16_control(lane: Any, dpp: int, *masks: Any) -> Any:
+        if dpp not in (0x142, 0x143):
+            return control(lane, dpp, *masks)
+        number = lane.cast(emu.dtypes.int)
+        _, enabled, _ = control(lane, IDENTITY, *masks)
+        first = emu.UOp.const(16 if dpp == 0x142 else 32, emu.dtypes.int)
+        source = (number // first) * first - emu.UOp.const(1, emu.dtypes.int)
+        return source, enabled, number >= first
+
+    emu._dpp16_ctrl = dpp16_control

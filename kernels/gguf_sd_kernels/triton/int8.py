@@ -94,7 +94,24 @@ def linear_int8_kernel(
         x_scale, x_sum = tl.load(x_scales + block), tl.load(sums + block)
         acc = _add_block(acc, tl.load(x_tile + k), x_scale, x_sum, quants, scales, rows_n, k, K, QTYPE)
     finish_tile(
-        acc, out, bias, residual, None, 0, partials, counters, tile_m, tile_n, M, N, 1, BLOCK_M, BLOCK_N, GEGLU, SPLIT
+        acc,
+        out,
+        bias,
+        residual,
+        None,
+        0,
+        None,
+        partials,
+        counters,
+        tile_m,
+        tile_n,
+        M,
+        N,
+        1,
+        BLOCK_M,
+        BLOCK_N,
+        GEGLU,
+        SPLIT,
     )
 
 
@@ -151,6 +168,7 @@ def conv_int8_kernel(
         residual,
         emb,
         emb_stride,
+        None,
         partials,
         counters,
         tile_m,

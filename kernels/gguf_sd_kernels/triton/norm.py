@@ -1,8 +1,9 @@
 """Group normalisation with SiLU on channels-last maps, and layer normalisation, on the GPU.
 
-Group norm is two launches over the same tiles of pixels: the first writes each tile's mean and sum of squared
-deviations a group, the second joins them (Chan, Golub and LeVeque 1983) and normalises. Unlike E[x^2] - E[x]^2
-this loses nothing where a group's mean is large against its deviation.
+Group norm is one launch where a group of a picture is small enough for one program to go over it twice, the second
+time in the multiprocessor's own cache. Where it is larger it is two launches over the same tiles of pixels: the first
+writes each tile's mean and sum of squared deviations a group, the second joins them (Chan, Golub and LeVeque 1983) and
+normalises. Unlike E[x^2] - E[x]^2 either loses nothing where a group's mean is large against its deviation.
 """
 
 # ruff: noqa: N803
@@ -21,6 +22,7 @@ from gguf_sd_kernels.tuning.launch import Prepared
 
 # Untuned: values a program holds at a time, 16 a thread (32 a thread spill), and programs a picture at most.
 TILE_VALUES, MAX_TILES, WARPS = 4096, 64, 8
+WHOLE_VALUES, WHOLE_WARPS = 8192, 16  # the same of a program that has a group for itself
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -115,6 +117,45 @@ def group_apply_kernel(
 
 
 @triton.jit
+def _rows_of_group(x, first, rows, G, C, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Pixels from ``first`` on of the group that starts at x: (float32 [ROWS, WIDTH], mask, offsets)."""
+    row, channel = first + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    mask = (row < rows)[:, None] & (channel < C)[None, :]
+    at = row[:, None] * (G * C) + channel[None, :]
+    return tl.load(x + at, mask=mask, other=0.0).to(tl.float32), mask, at
+
+
+@triton.jit(do_not_specialize=["rows"])
+def group_norm_kernel(
+    x, weight, bias, out, rows, G, C, eps, SILU: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """As both kernels above, in one. Grid: (G, B). Sums are taken of x less the mean of the group's first pixel."""
+    group, picture = tl.program_id(0), tl.program_id(1)
+    start = picture * rows * (G * C) + group * C
+    near, mask, _ = _rows_of_group(x + start, 0, 1, G, C, ROWS, WIDTH)
+    near = tl.sum(tl.sum(near, 1), 0) / C
+    sums = tl.zeros((ROWS, WIDTH), tl.float32)
+    squares = tl.zeros((ROWS, WIDTH), tl.float32)
+    for first in range(0, rows, ROWS):
+        values, mask, _ = _rows_of_group(x + start, first, rows, G, C, ROWS, WIDTH)
+        offset = tl.where(mask, values - near, 0.0)
+        sums += offset
+        squares += offset * offset
+    n = rows.to(tl.float32) * C
+    mean = tl.sum(tl.sum(sums, 1), 0) / n
+    scale = tl.rsqrt(tl.maximum(tl.sum(tl.sum(squares, 1), 0) / n - mean * mean, 0.0) + eps)
+    channel = tl.arange(0, WIDTH)
+    gain = tl.load(weight + group * C + channel, mask=channel < C, other=0.0).to(tl.float32) * scale
+    shift = tl.load(bias + group * C + channel, mask=channel < C, other=0.0).to(tl.float32) - (near + mean) * gain
+    for first in range(0, rows, ROWS):
+        values, mask, at = _rows_of_group(x + start, first, rows, G, C, ROWS, WIDTH)
+        values = values * gain[None, :] + shift[None, :]
+        if SILU:
+            values = values * tl.sigmoid(values)
+        tl.store(out + start + at, values.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def layer_norm_kernel(x, weight, bias, out, C, eps, WIDTH: tl.constexpr):
     """out [M, C] = (x - mean) / deviation * weight + bias, by rows. Grid: (M,)."""
     row = tl.program_id(0).to(tl.int64)
@@ -129,12 +170,13 @@ def layer_norm_kernel(x, weight, bias, out, C, eps, WIDTH: tl.constexpr):
 
 
 class PreparedGroupNorm:
-    """Group normalisation, ready for operands of the shapes and dtypes of those it was prepared with.
+    """Group normalisation, ready for operands of the shapes and dtypes of those it was prepared with; in one launch if
+    ``whole``.
 
     Raises ValueError as :func:`group_norm_silu_triton` does.
     """
 
-    def __init__(self, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool):
+    def __init__(self, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, whole: bool):
         channels = x.shape[1] if x.ndim == 4 else 0
         if not channels or groups < 1 or channels % groups or weight.shape != (channels,) or bias.shape != (channels,):
             raise ValueError(
@@ -149,21 +191,32 @@ class PreparedGroupNorm:
             return
         batch, rows, width = x.shape[0], x.shape[2] * x.shape[3], channels // groups
         group_slots, channel_slots = triton.next_power_of_2(groups), triton.next_power_of_2(width)
+        self.whole: PreparedLaunch | None = None
+        if whole:
+            step = min(max(1, WHOLE_VALUES // channel_slots), triton.next_power_of_2(rows))
+            slots, numbers = {"SILU": silu, "ROWS": step, "WIDTH": channel_slots}, (rows, groups, width, eps)
+            options = {"num_warps": WHOLE_WARPS}
+            self.whole = PreparedLaunch(group_norm_kernel, (groups, batch), x.device, numbers, slots, **options)
+            return
         step = max(1, TILE_VALUES // (group_slots * channel_slots))  # a power of two
         step = min(step, triton.next_power_of_2(rows))
         rows_a_tile = triton.cdiv(triton.cdiv(rows, MAX_TILES), step) * step
         tiles = triton.cdiv(rows, rows_a_tile)
         self.parts = 2, batch, tiles, group_slots
         slots = {"ROWS": step, "GROUPS": group_slots, "WIDTH": channel_slots}
-        grid, numbers = (tiles, batch), (rows, rows_a_tile, groups, width)
-        self.stats = PreparedLaunch(group_stats_kernel, grid, x.device, numbers, slots, num_warps=WARPS)
+        grid, counts = (tiles, batch), (rows, rows_a_tile, groups, width)
+        self.stats = PreparedLaunch(group_stats_kernel, grid, x.device, counts, slots, num_warps=WARPS)
         slots = {"SILU": silu, "TILES": triton.next_power_of_2(tiles)} | slots
-        self.apply = PreparedLaunch(group_apply_kernel, grid, x.device, (*numbers, eps), slots, num_warps=WARPS)
+        self.apply = PreparedLaunch(group_apply_kernel, grid, x.device, (*counts, eps), slots, num_warps=WARPS)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         out = self.result()
-        if not self.empty:
-            pixels = channels_last(x)
+        if self.empty:
+            return out
+        pixels = channels_last(x)
+        if self.whole is not None:
+            self.whole(pixels, in_order(weight), in_order(bias), out)
+        else:
             means, deviations = torch.empty(self.parts, dtype=torch.float32, device=self.device).unbind()
             self.stats(pixels, means, deviations)
             self.apply(pixels, means, deviations, in_order(weight), in_order(bias), out)
@@ -200,15 +253,22 @@ _prepared_layer: Prepared[PreparedLayerNorm] = Prepared()
 
 
 def group_norm_silu_triton(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5, silu: bool = True
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    silu: bool = True,
+    whole: bool = False,
 ) -> Tensor:
-    """Group normalisation of ``x [B, C, H, W]`` with ``weight, bias [C]``, then SiLU when ``silu`` is set.
+    """Group normalisation of ``x [B, C, H, W]`` with ``weight, bias [C]``, then SiLU when ``silu`` is set; in one
+    launch if ``whole``, which is for groups of :func:`gguf_sd_kernels.tuning.ways.whole_groups`.
 
     Any float dtype, computed in float32; the result is channels-last, and so should x be, or it is copied.
     Raises ValueError when the groups do not divide the channels or the parameters do not fit.
     """
-    key = x.device, described(x), groups, described(weight), described(bias), eps, silu
-    run = _prepared.get(key) or _prepared.keep(key, PreparedGroupNorm(x, groups, weight, bias, eps, silu))
+    key = x.device, described(x), groups, described(weight), described(bias), eps, silu, whole
+    run = _prepared.get(key) or _prepared.keep(key, PreparedGroupNorm(x, groups, weight, bias, eps, silu, whole))
     return run(x, weight, bias)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gguf_sd_kernels.triton.row_norm import store_row_parts
+
 # Four bytes, eight nibbles, to eight float16 in ten instructions. 0x6400 is 1024.0 and its last mantissa bit is
 # worth 1, so a nibble ored into the low bits makes 1024 + n, and one left in bits 4-7 makes 1024 + 16 n, which
 # / 16 - 64 brings to n. The zero point z goes into the same two constants.
@@ -90,12 +92,23 @@ def decode_bytes(packed, DTYPE: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def decode_tile(
-    quants, scales, mins, rows, k, K, QTYPE: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr, BLOCK_K: tl.constexpr
+    quants,
+    scales,
+    mins,
+    gain,
+    rows,
+    k,
+    K,
+    QTYPE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PTX: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """Weights of ``rows`` [R], columns k to k + BLOCK_K -> [R, BLOCK_K] of DTYPE.
+    """Weights of ``rows`` [R], columns k to k + BLOCK_K -> [R, BLOCK_K] of DTYPE; times ``gain`` [K], or None.
 
     float16 is computed in float16: value * scale is rounded once either way, value * scale + min in one fused
-    multiply-add. bfloat16 goes through float32, as bfloat16 holds neither the codes of Q8_0 nor the scales.
+    multiply-add, and the gain is a rounding of its own. bfloat16 goes through float32, as bfloat16 holds neither the
+    codes of Q8_0 nor the scales.
     """
     BLOCKS: tl.constexpr = BLOCK_K // 32
     if QTYPE == "Q8_0":
@@ -108,6 +121,9 @@ def decode_tile(
     weights = codes * tl.load(scales + blocks)[:, :, None].to(codes.dtype)
     if QTYPE == "Q4_1":
         weights += tl.load(mins + blocks)[:, :, None].to(codes.dtype)
+    if gain is not None:
+        column = tl.arange(0, BLOCKS)[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
+        weights *= tl.load(gain + k + column).to(codes.dtype)
     return weights.to(DTYPE).reshape(rows.shape[0], BLOCK_K)
 
 
@@ -178,6 +194,22 @@ def tap_at(k, top, left, H, W, IC, TAPS_W: tl.constexpr):
 
 
 @triton.jit
+def first_row(tile_m, M, H, pixels, BLOCK_M: tl.constexpr):
+    """The row, counted through all pictures [B, H, …], at which the picture of each of a tile's output pixels starts:
+    [BLOCK_M]. There are so many output ``pixels`` a picture."""
+    return tl.minimum(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), M - 1) // pixels * H
+
+
+@triton.jit
+def enlarged_at(k, above, top, left, W, IC, TAPS_W: tl.constexpr):
+    """Where in x [B, H, W, IC] lies what value k of a weight's row is multiplied with, [BLOCK_M], if the windows of
+    :func:`windows` are over x enlarged to twice its size; ``above`` is from :func:`first_row`."""
+    tap = k // IC
+    row, column = (top + tap // TAPS_W) >> 1, (left + tap % TAPS_W) >> 1
+    return ((above + row) * W + column) * IC + (k - tap * IC)
+
+
+@triton.jit
 def multiply(values, weights, acc, SWAP: tl.constexpr, WIDEN: tl.constexpr):
     """acc + values [M, K] . weights [N, K]^T: acc is [M, N], or with SWAP [N, M].
 
@@ -216,7 +248,8 @@ def add_splits(acc, partials, counters, BLOCK_M: tl.constexpr, BLOCK_N: tl.const
 
 
 @triton.jit
-def _add_and_store(acc, out, residual, emb, emb_stride, m, n, M, columns, rows_per_emb):
+def _add_and_store(acc, out, residual, emb, emb_stride, parts, m, first, M, columns, rows_per_emb):
+    n = first + tl.arange(0, acc.shape[1])
     mask = (m < M)[:, None] & (n < columns)[None, :]
     at = m[:, None] * columns + n[None, :]
     if emb is not None:
@@ -224,7 +257,10 @@ def _add_and_store(acc, out, residual, emb, emb_stride, m, n, M, columns, rows_p
         acc += tl.load(of_row, mask=mask, other=0.0).to(tl.float32)
     if residual is not None:
         acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
+    rounded = acc.to(out.dtype.element_ty)
+    tl.store(out + at, rounded, mask=mask)
+    if parts is not None:
+        store_row_parts(parts, rounded.to(tl.float32), first, m, M, columns)
 
 
 @triton.jit
@@ -235,6 +271,7 @@ def store_tile(
     residual,
     emb,
     emb_stride,
+    parts,
     tile_m,
     tile_n,
     M,
@@ -245,8 +282,8 @@ def store_tile(
     GEGLU: tl.constexpr,
 ):
     """The epilogue, in float32: + bias [N], GEGLU, + emb [M / rows_per_emb, columns] with rows ``emb_stride``
-    apart, + residual [M, columns]; then rounds into ``out`` [M, columns]. There are N columns, N/2 with GEGLU. Absent
-    operands are None."""
+    apart, + residual [M, columns]; then rounds into ``out`` [M, columns], and leaves in ``parts`` what row_norm takes.
+    There are N columns, N/2 with GEGLU. Absent operands are None."""
     WIDTH: tl.constexpr = BLOCK_N // 2 if GEGLU else BLOCK_N
     columns = N // 2 if GEGLU else N
     if bias is not None:
@@ -258,12 +295,11 @@ def store_tile(
     if BLOCK_M * WIDTH > 16384:  # in halves: as a whole it does not fit the registers that acc leaves
         HALF: tl.constexpr = WIDTH // 2
         left, right = tl.split(tl.permute(acc.reshape(BLOCK_M, 2, HALF), (0, 2, 1)))
-        n = tile_n * WIDTH + tl.arange(0, HALF)
-        _add_and_store(left, out, residual, emb, emb_stride, m, n, M, columns, rows_per_emb)
-        _add_and_store(right, out, residual, emb, emb_stride, m, n + HALF, M, columns, rows_per_emb)
+        first = tile_n * WIDTH
+        _add_and_store(left, out, residual, emb, emb_stride, parts, m, first, M, columns, rows_per_emb)
+        _add_and_store(right, out, residual, emb, emb_stride, parts, m, first + HALF, M, columns, rows_per_emb)
     else:
-        n = tile_n * WIDTH + tl.arange(0, WIDTH)
-        _add_and_store(acc, out, residual, emb, emb_stride, m, n, M, columns, rows_per_emb)
+        _add_and_store(acc, out, residual, emb, emb_stride, parts, m, tile_n * WIDTH, M, columns, rows_per_emb)
 
 
 @triton.jit
@@ -274,6 +310,7 @@ def finish_tile(
     residual,
     emb,
     emb_stride,
+    parts,
     partials,
     counters,
     tile_m,
@@ -287,13 +324,24 @@ def finish_tile(
     SPLIT: tl.constexpr,
 ):
     """store_tile, where K is split of the sum over all programs of the tile."""
+    last = True
     if SPLIT:
         acc, last = add_splits(acc, partials, counters, BLOCK_M, BLOCK_N)
-        if last:
-            store_tile(
-                acc, out, bias, residual, emb, emb_stride, tile_m, tile_n, M, N, rows_per_emb, BLOCK_M, BLOCK_N, GEGLU
-            )
-    else:
+    if last:
         store_tile(
-            acc, out, bias, residual, emb, emb_stride, tile_m, tile_n, M, N, rows_per_emb, BLOCK_M, BLOCK_N, GEGLU
+            acc,
+            out,
+            bias,
+            residual,
+            emb,
+            emb_stride,
+            parts,
+            tile_m,
+            tile_n,
+            M,
+            N,
+            rows_per_emb,
+            BLOCK_M,
+            BLOCK_N,
+            GEGLU,
         )

@@ -13,8 +13,8 @@ from gguf_sd_kernels.tuning.launch import Launch, Product, Table, best_splits, c
 INT8_TYPES = ("Q4_0", "Q8_0")
 
 # As launch.UNTUNED: by what compiles cleanly, with no GPU at hand. A step is one block of 32, as every block has
-# scales of its own. 128x128 spills with 4 warps, on sm_90 with 8 too; on sm_100 64x64 spills, and so does 128x64
-# with 3 stages.
+# scales of its own. 128x128 spills with 4 warps, on sm_90 with 8 too; on sm_100 64x64 spills, and so does 128x64 with 4
+# warps and 128x128 with 3 stages, the latter two with Triton 3.9 alone.
 # What multiplies: IMMA (mma), IGMMA (wgmma), v_mfma_i32, v_wmma_i32. On sm_100 Triton has no tcgen05 product of
 # int8 and makes mma.sync of it, IMMA too: whether that pays there has to be measured.
 UNTUNED_INT8: Table = {
@@ -30,8 +30,8 @@ UNTUNED_INT8: Table = {
     ),
     "tcgen05": (
         (64, Launch(64, 32, 32, warps=4, stages=4)),
-        (512, Launch(128, 64, 32, warps=4, stages=4)),
-        (1 << 31, Launch(128, 128, 32, warps=8, stages=3)),
+        (512, Launch(128, 64, 32, warps=8, stages=4)),
+        (1 << 31, Launch(128, 128, 32, warps=8, stages=4)),
     ),
     "mfma": (
         (64, Launch(64, 64, 32, warps=4, stages=2)),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gguf_sd_kernels.row_parts import RowParts
 from gguf_sd_kernels.tuning.launch import Launch, Product
 from gguf_sd_kernels.tuning.operands import Operands, Use
 
@@ -21,7 +22,8 @@ from gguf_sd_kernels.tuning.operands import Operands, Use
 # GPU rounds.
 LIMIT, INT8_LIMIT, CUT_LIMIT = 2e-3, 1e-2, 1e-2
 PRODUCTS = ("linear", "geglu", "conv")
-KERNELS = (*PRODUCTS, *(f"{name} int8" for name in PRODUCTS), "ptx", "dequantize", "group norm", "layer norm")
+NORMS = ("group norm", "whole group norm", "layer norm")
+KERNELS = (*PRODUCTS, *(f"{name} int8" for name in PRODUCTS), "ptx", "dequantize", *NORMS)
 SPLITS = 3  # of K in a check: any number of them is the same code
 
 
@@ -90,7 +92,7 @@ def check(subject: Subject, device: torch.device) -> None:
 
     Raises DisagreementError for a wrong result, and whatever compiling and launching raise.
     """
-    if subject.kernel in ("group norm", "layer norm"):
+    if subject.kernel in NORMS:
         _check_norm(subject, device)
     elif subject.kernel == "dequantize":
         _check_decoder(subject, device)
@@ -101,7 +103,10 @@ def check(subject: Subject, device: torch.device) -> None:
         launch = replace(subject.launch, splits=SPLITS if subject.launch.splits > 1 else 1)
         int8 = subject.kernel.endswith(" int8")
         operands = Operands(small_use(subject), subject.torch_dtype, device)
-        _compare(operands.call(launch, int8), operands.plain(), INT8_LIMIT if int8 else 0)
+        got = operands.call(launch, int8)
+        _compare(got, operands.plain(), INT8_LIMIT if int8 else 0)
+        if operands.left is not None:
+            _compare(operands.left.values, RowParts.of(got, operands.left.width).values)
 
 
 def reason_of(problem: Exception) -> str:
@@ -174,4 +179,5 @@ def _check_norm(subject: Subject, device: torch.device) -> None:
     x = (normal(1, channels, 1, rows) + 1).contiguous(memory_format=torch.channels_last)
     want = F.group_norm(x.double(), groups, weight.double(), bias.double(), 1e-5)
     want = F.silu(want) if silu else want
-    _compare(group_norm_silu_triton(x, groups, weight, bias, 1e-5, bool(silu)), want.to(dtype))
+    whole = subject.kernel == "whole group norm"
+    _compare(group_norm_silu_triton(x, groups, weight, bias, 1e-5, bool(silu), whole), want.to(dtype))

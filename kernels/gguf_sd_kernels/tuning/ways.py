@@ -54,6 +54,17 @@ def way_of(use: Use, weight: PackedWeight, dtype: torch.dtype, mode: str) -> Way
     return Way("dequantize" if trusted(decoder, device) else "torch")
 
 
+def fused_launch(use: Use, weight: PackedWeight, dtype: torch.dtype, mode: str) -> Launch | None:
+    """With what the fused kernel makes ``use``; None where ``mode`` takes another, or it is set aside. Raises
+    ValueError for a mode outside MODES."""
+    if mode not in MODES:
+        raise ValueError(f"no mode {mode!r} for packed weights; choose from {', '.join(MODES)}")
+    if _asked(use, weight, dtype, mode) != "fused":
+        return None
+    found = launches(use.product, gpu_of(weight.device))
+    return next((launch for launch in found if launch_trusted(use, dtype, launch, weight.device)), None)
+
+
 def _asked(use: Use, weight: PackedWeight, dtype: torch.dtype, mode: str) -> str:
     product, gpu = use.product, gpu_of(weight.device)
     in_order = weight.tap_major or product.taps == 1
@@ -102,9 +113,32 @@ def ptx_subject(subject: Subject, device: torch.device) -> Subject | None:
     return Subject("ptx", subject.dtype, subject.qtype, replace(launch, ptx=True, splits=1))
 
 
-def norm_trusted(x: torch.Tensor, groups: int = 0, silu: bool = False) -> bool:
-    """Whether our kernel is right for ``x``: groups of ``[B, C, H, W]``, or without groups the rows of ``[..., C]``."""
-    return not self_check_on(x.device) or trusted(norm_subject(tuple(x.shape), x.dtype, groups, silu), x.device)
+# Values of a picture's group that one program normalises, its channels rounded up to a power of two [model]: so many
+# stay in a multiprocessor's own cache, 64 KiB in 16 bits. Larger groups gain more by more programs than by one launch.
+WHOLE_GROUP = 1 << 15
+
+
+def whole_groups(shape: tuple[int, ...], groups: int) -> bool:
+    """Whether groups of ``[B, C, H, W]`` are normalised in one launch, by a program each."""
+    width = -(-shape[1] // groups)
+    return shape[2] * shape[3] * (1 << (width - 1).bit_length()) <= WHOLE_GROUP
+
+
+def group_norm_way(x: torch.Tensor, groups: int, silu: bool) -> str:
+    """How groups of ``x [B, C, H, W]`` are normalised: "whole" in one launch, in "halves", or by "torch" where our
+    kernels are set aside."""
+    whole = whole_groups(tuple(x.shape), groups)
+    if not self_check_on(x.device):
+        return "whole" if whole else "halves"
+    subject = norm_subject(tuple(x.shape), x.dtype, groups, silu)
+    if whole and trusted(subject, x.device):
+        return "whole"
+    return "halves" if trusted(replace(subject, kernel="group norm"), x.device) else "torch"
+
+
+def layer_norm_trusted(x: torch.Tensor) -> bool:
+    """Whether our kernel is right for the rows of ``x [..., C]``."""
+    return not self_check_on(x.device) or trusted(norm_subject(tuple(x.shape), x.dtype), x.device)
 
 
 def norm_subject(shape: tuple[int, ...], dtype: torch.dtype, groups: int = 0, silu: bool = False) -> Subject:
@@ -112,4 +146,5 @@ def norm_subject(shape: tuple[int, ...], dtype: torch.dtype, groups: int = 0, si
     name = str(dtype).removeprefix("torch.")
     if not groups:
         return Subject("layer norm", name, sizes=(shape[-1],))
-    return Subject("group norm", name, sizes=(shape[1], groups, shape[2] * shape[3], int(silu)))
+    kernel = "whole group norm" if whole_groups(shape, groups) else "group norm"
+    return Subject(kernel, name, sizes=(shape[1], groups, shape[2] * shape[3], int(silu)))

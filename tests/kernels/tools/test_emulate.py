@@ -112,13 +112,13 @@ def test_random_weights_are_of_a_size_that_products_keep(qtype: str) -> None:
 def test_a_run_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With what was right, of the same kernels alone."""
     path = tmp_path / "emulated.json"
-    assert earlier(path) == {}
+    assert earlier(path, "gfx1100") == {}
     right = Executed("linear", "Q4_0", "5x32x32", 1e-4, 2e-3, 1.0, 1.0, 1)
     wrong = replace(right, kernel="geglu", error=1.0)
-    path.write_text(json.dumps(versions() | {"date": "another", "results": [asdict(right), asdict(wrong)]}))
-    assert earlier(path) == {"linear Q4_0 5x32x32": right}
+    path.write_text(json.dumps(versions("gfx1100") | {"date": "another", "results": [asdict(right), asdict(wrong)]}))
+    assert earlier(path, "gfx1100") == {"linear Q4_0 5x32x32": right}
     monkeypatch.setattr("gguf_sd_kernels.tools.emulate.kernels_version", lambda: "another")
-    assert earlier(path) == {}
+    assert earlier(path, "gfx1100") == {}
 
 
 def test_what_is_no_checkout_is_refused(tmp_path: Path) -> None:

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gguf_sd_kernels.enlarged import conv2d_enlarged
 from gguf_sd_kernels.repack import PACKED_TYPES, PackedWeight, repack
 from gguf_sd_kernels.triton.conv import conv2d_fused
 from gguf_sd_kernels.tuning import launch as launches
+from gguf_sd_kernels.tuning import verdicts
 from gguf_sd_kernels.tuning.launch import Launch
+from gguf_sd_kernels.tuning.self_check import DisagreementError, Subject
+from gguf_sd_kernels.tuning.verdicts import Verdicts
 
 Shape = tuple[int, int, int, int]
 SMALL = Launch(32, 32, 32, warps=4, stages=2)
@@ -53,6 +57,57 @@ def test_conv(
     got = conv2d_fused(x, weight, bias, stride, padding, emb=emb, residual=residual, launch=chosen)
     assert got.is_contiguous(memory_format=torch.channels_last)
     assert material.error(got, want) < 2e-3
+
+
+@pytest.mark.parametrize("qtype", PACKED_TYPES)
+@pytest.mark.parametrize(("size", "enlarged"), [((4, 3), (8, 6)), ((4, 3), (7, 5)), ((3, 4), (5, 8)), ((1, 1), (2, 1))])
+def test_enlarged_before(qtype: str, size: tuple[int, int], enlarged: tuple[int, int], material: Any) -> None:
+    """To twice the size, or one less, as a picture of an odd size has it."""
+    weight, full = conv_weight(material, qtype, (33, 64, 3, 3), seed=11)
+    x, bias = material.normal(2, 64, *size, seed=12), material.normal(33, seed=13)
+    want = F.conv2d(F.interpolate(x, size=enlarged).double(), full, bias.double(), padding=1)
+    chosen = replace(SMALL, splits=2) if qtype == "Q4_0" else SMALL
+    got = conv2d_fused(x, weight, bias, padding=1, enlarged=enlarged, launch=chosen)
+    assert material.error(got, want) < 2e-3
+    with pytest.raises(ValueError, match="twice its size, or one less"):
+        conv2d_fused(x, weight, bias, padding=1, enlarged=(enlarged[0] + 2, enlarged[1]))
+
+
+@pytest.mark.parametrize(
+    ("enlarged", "mode", "bad", "seen"),
+    [
+        ((7, 6), "fused", False, {("bias", "enlarge")}),
+        ((7, 6), "fused", True, {("bias", "enlarge"), ("bias",)}),
+        ((9, 6), "fused", False, {("bias",)}),
+        ((8, 6), "dequantize", False, {()}),
+    ],
+)
+def test_enlarged_apart(
+    enlarged: tuple[int, int],
+    mode: str,
+    bad: bool,
+    seen: set[tuple[str, ...]],
+    material: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The picture is written where the kernel is set aside, or is not for such a size or mode."""
+    weight, full = conv_weight(material, "Q8_0", (16, 32, 3, 3), seed=14)
+    x, bias = material.normal(1, 32, 4, 3, seed=15), material.normal(16, seed=16)
+    asked = set()
+
+    def check(subject: Subject, device: torch.device) -> None:
+        asked.add(subject.added)
+        if bad and "enlarge" in subject.added:
+            raise DisagreementError("wrong on purpose")
+
+    monkeypatch.setenv(verdicts.SWITCH, "1")
+    monkeypatch.setattr(verdicts, "_of", {x.device: Verdicts(x.device, check=check)})
+    launches.Prepared.forget()
+    got = conv2d_enlarged(x, weight, bias, enlarged, 1, mode)
+    launches.Prepared.forget()
+    want = F.conv2d(F.interpolate(x, size=enlarged).double(), full, bias.double(), padding=1)
+    assert material.error(got, want) < 2e-3
+    assert asked == seen
 
 
 @pytest.mark.parametrize("family", list(launches.UNTUNED))

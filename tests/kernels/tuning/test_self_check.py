@@ -143,14 +143,21 @@ def test_norms(material: Any, kernels: WrongKernels) -> None:
     want = F.silu(F.group_norm(x.double(), 8, weight.double(), bias.double(), 1e-5))
     rows = x.permute(0, 2, 3, 1)
     want_rows = F.layer_norm(rows.double(), (32,), weight.double(), bias.double(), 1e-5)
-    for fault in ("", "wrong", "launch"):
-        kernels.faults = dict.fromkeys(("group_apply_kernel", "layer_norm_kernel"), fault)
+    for whole, halves, layer in (("", "", ""), ("wrong", "", "launch"), ("launch", "wrong", "wrong")):
+        kernels.faults = {"group_norm_kernel": whole, "group_apply_kernel": halves, "layer_norm_kernel": layer}
         verdicts_of(CPU).known.clear()
         Prepared.forget()
         assert material.error(group_norm_silu(x, 8, weight, bias, 1e-5, True), want) < 2e-3
         assert material.error(layer_norm(rows, weight, bias, 1e-5), want_rows) < 2e-3
         found = {subject.kernel: bool(reason) for subject, reason in verdicts_of(CPU).known.items()}
-        assert found == {"group norm": bool(fault), "layer norm": bool(fault)}
+        second = {"group norm": bool(halves)} if whole else {}
+        assert found == {"whole group norm": bool(whole), "layer norm": bool(layer), **second}
+
+
+def test_groups_too_large_for_one_program(material: Any, kernels: WrongKernels) -> None:
+    x, ones = material.normal(1, 2, 130, 130, seed=1), material.normal(2, seed=2)
+    group_norm_silu(x, 1, ones, ones, 1e-5, True)
+    assert {subject.kernel for subject in verdicts_of(CPU).known} == {"group norm"}
 
 
 def test_it_can_be_turned_off(material: Any, kernels: WrongKernels, monkeypatch: pytest.MonkeyPatch) -> None:
