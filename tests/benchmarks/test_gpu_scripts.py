@@ -31,6 +31,7 @@ def run_on_gpu(results: Path, **variables: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_whole_run(tmp_path: Path) -> None:
     # The check is cut short; the others end long before, on a busy machine too.
     limits = {

@@ -195,7 +195,7 @@ def test_inspect(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "{model}", "--kernels", "cuda"], "unknown kernels 'cuda'"),
         (["generate", "{model}", "--kernels", "fused", "--device", "cpu"], "run on a GPU"),
         (["generate", "{model}", "--cuda-graph", "maybe"], "unknown CUDA graph mode 'maybe'"),
-        (["generate", "{model}", "--cuda-graph", "on", "--device", "cpu"], "CUDA graphs need a GPU"),
+        (["generate", "{model}", "--cuda-graph", "on", "--device", "cpu"], "CUDA graphs need an NVIDIA or AMD GPU"),
         (["generate", "{model}", "--type", "q4_0"], "is a GGUF file already"),
         (["inspect", "{tmp}/text.gguf"], "text.gguf is not a GGUF file"),
     ],

@@ -170,7 +170,15 @@ def test_interrupting_ends_within_a_second(model: Path, tmp_path: Path, painting
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, "-m", "gguf_sd", "generate", str(model), "-p", "a cat", "-o", str(tmp_path / "o.png")]
     command += ["--steps", "20", "--count", "99", "--width", "32", "--height", "32", "--device", "cpu"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # ignored where these tests run in the background
+    )
     maps = Path(f"/proc/{process.pid}/maps")
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:

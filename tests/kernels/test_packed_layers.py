@@ -86,7 +86,7 @@ def test_unet_on_the_kernels(qtype: str, tap_major: bool, mode: str, device: tor
     assert error(model(*inputs(device)), qtype, tap_major, device) < (5e-2 if mode == "int8" else 1e-2)
 
 
-@pytest.mark.parametrize("kept", ["to_q", "to_k"])
+@pytest.mark.parametrize("kept", [pytest.param("to_q", marks=pytest.mark.slow), "to_k"])
 @torch.inference_mode()
 def test_projections_of_different_types_stay_apart(kept: str, device: torch.device) -> None:
     """One of them in F16, or in blocks of another type, as files of other tools have it."""
@@ -112,7 +112,7 @@ def test_int8_leaves_the_sensitive_layers_alone(device: torch.device) -> None:
     assert {modes[name] for name in sixteen_bits} == {"fused"}
 
 
-@pytest.mark.parametrize("tap_major", [True, False])
+@pytest.mark.parametrize("tap_major", [pytest.param(True, marks=pytest.mark.slow), False])
 @torch.inference_mode()
 def test_resident_by_the_kernels(tap_major: bool, device: torch.device) -> None:
     """Decoded by Triton or by torch, weights are the same bits."""

@@ -17,7 +17,7 @@ from gguf_sd.runtime.kernel_modes import use_kernels
 from gguf_sd_convert.convert import ConvertOptions, convert
 
 
-@pytest.mark.parametrize(("kernels", "limit"), [("fused", 50), ("int8", 40)])
+@pytest.mark.parametrize(("kernels", "limit"), [("fused", 50), pytest.param("int8", 40, marks=pytest.mark.slow)])
 def test_a_picture_on_the_kernels(
     kernels: str, limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:

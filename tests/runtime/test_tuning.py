@@ -271,7 +271,7 @@ def test_wrong_kernels_paint_the_right_picture(
     assert "the kernel conv Q4_0 float16" in caplog.text
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_no_table_changes_a_result(seed: int) -> None:
     """Launches drawn from all that a file can hold, whatever they do to speed."""
     draw = random.Random(seed)
