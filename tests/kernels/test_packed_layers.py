@@ -66,7 +66,7 @@ def error(got: Tensor, qtype: str, tap_major: bool, device: torch.device) -> flo
         ("Q4_0", True, "fused"),
         ("Q8_0", True, "fused"),
         ("Q4_1", True, "dequantize"),
-        ("Q4_0", False, "fused"),
+        pytest.param("Q4_0", False, "fused", marks=pytest.mark.slow),
         ("Q8_0", True, "int8"),
     ],
 )
