@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,6 +14,7 @@ from torch import nn
 
 from gguf_sd.errors import GgufSdError
 from gguf_sd.models.layers import Quantized
+from gguf_sd.runtime import host_heap
 from gguf_sd_kernels.cpu import scratch
 
 WEIGHT_MODES = ("auto", "quantized", "resident")
@@ -124,17 +123,7 @@ def give_back(device: torch.device, cycles: bool = False) -> None:
         torch.cuda.empty_cache()
         return
     scratch.release()
-    if trim := _malloc_trim():
-        trim(0)
-
-
-@cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    """glibc's; None with other C libraries."""
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):
-        return None
+    host_heap.trim()
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +33,8 @@ FLAT = UNetConfig(
     context_dim=32,
     norm_groups=8,
 )
-SD1 = UNetConfig(
-    block_out_channels=(32, 64),
-    layers_per_block=1,
-    transformer_layers=(1, 0),
-    num_heads=(2, 2),
-    context_dim=32,
-    norm_groups=8,
-)
-SDXL = UNetConfig(
-    block_out_channels=(32, 64),
-    layers_per_block=1,
-    transformer_layers=(0, 2),
-    num_heads=(2, 4),
-    context_dim=64,
-    norm_groups=8,
-    vector_dim=64,
-)
+SD1 = replace(FLAT, block_out_channels=(32, 64), transformer_layers=(1, 0), num_heads=(2, 2))
+SDXL = replace(SD1, transformer_layers=(0, 2), num_heads=(2, 4), context_dim=64, vector_dim=64)
 PACKED = {f"{NAMESPACE}.{op}.default" for op in ("linear_packed", "conv2d_packed", "group_norm_silu", "layer_norm")}
 MODES = ("torch", "resident", "fused", "dequantize", "int8")
 

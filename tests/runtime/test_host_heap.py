@@ -17,7 +17,7 @@ def resident() -> int:
     return int(pages) * 4096
 
 
-@pytest.mark.skipif(host_heap._mallopt() is None or not Path("/proc/self/statm").exists(), reason="needs glibc")
+@pytest.mark.skipif(host_heap._glibc("mallopt") is None or not Path("/proc/self/statm").exists(), reason="needs glibc")
 def test_freed_tensors_leave_no_holes() -> None:
     """Between others that live on."""
     try:
