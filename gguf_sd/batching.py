@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from gguf_sd.request import Job
 from gguf_sd.sampling.guidance import Conditioning
@@ -34,6 +34,16 @@ def batches(jobs: Iterable[Job], conditionings: Iterable[Conditioning]) -> Itera
             batch.append(task)
     if batch:
         yield batch
+
+
+def with_shared_schedules(jobs: Iterable[Job]) -> list[Job]:
+    """Jobs of one model that were prepared one by one, with the very same schedule where theirs are equal, so that
+    their pictures may go together."""
+    schedules: dict[tuple[str, str, int], Job] = {}
+    return [
+        replace(job, schedule=schedules.setdefault((job.sampler, job.schedule_name, job.steps), job).schedule)
+        for job in jobs
+    ]
 
 
 def _together(a: Task, b: Task) -> bool:
