@@ -10,6 +10,7 @@ from gguf_sd.sampling.guidance import Conditioning
 
 OWN = {"prompt", "negative_prompt", "seed", "count", "embeddings"}  # what pictures of one batch may differ in
 UNCOMPARED = {"schedule", "picture"}  # tensors and images: the very same, or taken for different
+_COMPARED = [field.name for field in fields(Job) if field.name not in OWN | UNCOMPARED]
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,16 @@ def with_shared_schedules(jobs: Iterable[Job]) -> list[Job]:
     ]
 
 
+def same_shape(a: Job, b: Job) -> bool:
+    """Whether pictures of two jobs of one model can be painted at once, their prompts having as many chunks and their
+    schedules, which follow from the other settings, being shared."""
+    if a is b:
+        return True
+    if any(getattr(a, name) != getattr(b, name) for name in _COMPARED):
+        return False
+    return a.picture is b.picture
+
+
 def _together(a: Task, b: Task) -> bool:
-    if a.job is not b.job:
-        for name in (field.name for field in fields(Job) if field.name not in OWN):
-            mine, other = getattr(a.job, name), getattr(b.job, name)
-            if not (mine is other if name in UNCOMPARED else mine == other):
-                return False
-    return a.conditioning.positive.context.shape == b.conditioning.positive.context.shape
+    alike = a.job is b.job or (same_shape(a.job, b.job) and a.job.schedule is b.job.schedule)
+    return alike and a.conditioning.positive.context.shape == b.conditioning.positive.context.shape
