@@ -125,18 +125,21 @@ def _sentence(error: HTTPException) -> str:
 
 
 class HttpServer(uvicorn.Server):
-    """Stops in two steps: at the first signal pictures in work are finished, at the second they are given up."""
+    """Stops in steps: at the first signal what is painted is finished, at the second it is given up, and its callers
+    are told; at the third nobody is waited for."""
 
     def __init__(self, config: uvicorn.Config, server: Server):
         super().__init__(config)
-        self.server = server
+        self.server, self.signals = server, 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit:
+        self.signals += 1
+        self.server.stop_taking()
+        if self.signals > 1:
             for worker in self.server.workers:
                 worker.halt()
-        self.server.stop_taking()
-        super().handle_exit(sig, frame)
+        self.force_exit = self.signals > 2
+        self.should_exit = True
 
 
 def serve(server: Server, host: str, port: int, tell: str = "") -> None:
@@ -146,6 +149,7 @@ def serve(server: Server, host: str, port: int, tell: str = "") -> None:
         socket = config.bind_socket()
     except SystemExit:
         raise GgufSdError(f"cannot listen on {host}:{port}: it is in use, or not this machine's") from None
+    socket.listen(config.backlog)  # who comes from now on waits until the server is up
     if tell:
         print(f"{tell} on http://{host}:{socket.getsockname()[1]}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):

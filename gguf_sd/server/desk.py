@@ -91,11 +91,10 @@ class Desk:
 
         unwatch = ticket.watch(tell)
         gone = asyncio.create_task(_gone(http))
+        gone.add_done_callback(lambda task: changed.set())
         try:
             while not ticket.over and not gone.done():
-                waiting = asyncio.create_task(changed.wait())
-                await asyncio.wait((waiting, gone), return_when=asyncio.FIRST_COMPLETED)
-                waiting.cancel()
+                await changed.wait()
                 changed.clear()
                 yield
         finally:

@@ -46,7 +46,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_node_is_lost_and_nothing_else(batch: Batch, tmp_path: Path, cluster: Any) -> None:
     assert batch("p.jsonl", ROWS, "here", "--batch", "2") == 1
     both, nodes = cluster
-    manifest, seen = tmp_path / "there" / "manifest.jsonl", []
+    manifest = tmp_path / "there" / "manifest.jsonl"
+    seen: list[int] = []
 
     def kill() -> None:
         until = time.monotonic() + 200
@@ -90,7 +91,8 @@ def our_painters() -> list[int]:
 def test_an_actor_is_killed(batch: Batch, tmp_path: Path, cluster: Any) -> None:
     """Processes that paint are killed as the system would where memory runs out."""
     assert batch("p.jsonl", ROWS, "here", "--batch", "2") == 1
-    manifest, killed = tmp_path / "there" / "manifest.jsonl", []
+    manifest = tmp_path / "there" / "manifest.jsonl"
+    killed: list[int] = []
 
     def kill() -> None:
         until = time.monotonic() + 200

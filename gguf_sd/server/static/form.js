@@ -105,7 +105,9 @@ export function read(withPicture) {
 
 // Fills the form with the settings of a picture; says what it could not take.
 export function fill(settings) {
-  const known = facts.models.find((m) => m.name === settings.model || m.hash.startsWith(settings.model_hash || "?"));
+  const known =
+    facts.models.find((m) => [m.name, m.file].includes(settings.model)) ??
+    facts.models.find((m) => m.hash.startsWith(settings.model_hash || "?"));
   if (known) $("model").value = known.name;
   defaults();
   for (const name of ["prompt", "negative_prompt"]) $(name).value = settings[name] ?? "";
