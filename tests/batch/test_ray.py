@@ -67,15 +67,15 @@ def test_a_node_is_lost_and_nothing_else(batch: Batch, tmp_path: Path, cluster: 
     assert [line["row"] for line in lines] == list(range(1, 26)), "each row once"
 
 
-def our_painters() -> list[int]:
-    """Processes of this test's cluster that hold an actor of Ray Data's."""
+def our_processes(title: str) -> list[int]:
+    """Processes that this test has started, or that those have, whose command line has ``title`` in it."""
     parents: dict[int, int] = {}
     painters = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             pid, stat = int(folder.name), (folder / "stat").read_text()
             parents[pid] = int(stat.rpartition(")")[2].split()[1])
-            if "MapWorker" in (folder / "cmdline").read_text():
+            if title in (folder / "cmdline").read_text():
                 painters.append(pid)
         except OSError:  # it has ended
             continue
@@ -98,7 +98,7 @@ def test_an_actor_is_killed(batch: Batch, tmp_path: Path, cluster: Any) -> None:
         until = time.monotonic() + 200
         while time.monotonic() < until and not killed:
             if manifest.exists() and len(manifest.read_text().splitlines()) > 3:
-                for pid in our_painters()[:1]:
+                for pid in our_processes("MapWorker")[:1]:
                     os.kill(pid, 9)
                     killed.append(pid)
             time.sleep(0.01)
