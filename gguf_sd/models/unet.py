@@ -117,6 +117,8 @@ class UNetEncoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Attention):
                 module.stack()
+        if self.emb_layers is not None:
+            return
         blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
         self.emb_layers = stacked([block.emb_layers[1] for block in blocks])
         if self.emb_layers is not None:
@@ -193,8 +195,8 @@ class UNet(UNetEncoder):
         vector: Tensor | None = None,
         control: Sequence[Tensor] = (),
     ) -> Tensor:
-        """As :meth:`forward`, the prompt given by its keys and values from :meth:`project`. ``control``, of ControlNets:
-        what is added to the results of each block of the way down, and to the middle's, the last."""
+        """As :meth:`forward`, the prompt given by its keys and values from :meth:`project`. ``control``, of
+        ControlNets: what is added to the results of each block of the way down, and, the last, to the middle's."""
         emb = self.embed(timesteps, vector, latents.dtype)
         skips, h = self.down(latents.contiguous(memory_format=torch.channels_last), emb, projected)
         if control:

@@ -86,7 +86,9 @@ class Attention(nn.Module):
     def stack(self) -> None:
         """Makes one product of self-attention's three projections, where their weights are of one type: a third of the
         launches, each with three times the work for a GPU that a single one would leave idle."""
-        if not self.crosses and (joined := stacked([self.to_q, self.to_k, self.to_v])) is not None:
+        if self.crosses or self.to_qkv is not None:
+            return
+        if (joined := stacked([self.to_q, self.to_k, self.to_v])) is not None:
             self.to_qkv = joined
             del self.to_q, self.to_k, self.to_v
 
