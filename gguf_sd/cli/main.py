@@ -19,6 +19,8 @@ COMMANDS = {
     "demo": "convert the built-in model to four types and compare them",
     "convert": "make a GGUF file from a checkpoint",
     "generate": "paint pictures from a prompt",
+    "batch": "paint a file of prompts",
+    "serve": "serve models by HTTP and on a page",
     "inspect": "show what a model file or folder holds",
     "tune": "measure the GPU kernels for a model",
     "cache": "list or clear the models that generate has converted",
