@@ -18,6 +18,7 @@ from gguf_sd.errors import GgufSdError
 COMMANDS = {
     "demo": "convert the built-in model to four types and compare them",
     "convert": "make a GGUF file from a checkpoint",
+    "pack": "join a UNet and its other parts into one file",
     "generate": "paint pictures from a prompt",
     "inspect": "show what a model file or folder holds",
     "tune": "measure the GPU kernels for a model",
