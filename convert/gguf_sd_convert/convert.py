@@ -156,17 +156,16 @@ def _source(path: Path, options: ConvertOptions) -> Source:
 
 def _prepare(path: Path, options: ConvertOptions) -> _Job:
     source = _source(path, options)
-    if options.type == SAME and not source.metadata:
+    if options.type == SAME and source.metadata is None:
         raise GgufSdError(f"{path} is no GGUF file, which --type same is for; choose from {', '.join(TYPES)}")
     if options.layout == AUTO:
-        own = own_layout(source.tensors.values(), source.metadata, options.type) if source.metadata else None
-        options = replace(options, layout=own or ("comfy" if options.unet_only else "native"))
+        options = replace(options, layout=auto_layout(source, options))
     if options.unet_only:
         source = _unet_of(source)
         tokenizer, config = None, source.config
         tensors, unused = fitted(source, inventory.unet_tensors(config))
     else:
-        if source.metadata and (missing := missing_parts(source.config, source.tensors)):
+        if source.metadata is not None and (missing := missing_parts(source.config, source.tensors)):
             what = "a UNet alone" if "clip_l" in missing else "no autoencoder"
             raise GgufSdError(f"{path} holds {what}; convert its UNet with --unet-only, or join it with `gguf-sd pack`")
         tokenizer, config = _tokenizer(source, options)
@@ -177,6 +176,18 @@ def _prepare(path: Path, options: ConvertOptions) -> _Job:
         files = (*source.files, *(lora.path for lora in options.loras))  # what the weights come from, for the hash
         source = replace(source, files=files, notes=(*source.notes, *notes))
     return _Job(source, config, tokenizer, tensors, unused, options)
+
+
+def auto_layout(source: Source, options: ConvertOptions) -> str:
+    """The layout of a GGUF source's blocks, else the smallest that those can read who are meant."""
+    found = source.said.get(keys.LAYOUT)
+    if source.metadata is not None and (own := own_layout(source.tensors.values())):
+        return own
+    if options.unet_only:
+        return "linear" if found == "linear" else "comfy"
+    if isinstance(found, str) and found in LAYOUTS:
+        return found
+    return "linear" if options.type == SAME else "native"
 
 
 def _unet_of(source: Source) -> Source:
@@ -203,7 +214,7 @@ def _preset(source: Source, preset: str | None) -> Source:
 def _tokenizer(source: Source, options: ConvertOptions) -> tuple[ClipTokenizer, ModelConfig]:
     """The tokenizer, and the config with the token ids that go with it."""
     texts = source.config.text
-    if options.tokenizer is None and isinstance(own := source.metadata.get(keys.TOKENIZER), str):
+    if options.tokenizer is None and isinstance(own := source.said.get(keys.TOKENIZER), str):
         return tokenizer_in_file(own, source.path, texts[0]), source.config
     first = find_tokenizer(options.tokenizer, source.tokenizers[0] if source.tokenizers else None, texts[0])
     bos, eos = first.bos_token_id, first.eos_token_id
@@ -230,11 +241,11 @@ def _write(job: _Job, output: Path, progress: Progress | None) -> tuple[list[Sto
         total = done + sum(entry.nbytes for entry in tensors.values())
         wide = _outside_f16(tensors, pool, progress, total)
         stored = plan(_shapes(tensors), options.type, options.layout, wide)
-        if job.source.metadata:
+        if job.source.metadata is not None:
             again = options.allow_requantize
             stored = settled(stored, tensors, options.type, options.layout, again, job.source.path)
         if options.type == SAME:
-            job = replace(job, options=replace(options, type=type_label(stored)))
+            job = replace(job, options=replace(options, type=type_label(stored, job.source.said)))
         architecture = "gguf_sd" if options.layout == "native" else job.config.name
         jobs = ((tensors[t.name].nbytes, partial(encode, t, tensors[t.name])) for t in stored)
         with GGUFSink(output, architecture, _metadata(job, stored), stored, options.force) as sink:
@@ -343,7 +354,7 @@ def _report(job: _Job, output: Path, stored: list[Stored], nbytes: int, digest: 
         source=str(job.source.path),
         output=str(output),
         architecture=job.config.name,
-        type=type_label(stored) if options.type == SAME else options.type,
+        type=type_label(stored, job.source.said) if options.type == SAME else options.type,
         layout=options.layout,
         nbytes=nbytes,
         f16_nbytes=nbytes - sum(tensor.nbytes for tensor in stored) + as_f16,

@@ -17,7 +17,7 @@ from gguf_sd_convert.sources.source import Source
 def known_hash(source: Source, loras: Sequence[Lora] = ()) -> str:
     """SHA-256 of the checkpoint that a GGUF source was made from, where it says so and no ``loras`` change the weights;
     else empty."""
-    said = source.metadata.get(keys.SOURCE_HASH)
+    said = source.said.get(keys.SOURCE_HASH)
     return said if isinstance(said, str) and re.fullmatch("[0-9a-f]{64}", said) and not loras else ""
 
 
@@ -25,7 +25,7 @@ def inherited(source: Source, loras: Sequence[Lora] = ()) -> dict[str, Any]:
     """What a GGUF source says of its own source, and the LoRAs in its weights with those that are merged now."""
     metadata: dict[str, Any] = {}
     if known_hash(source, loras):
-        metadata[keys.SOURCE_NAME] = str(source.metadata.get(keys.SOURCE_NAME, source.path.name))
+        metadata[keys.SOURCE_NAME] = str(source.said.get(keys.SOURCE_NAME, source.path.name))
     before = _loras_of(source)
     if before or loras:
         new = [[lora.name, lora.weights, short_hash(lora.path)] for lora in loras]
@@ -35,7 +35,7 @@ def inherited(source: Source, loras: Sequence[Lora] = ()) -> dict[str, Any]:
 
 def _loras_of(source: Source) -> list[Any]:
     try:
-        said = json.loads(source.metadata.get(keys.LORAS, "[]"))
+        said = json.loads(source.said.get(keys.LORAS, "[]"))
     except (TypeError, ValueError, RecursionError):
         return []
     return said if isinstance(said, list) else []

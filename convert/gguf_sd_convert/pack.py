@@ -84,7 +84,7 @@ def pack(
     return PackReport(
         output=str(output),
         architecture=model.config.name,
-        type=_said(model, keys.TYPE) or type_label(stored),
+        type=type_label(stored, model.file.metadata),
         layout=_layout(stored),
         nbytes=nbytes,
         tensors=len(stored),
@@ -239,7 +239,7 @@ def _data(path: Path, info: TensorInfo) -> Tensor:
 
 def _metadata(model: ModelFile, stored: list[Stored], tokenizer: ClipTokenizer, layout: str) -> dict[str, Any]:
     said: Mapping[str, Any] = model.file.metadata
-    kind = _said(model, keys.TYPE) or type_label(stored)
+    kind = type_label(stored, model.file.metadata)
     name = model.path.stem
     metadata: dict[str, Any] = {
         keys.NAME: name,

@@ -92,12 +92,12 @@ def as_tensor(
         return raw.view(DTYPES[info.type.name]).view(shape)
     kind = FORMATS.get(info.type.name)
     if kind is None or len(shape) < 2 or prod(shape[1:]) % kind.block_size:
-        return _dequantized(raw, info, path).view(shape)
+        return dequantized(raw, info, path).to(torch.float16).view(shape)
     return QuantTensor(raw.view(shape[0], -1), kind.name, shape, tap_major)
 
 
-def _dequantized(raw: Tensor, info: TensorInfo, path: Path) -> Tensor:
-    """Any type gguf-py can decode, as F16."""
+def dequantized(raw: Tensor, info: TensorInfo, path: Path) -> Tensor:
+    """The values of any type that gguf-py can decode, float32. Raises GgufSdError for others."""
     import gguf
     import numpy as np
 
@@ -105,4 +105,4 @@ def _dequantized(raw: Tensor, info: TensorInfo, path: Path) -> Tensor:
         values = gguf.quants.dequantize(raw.numpy(), gguf.GGMLQuantizationType[info.type.name])
     except (NotImplementedError, KeyError):
         raise GgufSdError(f"{path} holds tensor {info.name} as {info.type.name}, which cannot be read") from None
-    return torch.from_numpy(np.ascontiguousarray(values)).to(torch.float16)
+    return torch.from_numpy(np.ascontiguousarray(values))

@@ -90,8 +90,8 @@ IDS = torch.tensor([[510, 3, 7, 7, 21, 511, 511, 511]])
 
 
 def encoded(model: ModelFile, index: int) -> tuple[Tensor, Tensor | None]:
-    encoder = model.load_text(index, torch.float32)
-    return tuple(encoder.encode(IDS, 1, normalise=True))
+    result = model.load_text(index, torch.float32).encode(IDS, 1, normalise=True)
+    return result.states, result.pooled
 
 
 def expected(folder: Path, xl: bool) -> tuple[Tensor, Tensor | None]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gguf_sd.checkpoint.finite import check_blocks
 from gguf_sd.checkpoint.ggml_types import GGML_TYPES, PLAIN
-from gguf_sd.checkpoint.metadata_keys import LAYOUT
+from gguf_sd.checkpoint.metadata_keys import TYPE
 from gguf_sd.checkpoint.quant_tensor import QuantTensor
 from gguf_sd.checkpoint.tensor_names import UNET
 from gguf_sd.errors import GgufSdError
@@ -120,22 +120,25 @@ def _plain(tensor: Stored, entry: Entry) -> Stored:
     return replace(tensor, type=DTYPES.get(str(entry.dtype), "F16"), shape=tensor.logical, tap_major=False, reason="")
 
 
-def own_layout(entries: Iterable[Entry], metadata: Mapping[str, Any], qtype: str) -> str | None:
-    """The layout that a GGUF source's blocks lie in; None where it has no quantised convolutions and says nothing."""
+def own_layout(entries: Iterable[Entry]) -> str | None:
+    """The layout that a GGUF source's convolutions lie in; None where none is quantised."""
     convolutions = [e.blocks for e in entries if e.blocks and len(e.shape) == 4 and prod(e.shape[2:]) > 1]
-    if convolutions:
-        return "native" if any(blocks.tap_major for blocks in convolutions) else "comfy"
-    said = metadata.get(LAYOUT)
-    return "linear" if said == "linear" or (qtype == SAME and said is None) else None
+    if not convolutions:
+        return None
+    return "native" if any(blocks.tap_major for blocks in convolutions) else "comfy"
 
 
-def type_label(stored: Iterable[Stored]) -> str:
-    """The type in which most bytes of the UNet are."""
+def type_label(stored: Iterable[Stored], said: Mapping[str, Any]) -> str:
+    """What to call the type of a UNet: as its file ``said``, if that is one of its types, else the quantised type of
+    most bytes, or the plain one."""
     nbytes: Counter[str] = Counter()
     for tensor in stored:
         if tensor.name.startswith(UNET):
             nbytes[tensor.type] += tensor.nbytes
-    return nbytes.most_common(1)[0][0].lower() if nbytes else "f16"
+    if isinstance(own := said.get(TYPE), str) and own.upper() in nbytes:
+        return own
+    quantised = {kind: count for kind, count in nbytes.items() if kind not in PLAIN}
+    return max(quantised or nbytes or {"F16": 0}, key=lambda kind: nbytes[kind]).lower()
 
 
 def file_type(qtype: str) -> int:

@@ -12,12 +12,13 @@ from gguf_sd.checkpoint import metadata_keys as keys
 from gguf_sd.checkpoint.check_tensors import XL_TEXTS, text_names
 from gguf_sd.checkpoint.gguf_file import GGUFFile
 from gguf_sd.checkpoint.gguf_header import TensorInfo
-from gguf_sd.checkpoint.gguf_tensors import DTYPES, as_tensor
+from gguf_sd.checkpoint.gguf_tensors import DTYPES, as_tensor, dequantized
 from gguf_sd.checkpoint.mapped_file import MappedFile
 from gguf_sd.checkpoint.model_file import ModelFile, own_config
 from gguf_sd.checkpoint.quant_tensor import QuantTensor
 from gguf_sd.config import ModelConfig
 from gguf_sd_convert.sources.entries import Blocks, Entry, read_bytes
+from gguf_sd_kernels.formats import FORMATS
 
 
 def gguf_model(path: Path, config: ModelConfig | None) -> ModelFile:
@@ -55,7 +56,8 @@ def gguf_entry(file: MappedFile, name: str) -> Entry:
 
 
 def _load(path: Path, info: TensorInfo, shape: tuple[int, ...], tap_major: bool) -> Tensor:
-    stored = as_tensor(read_bytes(path, info.offset, info.nbytes), info, shape, tap_major, path)
-    if isinstance(stored, QuantTensor):
-        return stored.dequantize(torch.float32).contiguous()
-    return stored.float() if info.quantized else stored
+    raw = read_bytes(path, info.offset, info.nbytes)
+    if info.quantized and (len(shape) < 2 or info.type.name not in FORMATS):
+        return dequantized(raw, info, path).view(shape)
+    stored = as_tensor(raw, info, shape, tap_major, path)
+    return stored.dequantize(torch.float32).contiguous() if isinstance(stored, QuantTensor) else stored

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,12 @@ class Source:
     files: tuple[Path, ...]
     tokenizers: tuple[Path, ...]  # folders, one for each text encoder, of a diffusers source
     notes: tuple[str, ...]
-    metadata: Mapping[str, Any] = field(default_factory=dict)  # of a GGUF source
+    metadata: Mapping[str, Any] | None = None  # of a GGUF source, where others have none
+
+    @property
+    def said(self) -> Mapping[str, Any]:
+        """The metadata of a GGUF source, which may be empty as well."""
+        return self.metadata or {}
 
 
 def open_source(path: Path, ema: bool = False, config: ModelConfig | None = None, safety: bool = True) -> Source:
