@@ -19,7 +19,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "--seed": ("-s",),
     "--vae-tile": ("--vae-tile-size",),
     "--max-memory": ("--max-vram",),
-    "MODEL": ("-m", "--model"),
+    "--clip-l": ("--clip_l",),
+    "--clip-g": ("--clip_g",),
+    "MODEL": ("-m", "--model", "--diffusion-model"),
 }
 
 
@@ -92,6 +94,9 @@ def _add_picture(parser: argparse.ArgumentParser) -> None:
 def add_engine(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--vae", type=Path, help="another autoencoder: TAESD, or a full VAE file or folder")
+    add("--clip-l", type=Path, metavar="FILE", help="text encoder CLIP-L, for a MODEL that is a UNet alone: .gguf or "
+        ".safetensors, of it alone or of a whole model")  # fmt: skip
+    add("--clip-g", type=Path, metavar="FILE", help="SDXL's second text encoder, the same way")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
     add("--dtype", help="auto, float32, float16, bfloat16: what the UNet computes in (auto)")
     add("--weights", default="auto", help="auto, quantized (small) or resident (dequantised once: faster, larger)")

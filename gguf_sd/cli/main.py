@@ -18,6 +18,7 @@ from gguf_sd.errors import GgufSdError
 COMMANDS = {
     "demo": "convert the built-in model to four types and compare them",
     "convert": "make a GGUF file from a checkpoint",
+    "pack": "join a UNet and its other parts into one file",
     "generate": "paint pictures from a prompt",
     "batch": "paint a file of prompts",
     "serve": "serve models by HTTP and on a page",
