@@ -63,6 +63,8 @@ class Page:
         body = await self.desk.json(http)
         check_known(body, [*SETTINGS, "model", "count", "image", "mask"])
         settings = {name: value for name, value in body.items() if name in SETTINGS and value is not None}
+        if isinstance(seed := settings.get("seed"), str) and seed.isascii() and seed.isdigit() and len(seed) <= 20:
+            settings["seed"] = int(seed)  # JavaScript's numbers are exact up to 2^53
         for name in ("image", "mask"):
             if (text := body.get(name)) is not None:
                 if not isinstance(text, str):
@@ -108,7 +110,7 @@ class Page:
             found = parse_parameters(text)
         except ValueError as error:
             raise GgufSdError(f"the picture carries settings that cannot be read: {error}") from None
-        return JSONResponse(found)
+        return JSONResponse(found | ({"seed": str(found["seed"])} if "seed" in found else {}))
 
 
 def events(ticket: Ticket, sent: set[int]) -> list[dict[str, Any]]:
@@ -121,7 +123,7 @@ def events(ticket: Ticket, sent: set[int]) -> list[dict[str, Any]]:
             {
                 "type": "picture",
                 "png": as_base64(picture.png),
-                "seed": picture.seed,
+                "seed": str(picture.seed),
                 "flagged": picture.flagged,
                 "parameters": picture.parameters,
                 "width": job.width,

@@ -209,11 +209,14 @@ def test_what_the_page_asks(served: Running) -> None:
     assert [model["type"] for model in facts["models"]] == ["q8_0", "q4_0"]
     events = list(map(json.loads, served.post("/api/paint", prompt="<b>", count=2, **FAST).iter_lines()))
     pictures = [event for event in events if event["type"] == "picture"]
-    assert [event["seed"] for event in pictures] == [1, 2]
+    assert [event["seed"] for event in pictures] == ["1", "2"]
     assert events[-1] == {"type": "end", "state": "done", "error": ""}
     assert any(event["type"] == "state" and event["look"] for event in events)
     read = requests.post(f"{served.url}/api/settings", base64.b64decode(pictures[1]["png"]), timeout=9).json()
-    assert (read["prompt"], read["seed"], read["steps"]) == ("<b>", 2, 2)
+    assert (read["prompt"], read["seed"], read["steps"]) == ("<b>", "2", 2)
+    largest = str(2**64 - 1)
+    assert f'"seed": "{largest}"' in served.post("/api/paint", prompt="a", steps=2, seed=largest).text
+    assert "seed must be a whole number" in served.post("/api/paint", prompt="a", seed="x").json()["detail"]
     start = as_text(picture(pictures[0]["png"]))
     changed = served.post("/api/paint", prompt="a", image=start, strength=0.9, **FAST)
     assert '"type": "end", "state": "done"' in changed.text

@@ -94,9 +94,8 @@ export function read(withPicture) {
   if ($("negative_prompt").value) settings.negative_prompt = $("negative_prompt").value;
   for (const name of NUMBERS) if ($(name).value !== "") settings[name] = Number($(name).value);
   for (const name of ["sampler", "schedule"]) settings[name] = $(name).value;
-  // A seed may be larger than JavaScript's numbers are exact; one is drawn here so that all models get the same.
-  const seed = $("seed").value.trim();
-  settings.seed = seed === "" ? Math.floor(Math.random() * 2 ** 32) : Number(seed);
+  // As a text: it may be larger than JavaScript's numbers are exact. Drawn here, so that all models get the same.
+  settings.seed = $("seed").value.trim() || String(Math.floor(Math.random() * 2 ** 32));
   if (withPicture) for (const name of OF_PICTURES) {
     settings[name] = name === "resize" ? $(name).value : Number($(name).value);
   }

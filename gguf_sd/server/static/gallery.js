@@ -12,9 +12,8 @@ function make(tag, properties = {}, ...children) {
 }
 
 export function seconds(value) {
-  if (value < 1) return "less than a second";
-  if (value < 90) return `${Math.round(value)} s`;
-  return `${Math.floor(value / 60)} min ${Math.round(value % 60)} s`;
+  const whole = Math.max(1, Math.round(value));
+  return whole < 90 ? `${whole} s` : `${Math.floor(whole / 60)} min ${whole % 60} s`;
 }
 
 // A card for a job: its look, how far it is, and how to end it.
