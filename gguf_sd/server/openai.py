@@ -74,18 +74,20 @@ class OpenAI:
         ]
 
     async def generations(self, http: HttpRequest) -> Response:
+        self.desk.admit()
         request = read_fields(await self.desk.json(http), OF_EDITS)
         return await self._paint(http, request, {})
 
     async def edits(self, http: HttpRequest) -> Response:
+        self.desk.admit()
         texts, files = await self._form(http)
         images = [file for name, file in files if name in ("image", "image[]")]
         if len(images) != 1:
             raise ApiError(400, f"{len(images)} images are given; this server edits one", "invalid_value", "image")
         most = self.desk.limits.pixels
-        pictures = {"image": await run_in_threadpool(from_bytes, images[0], "the image", most)}
+        pictures = {"image": await self.desk.decoded(from_bytes, images[0], "the image", most)}
         for mask in [file for name, file in files if name == "mask"]:
-            pictures["mask"] = await run_in_threadpool(from_bytes, mask, "the mask", most)
+            pictures["mask"] = await self.desk.decoded(from_bytes, mask, "the mask", most)
         return await self._paint(http, read_fields(texts), pictures)
 
     async def _form(self, http: HttpRequest) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
