@@ -40,6 +40,14 @@ class Running:
         return requests.get(self.url + path, timeout=60)
 
 
+def until(condition: Callable[[], Any], seconds: float = 60) -> None:
+    """Waits for something to become true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.01)
+
+
 @contextmanager
 def running(shelf: Shelf, settings: Settings, painters: Sequence[Painter] | None = None) -> Iterator[Running]:
     """A server on a free port of this machine, ended at the end."""
@@ -49,8 +57,7 @@ def running(shelf: Shelf, settings: Settings, painters: Sequence[Painter] | None
     http = HttpServer(config, server)
     thread = threading.Thread(target=lambda: http.run(sockets=[socket]), daemon=True)
     thread.start()
-    while not http.started:
-        time.sleep(0.01)
+    until(lambda: http.started)
     try:
         yield Running(f"http://127.0.0.1:{socket.getsockname()[1]}", server, http)
     finally:

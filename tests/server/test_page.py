@@ -15,7 +15,7 @@ from gguf_sd.imaging.png_metadata import PARAMETERS
 from gguf_sd.imaging.save_png import png_bytes
 from gguf_sd.pipeline import Pipeline
 from gguf_sd.server.guard import Rules
-from tests.server.conftest import Running, picture
+from tests.server.conftest import Running, picture, until
 from tests.server.test_app import Start
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
@@ -108,12 +108,7 @@ def test_a_look_at_each_step_and_cancel(page: Any, served: Running) -> None:
     expect(page.locator(".job")).to_have_count(0)
     ready(page)
     assert page.locator("#gallery img").count() == 0
-    expect.set_options(timeout=5000)
-    for _ in range(100):
-        if not served.server.line.open_tickets():
-            break
-        page.wait_for_timeout(50)
-    assert not served.server.line.open_tickets(), "the server has stopped too"
+    until(lambda: not served.server.line.open_tickets())
 
 
 def test_a_mask_is_painted(page: Any) -> None:
@@ -216,13 +211,7 @@ def test_a_tab_that_is_closed_cancels(browser: Any, served: Running) -> None:
     tab.click("#paint")
     expect(tab.locator(".job img")).to_be_visible(timeout=20_000)
     tab.close()
-    other = browser.new_page()
-    for _ in range(100):
-        if not served.server.line.open_tickets():
-            break
-        other.wait_for_timeout(50)
-    assert not served.server.line.open_tickets()
-    other.close()
+    until(lambda: not served.server.line.open_tickets())
 
 
 def test_by_keyboard_alone(page: Any) -> None:

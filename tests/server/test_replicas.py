@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from gguf_sd.pipeline import Pipeline
 from gguf_sd.server.app import Settings
 from gguf_sd.server.shelf import Shelf
 from tests.batch.test_ray import our_processes
-from tests.server.conftest import OPTIONS, Running, picture, running
+from tests.server.conftest import OPTIONS, Running, picture, running, until
 
 pytest.importorskip("ray", reason="needs gguf-sd[ray]")
 pytestmark = pytest.mark.slow
@@ -45,10 +44,7 @@ def paint(server: Running, seed: int, steps: int, answers: dict[int, requests.Re
 def test_pictures_are_the_same_and_none_is_lost(replicas: Running, models: dict[str, Path]) -> None:
     answers: dict[int, requests.Response] = {}
     threads = [paint(replicas, seed, 100 + seed % 2, answers) for seed in range(4)]  # of two shapes: two at once
-    metrics = ""
-    while "gguf_sd_steps_total" not in metrics or "gguf_sd_steps_total 0.0" in metrics:
-        metrics = replicas.get("/metrics").text
-        time.sleep(0.05)
+    until(lambda: "gguf_sd_steps_total 0.0" not in replicas.get("/metrics").text)
     victim = our_processes("ServeReplica")[0]
     os.kill(victim, 9)
     for thread in threads:
@@ -68,8 +64,5 @@ def test_looks_and_cancel(replicas: Running) -> None:
         for line in answer.iter_lines():
             if b'"look": "' in line:
                 break
-    until = time.monotonic() + 10
-    while replicas.server.line.open_tickets() and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not replicas.server.line.open_tickets()
+    until(lambda: not replicas.server.line.open_tickets())
     assert replicas.post("/v1/images/generations", prompt="a", steps=2).status_code == 200, "replicas are free again"

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import requests
 
 from benchmarks.serve import load
 from gguf_sd.cli.main import main
+from tests.server.conftest import until
 from tests.server.test_app import Start
 
 
@@ -78,8 +78,7 @@ def test_a_signal_ends_it_after_the_picture(models: dict[str, Path]) -> None:
 
     thread = threading.Thread(target=paint)
     thread.start()
-    while requests.get(f"{url}/sdapi/v1/progress", timeout=9).status_code != 200 or not painting(url):
-        time.sleep(0.05)
+    until(lambda: painting(url))
     process.send_signal(signal.SIGTERM)
     thread.join(60)
     assert found["answer"].status_code == 200
