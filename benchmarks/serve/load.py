@@ -3,7 +3,7 @@
     python -m benchmarks.serve.load --json benchmarks/results/serve-load.json
 
 Starts `gguf-sd serve` on this machine with the demo model, then has ``--clients`` threads send ``--requests`` requests
-in all, each as soon as the one before is answered, or half a second after a refusal (429), which is an answer, too.
+in all, each as soon as the one before is answered, or two seconds after a refusal (429), which is an answer, too.
 Latencies are those of requests that were painted; the server's own memory is read from its /metrics, first after a
 tenth of the requests.
 """
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 ADDRESS = re.compile(r"http://127\.0\.0\.1:[0-9]+")
-PAUSE = 0.5  # seconds that a client waits after a refusal: less than it is told, so that the queue stays full
+PAUSE = 2.0  # seconds that a client waits after a refusal: less than it is told, so that the queue stays full
 PROMPTS = ("a red circle", "a blue square on a grey background", "a green ring above a yellow cross")
 
 

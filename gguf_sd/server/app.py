@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ from gguf_sd.server.tickets import QueueFullError
 from gguf_sd.server.worker import Worker
 
 log = logging.getLogger(__name__)
+BACKLOG = 2048  # callers that the system keeps waiting for an answer at all
 HALT_SECONDS = 30.0  # that a painter gets to end its step once it is told to stop
 
 
@@ -144,13 +146,16 @@ class HttpServer(uvicorn.Server):
 
 def serve(server: Server, host: str, port: int, tell: str = "") -> None:
     """Runs until it is told to stop. Raises GgufSdError where the address cannot be had."""
-    config = uvicorn.Config(server.app, host, port, log_level="warning", access_log=False, server_header=False)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        socket = config.bind_socket()
-    except SystemExit:
-        raise GgufSdError(f"cannot listen on {host}:{port}: it is in use, or not this machine's") from None
-    socket.listen(config.backlog)  # who comes from now on waits until the server is up
+        listening = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise GgufSdError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port"
+        ) from error
+    config = uvicorn.Config(server.app, log_level="warning", access_log=False, server_header=False)
     if tell:
-        print(f"{tell} on http://{host}:{socket.getsockname()[1]}", flush=True)
+        name = f"[{host}]" if ":" in host else host
+        print(f"{tell} on http://{name}:{listening.getsockname()[1]}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
-        HttpServer(config, server).run(sockets=[socket])
+        HttpServer(config, server).run(sockets=[listening])

@@ -45,7 +45,7 @@ class Fields:
     response_format: Annotated[str, OneOf("b64_json", "url")] | None = None
     output_format: Annotated[str, OneOf(*KINDS)] | None = None
     output_compression: Annotated[int, Between(0, 100)] | None = None
-    stream: Annotated[bool, OneOf(False)] | None = None
+    stream: bool | None = None
     seed: Annotated[int, Between(-1, 2**64 - 1)] | None = None
     steps: Annotated[int, Between(1, 10_000)] | None = None
     guidance: Annotated[float, Between(0, 100)] | None = None
@@ -157,6 +157,8 @@ def read_fields(body: Mapping[str, Any], without: tuple[str, ...] = ()) -> Field
         said = str(error)
         param = next((name for name in body if said.startswith(f"{name} ") or repr(name) in said), None)
         raise ApiError(400, said, "invalid_value", param and param[:60]) from None
+    if request.stream:
+        raise ApiError(400, "pictures are not streamed here; leave stream out", "invalid_value", "stream")
     return request
 
 

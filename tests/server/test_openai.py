@@ -76,6 +76,7 @@ def test_models(client: openai.OpenAI) -> None:
         ({"prompt": 5}, "prompt is 5; it takes a text", "prompt"),
         ({}, "prompt is missing", None),
         ({"prompt": "a", "stepz": 3}, "no setting 'stepz'", "stepz"),
+        ({"prompt": "a", "stream": True}, "not streamed here", "stream"),
         ({"prompt": "a", "n": 99}, "1 to 16 pictures", None),
         ({"prompt": "a", "n": 10**30}, "n is 1000", "n"),
         ({"prompt": "a", "size": "9x"}, "size is '9x'", "size"),
