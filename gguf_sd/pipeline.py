@@ -62,7 +62,7 @@ class Picture:
     seed: int
     job: Job
     flagged: bool = False  # by the safety checker
-    weights: str = ""  # quantized or resident, as the UNet's were
+    weights: str = ""  # quantized, resident or int8, as the UNet's were
     graph_bytes: int = 0  # device memory that CUDA graphs held meanwhile
     plan: MemoryPlan | None = None
 
@@ -169,6 +169,8 @@ class Pipeline:
             return
         planner = self.planner(*jobs)
         attempt = Attempt(planner, self.planning.plan(planner))
+        for job in jobs:
+            self.planning.painted(job)
         conditionings = self._in_turn(jobs[0], attempt, lambda plan: self._encode(jobs, plan))
         planned = list(batches(jobs, conditionings))
         for batch in planned:

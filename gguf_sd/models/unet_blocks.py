@@ -58,9 +58,10 @@ class ResBlock(nn.Module):
         """x [B, C, H, W], emb [B, time_dim] after its SiLU or, once stacked, all blocks' projections of it
         -> [B, out_channels, H, W]."""
         norm, _, conv = self.in_layers
-        h = conv(norm(x), emb=self.emb_layers(emb) if self.place is None else emb[:, self.place])
+        own = self.emb_layers(emb) if self.place is None else emb[:, self.place]
+        h = conv.normed(norm, x, emb=own)  # type: ignore[operator]
         norm, _, _, conv = self.out_layers
-        return conv(norm(h), residual=self.skip_connection(x))
+        return conv.normed(norm, h, residual=self.skip_connection(x))  # type: ignore[operator]
 
 
 class Attention(nn.Module):

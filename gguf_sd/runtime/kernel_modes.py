@@ -15,6 +15,7 @@ from gguf_sd.checkpoint.cache import cache_folder
 from gguf_sd.errors import GgufSdError
 from gguf_sd.models.layers import GroupNorm, LayerNorm, Quantized, resident
 from gguf_sd.models.unet import UNet
+from gguf_sd_kernels.cpu import int8
 from gguf_sd_kernels.devices import emulated, gpu_of
 from gguf_sd_kernels.tuning.launch import load_measured, table_name
 from gguf_sd_kernels.tuning.verdicts import keep_verdicts
@@ -37,7 +38,8 @@ def choose_kernels(name: str, weights: str, device: torch.device) -> tuple[str, 
     ``resident`` decodes once at load; these run in Triton on a GPU. ``torch`` is plain torch, anywhere. ``auto`` takes
     the fastest of fused and dequantize for each layer, by what was measured on this GPU, see
     :mod:`gguf_sd.runtime.tuning`. In any mode, what a kernel does wrongly on this GPU is left to the next:
-    fused -> dequantize -> torch.
+    fused -> dequantize -> torch. On a CPU ``int8`` is torch with weights of that name, see
+    :mod:`gguf_sd.models.int8`; ``auto`` leaves them to the memory plan, see :func:`may_take_int8`.
     Raises GgufSdError for an unknown name, and what device or weights do not allow.
     """
     if name not in KERNEL_MODES:
@@ -45,13 +47,36 @@ def choose_kernels(name: str, weights: str, device: torch.device) -> tuple[str, 
     if name in ("auto", "torch"):
         return ("auto" if name == "auto" and device.type != "cpu" and _has_triton() else "torch"), weights
     if device.type == "cpu" and not emulated(device):
-        raise GgufSdError(f"kernels {name!r} run on a GPU, the device is {device}; choose torch or auto")
+        if name == "int8":
+            return "torch", _int8_weights(weights)
+        raise GgufSdError(f"kernels {name!r} run on a GPU, the device is {device}; choose torch, int8 or auto")
     if not _has_triton():
         raise GgufSdError(f"kernels {name!r} need Triton, which is not installed; choose torch or auto")
     needs = "resident" if name == "resident" else "quantized"
     if weights not in ("auto", needs):
         raise GgufSdError(f"kernels {name!r} work on {needs} weights, and {weights} are asked for; leave one out")
     return name, needs
+
+
+def may_take_int8(kernels: str, weights: str, device: torch.device) -> bool:
+    """Whether a plan for so chosen kernels and weights may have the UNet compute in 8 bits: on a processor with
+    instructions for it, unless something else is asked for."""
+    return kernels == "auto" and weights == "auto" and device.type == "cpu" and not emulated(device) and int8.is_fast()
+
+
+def _int8_weights(weights: str) -> str:
+    if not int8.has_operators():
+        raise GgufSdError(
+            "kernels 'int8' need oneDNN's operators in 8 bits, which this torch lacks; choose torch or auto"
+        )
+    if not int8.is_fast():
+        raise GgufSdError(
+            "kernels 'int8' need a processor with AVX512-VNNI, AVX-VNNI or AMX on a CPU, which this one lacks; "
+            "choose torch or auto"
+        )
+    if weights != "auto":
+        raise GgufSdError(f"kernels 'int8' keep weights in 8 bits on a CPU, and {weights} are asked for; leave one out")
+    return "int8"
 
 
 def _has_triton() -> bool:

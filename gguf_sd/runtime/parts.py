@@ -22,6 +22,7 @@ from gguf_sd.adapters.read_lora import layer_factors
 from gguf_sd.adapters.side_path import attach, detach, side_bytes
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.checkpoint.vae_file import VAEFile
+from gguf_sd.models.int8 import use_int8
 from gguf_sd.models.safety import SafetyChecker
 from gguf_sd.models.text import TextEncoder
 from gguf_sd.models.tiny_vae import TinyAutoencoder
@@ -41,7 +42,7 @@ class LoadedAs:
     """The decisions that a part was loaded by; ``weights`` and ``kernels`` concern the UNet alone."""
 
     dtype: torch.dtype
-    weights: str = ""  # quantized or resident
+    weights: str = ""  # quantized, resident or int8
     kernels: str = ""  # see gguf_sd.runtime.kernel_modes.choose_kernels
     placement: str = "resident"  # of gguf_sd.runtime.memory.PLACEMENTS
     loras: tuple[Active, ...] = ()  # beside the weights: they come and go without loading anew
@@ -203,6 +204,9 @@ class Parts:
         unet = self.model.load_unet(how.dtype).to(self.device)
         if how.weights == "resident":
             make_resident(unet, how.dtype, how.kernels)
+        elif how.weights == "int8":
+            use_int8(unet, how.dtype)
+        if how.weights != "quantized":
             self.model.file.forget_pages()
         if how.kernels != "torch":
             use_kernels(unet, how.kernels)

@@ -23,7 +23,7 @@ from gguf_sd.errors import GgufSdError
 from gguf_sd.memory_size import memory_text
 from gguf_sd.runtime import activations, plan_cost
 from gguf_sd.runtime.activations import Engine
-from gguf_sd.runtime.memory import PLACEMENTS, WEIGHT_MODES, MemoryPlan
+from gguf_sd.runtime.memory import PLACEMENTS, MemoryPlan
 from gguf_sd.runtime.part_bytes import PartBytes
 from gguf_sd_kernels.reference.products import CHUNK_VALUES
 
@@ -34,6 +34,7 @@ DECODING = 8  # bytes a value that decoding blocks takes besides the weight, on 
 HOLES = 160 << 20
 SLACK = 0.04  # share of what is allocated that lies idle in allocators
 STEP_DOWN = 0.7  # of the peak that ran out of memory
+HELD = ("resident", "int8")  # of weights, those that are in memory as a whole
 NAMES = {"sd1": "Stable Diffusion 1.x", "sdxl": "SDXL"}
 
 
@@ -47,6 +48,7 @@ class Workload:
     chunks: int = 1  # of 75 tokens that the prompts have
     encodes: bool = False  # a picture, to start from
     adapters: int = 0  # values of LoRAs beside the UNet's weights
+    lasting: bool = False  # so many steps that it pays to encode the UNet's weights in 8 bits
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,11 @@ class Planner:
     weights: str = "auto"
     placement: str = "auto"
     vae_tile: int | str = "auto"  # kept to, see gguf_sd.runtime.execution.Execution
+    int8: bool = False  # whether auto weights may be int8
 
     def __post_init__(self) -> None:
         for what, value, known in (
-            ("weights mode", self.weights, WEIGHT_MODES),
+            ("weights mode", self.weights, ("auto", "quantized", *HELD)),
             ("placement", self.placement, ("auto", *PLACEMENTS)),
         ):
             if value not in known:
@@ -160,7 +163,7 @@ class Planner:
         return sorted(costs, key=lambda choice: (costs[choice], self._peak(choice), choice.placement))
 
     def _choices(self) -> Iterator[_Choice]:
-        modes = [self.weights] if self.weights != "auto" else ["quantized", "resident"]
+        modes = [self.weights] if self.weights != "auto" else ["quantized", "resident", *["int8"] * self.int8]
         guidance = (True, False) if self.workload.guided else (True,)
         placements = [self._placements(name) for name in self.parts]
         for weights, placement, batched, tile in product(modes, product(*placements), guidance, self._tiles()):
@@ -179,7 +182,7 @@ class Planner:
 
     def _placements(self, part: str) -> tuple[str, ...]:
         """The VAE's weights are few, and read again for every band: it is not streamed."""
-        able = PLACEMENTS[:2] if part == "vae" or (part == "unet" and self.weights == "resident") else PLACEMENTS
+        able = PLACEMENTS[:2] if part == "vae" or (part == "unet" and self.weights in HELD) else PLACEMENTS
         if self.placement == "auto":
             return able
         return (self.placement,) if self.placement in able else ("staged",)
@@ -242,7 +245,7 @@ class Planner:
         itemsize = self.machine.vae_itemsize if part == "vae" else self.machine.itemsize
         if placement == "streamed":
             return counts.streamed(itemsize)
-        return counts.loaded(itemsize, part == "unet" and weights == "quantized")
+        return counts.loaded(itemsize, weights if part == "unet" else "resident")
 
     def _work(self, stage: str, choice: _Choice) -> int:
         load, machine = self.workload, self.machine
@@ -291,7 +294,7 @@ class Planner:
         name = NAMES.get(self.config.name, self.config.name)
         batch = f" in batches of {load.pictures}" if load.pictures > 1 else ""
         ways = ["a smaller --batch"] if load.pictures > 1 else []
-        ways += ["a smaller size", *["--weights quantized"] * (self.weights == "resident")]
+        ways += ["a smaller size", *["--weights quantized"] * (self.weights in HELD)]
         return (
             f"{name} at {width}x{height}{batch} needs at least {memory_text(least.peak)} of memory, "
             f"{memory_text(budget)} may be used; give more with --max-memory, or take {', or '.join(ways)}"
