@@ -27,6 +27,7 @@ from gguf_sd.checkpoint.check_tensors import strays_note
 from gguf_sd.config import SD15, SDXL, SDXL_TURBO, ModelConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd.prompt.find_tokenizer import ClipTokenizer, find_tokenizer, read_tokenizer
+from gguf_sd_convert.control import ControlJob, control_job
 from gguf_sd_convert.merge_lora import merged
 from gguf_sd_convert.progress import Progress, progress_bar
 from gguf_sd_convert.quantize.policy import LAYOUTS, Stored, plan, type_name
@@ -91,6 +92,7 @@ class _Job:
     tensors: dict[str, Entry]
     unused: list[str]
     options: ConvertOptions
+    control: ControlJob | None = None  # what the source is, in place of a model
 
 
 def convert(
@@ -149,6 +151,12 @@ def _source(path: Path, options: ConvertOptions) -> Source:
 
 
 def _prepare(path: Path, options: ConvertOptions) -> _Job:
+    if (control := control_job(path, options)) is not None:
+        none = ClipTokenizer("", "none: a ControlNet", 0, 0, 0, 0)
+        source = Source(path, SD15, control.tensors, control.files, (), ())
+        config = replace(SD15, name=control.config.name)
+        native = replace(options, layout="native")
+        return _Job(source, config, none, control.tensors, control.unused, native, control)
     source = _source(path, options)
     tokenizer, config = _tokenizer(source, options)
     config = checked_config(config, path)
@@ -262,6 +270,8 @@ def encode(tensor: Stored, entry: Entry) -> Tensor:
 
 def _metadata(job: _Job, stored: list[Stored]) -> dict[str, Any]:
     path, options = job.source.path.resolve(), job.options
+    if job.control is not None:
+        return job.control.metadata(options.type, PENDING_HASH, stored)
     metadata: dict[str, Any] = {
         keys.NAME: path.name if path.is_dir() else path.stem,
         keys.FILE_TYPE: int(gguf.LlamaFileType[f"MOSTLY_{options.type.upper()}"]),

@@ -14,6 +14,7 @@ TOKENIZER = "tokenizer.huggingface.json"
 # Our own.
 FORMAT = "gguf_sd.format_version"
 CONFIG = "gguf_sd.config"  # a ModelConfig as JSON
+CONTROL = "gguf_sd.control"  # in place of it, of a ControlNet: a ControlConfig as JSON
 LAYOUT = "gguf_sd.layout"
 TYPE = "gguf_sd.type"
 SHAPES = "gguf_sd.shapes"  # of tap-major convolutions: a JSON object, tensor name -> shape in torch order

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from gguf_sd.checkpoint.gguf_header import is_gguf
-from gguf_sd.checkpoint.weights import refuse_other_files
+from gguf_sd.checkpoint.safetensors_header import is_safetensors
+from gguf_sd.checkpoint.weights import open_weights, refuse_other_files
+from gguf_sd.checkpoint.what_is_it import CONTROLNET
 from gguf_sd.errors import GgufSdError
 
 
@@ -35,4 +37,19 @@ def check_source(path: Path) -> None:
         raise GgufSdError(f"{path} does not exist")
     if is_gguf(path):
         raise GgufSdError(f"{path} is a GGUF file already; convert takes .safetensors, .ckpt or a diffusers folder")
-    refuse_other_files(path)
+    refuse_other_files(path, control=True)
+
+
+def check_control(path: Path) -> None:
+    """Raises GgufSdError for what is known to be no ControlNet."""
+    from gguf_sd.checkpoint.control_file import TAKES, ControlFile
+
+    if not path.exists():
+        raise GgufSdError(f"the ControlNet {path} does not exist; {TAKES}")
+    if is_gguf(path) or path.suffix.lower() == ".gguf":
+        ControlFile.open(path)
+    elif path.is_dir() or is_safetensors(path):
+        kind = open_weights(path).kind
+        if kind is not CONTROLNET:
+            what = kind.name if kind is not None else "no ControlNet"
+            raise GgufSdError(f"{path} is {what}; {TAKES}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from gguf_sd.checkpoint import inventory
 from gguf_sd.checkpoint.check_tensors import text_names
+from gguf_sd.checkpoint.control_file import ControlFile
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.checkpoint.tensor_names import SAFETY, UNET, VAE
 from gguf_sd.checkpoint.vae_file import VAEFile
@@ -21,6 +22,7 @@ STAGE = re.compile(
     r"(?:transformer_blocks\.\d+\.)?|.*\b(?:layers|resblocks)\.\d+\."
 )
 LOOKED_UP = re.compile(r"token_embedding\.weight$")  # rows are, the table is never streamed
+CONTROL = "control"  # kind of the parts that are ControlNets
 TINY_VALUES = 2_450_000  # of a tiny autoencoder, both halves
 
 
@@ -65,7 +67,15 @@ def part_bytes(model: ModelFile, vae_file: VAEFile | None = None) -> dict[str, P
     return parts
 
 
-def _count(model: ModelFile, names: Iterable[str], quantized: bool) -> PartBytes:
+def control_bytes(files: Sequence[ControlFile]) -> dict[str, PartBytes]:
+    """Of a job's ControlNets, by part: control 0, control 1, …."""
+    return {
+        f"{CONTROL} {index}": _count(file, [name for name in file.names if name not in file.strays], quantized=True)
+        for index, file in enumerate(files)
+    }
+
+
+def _count(model: ModelFile | ControlFile, names: Iterable[str], quantized: bool) -> PartBytes:
     """``quantized``: whether matrices in blocks stay so."""
     stored = values = blocks = plain = largest = held = 0
     stages: dict[str, list[int]] = {}

@@ -45,7 +45,12 @@ class Painter:
             "cross_attention_dim",
             "norm_num_groups",
         )
-        more = ("attention_head_dim", "transformer_layers_per_block", "use_linear_projection", "addition_embed_type")
+        more: tuple[str, ...] = (
+            "attention_head_dim",
+            "transformer_layers_per_block",
+            "use_linear_projection",
+            "addition_embed_type",
+        )
         more += ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
         settings = {name: own[name] for name in (*known, *more) if name in own}
         net = diffusers.ControlNetModel(**settings, conditioning_embedding_out_channels=(8, 8, 8, 8))
