@@ -19,19 +19,23 @@ import gguf
 import torch
 from torch import Tensor
 
-from gguf_sd.adapters.lora import Lora, as_loras, requested, short_hash
+from gguf_sd.adapters.lora import Lora, as_loras, requested
 from gguf_sd.adapters.lora_file import lora_table
 from gguf_sd.checkpoint import inventory
 from gguf_sd.checkpoint import metadata_keys as keys
 from gguf_sd.checkpoint.check_tensors import strays_note
+from gguf_sd.checkpoint.part_files import missing_parts
+from gguf_sd.checkpoint.tensor_names import UNET
 from gguf_sd.config import SD15, SDXL, SDXL_TURBO, ModelConfig
 from gguf_sd.errors import GgufSdError
-from gguf_sd.prompt.find_tokenizer import ClipTokenizer, find_tokenizer, read_tokenizer
+from gguf_sd.prompt.find_tokenizer import ClipTokenizer, find_tokenizer, read_tokenizer, tokenizer_in_file
 from gguf_sd_convert.control import ControlJob, control_job
+from gguf_sd_convert.inherit import inherited, known_hash, shape_keys
 from gguf_sd_convert.merge_lora import merged
 from gguf_sd_convert.progress import Progress, progress_bar
-from gguf_sd_convert.quantize.policy import LAYOUTS, Stored, plan, type_name
+from gguf_sd_convert.quantize.policy import LAYOUTS, SAME, TYPES, Stored, plan, type_name
 from gguf_sd_convert.quantize.quantizers import F16_MAX, quantize
+from gguf_sd_convert.quantize.requantize import AUTO, copied, copies, file_type, own_layout, settled, type_label
 from gguf_sd_convert.sources.checkpoints import Entry
 from gguf_sd_convert.sources.diffusers_config import checked_config, read_model_config
 from gguf_sd_convert.sources.source import Source, fitted, open_source
@@ -49,8 +53,8 @@ class ConvertOptions:
     """``config``, a configuration or a diffusers folder that has one, describes a single file that is none of the known
     models; ``threads`` 0 = one a core."""
 
-    type: str = "q8_0"  # one of quantize.policy.TYPES, in any case
-    layout: str = "native"
+    type: str = "q8_0"  # one of quantize.policy.TYPES, in any case; of a GGUF source also SAME
+    layout: str = "native"  # one of quantize.policy.LAYOUTS, or AUTO: a GGUF source's own, else what suits
     ema: bool = False
     tokenizer: Path | None = None
     config: ModelConfig | Path | None = None
@@ -60,6 +64,8 @@ class ConvertOptions:
     safety: bool = True  # takes the source's safety checker over, if it has one
     loras: Sequence[Lora] = ()  # merged into the weights before they are quantised
     shared: bool = False  # the output is one that several processes may write at once, all the same: the cache
+    unet_only: bool = False  # writes the UNet alone
+    allow_requantize: bool = False  # of a GGUF source: blocks of any type may be decoded and quantised anew
 
 
 PRESETS = {"sd15": SD15, "sdxl": SDXL, "sdxl-turbo": SDXL_TURBO}
@@ -88,7 +94,7 @@ class ConvertReport:
 class _Job:
     source: Source
     config: ModelConfig
-    tokenizer: ClipTokenizer
+    tokenizer: ClipTokenizer | None  # None: of a UNet alone
     tensors: dict[str, Entry]
     unused: list[str]
     options: ConvertOptions
@@ -102,7 +108,7 @@ def convert(
     progress: Progress | None = None,
     quiet: bool = True,
 ) -> ConvertReport:
-    """Converts a .safetensors or .ckpt file or a diffusers folder to the GGUF file ``output``.
+    """Converts a .safetensors, .ckpt or .gguf file or a diffusers folder to the GGUF file ``output``.
 
     The target appears whole or not at all. ``progress`` is called after each tensor; without it, and not ``quiet``,
     a bar is shown on stderr. Raises GgufSdError for every source, target and option that does not do.
@@ -122,7 +128,7 @@ def convert(
 def check_options(options: ConvertOptions) -> ConvertOptions:
     """The options with their names as the file will have them. Raises GgufSdError for what does not depend on the
     source."""
-    if options.layout not in LAYOUTS:
+    if options.layout not in (*LAYOUTS, AUTO):
         raise GgufSdError(f"no layout {options.layout!r}; choose from {', '.join(LAYOUTS)}")
     if options.preset is not None and options.preset not in PRESETS:
         raise GgufSdError(f"no preset {options.preset!r}; choose from {', '.join(PRESETS)}")
@@ -158,14 +164,44 @@ def _prepare(path: Path, options: ConvertOptions) -> _Job:
         native = replace(options, layout="native")
         return _Job(source, config, none, control.tensors, control.unused, native, control)
     source = _source(path, options)
-    tokenizer, config = _tokenizer(source, options)
-    config = checked_config(config, path)
-    tensors, unused = fitted(source, inventory.tensors(config))
+    if options.type == SAME and source.metadata is None:
+        raise GgufSdError(f"{path} is no GGUF file, which --type same is for; choose from {', '.join(TYPES)}")
+    if options.layout == AUTO:
+        options = replace(options, layout=auto_layout(source, options))
+    if options.unet_only:
+        source = _unet_of(source)
+        tokenizer, config = None, source.config
+        tensors, unused = fitted(source, inventory.unet_tensors(config))
+    else:
+        if source.metadata is not None and (missing := missing_parts(source.config, source.tensors)):
+            what = "a UNet alone" if "clip_l" in missing else "no autoencoder"
+            raise GgufSdError(f"{path} holds {what}; convert its UNet with --unet-only, or join it with `gguf-sd pack`")
+        tokenizer, config = _tokenizer(source, options)
+        config = checked_config(config, path)
+        tensors, unused = fitted(source, inventory.tensors(config))
     if options.loras:
         tensors, notes = merged(tensors, options.loras, config)
         files = (*source.files, *(lora.path for lora in options.loras))  # what the weights come from, for the hash
         source = replace(source, files=files, notes=(*source.notes, *notes))
     return _Job(source, config, tokenizer, tensors, unused, options)
+
+
+def auto_layout(source: Source, options: ConvertOptions) -> str:
+    """The layout of a GGUF source's blocks, else the smallest that those can read who are meant."""
+    found = source.said.get(keys.LAYOUT)
+    if source.metadata is not None and (own := own_layout(source.tensors.values())):
+        return own
+    if options.unet_only:
+        return "linear" if found == "linear" else "comfy"
+    if isinstance(found, str) and found in LAYOUTS:
+        return found
+    return "linear" if options.type == SAME else "native"
+
+
+def _unet_of(source: Source) -> Source:
+    """The source without its other parts."""
+    tensors = {name: entry for name, entry in source.tensors.items() if name.startswith(UNET)}
+    return replace(source, config=replace(source.config, safety=None), tensors=tensors)
 
 
 def _preset(source: Source, preset: str | None) -> Source:
@@ -186,6 +222,8 @@ def _preset(source: Source, preset: str | None) -> Source:
 def _tokenizer(source: Source, options: ConvertOptions) -> tuple[ClipTokenizer, ModelConfig]:
     """The tokenizer, and the config with the token ids that go with it."""
     texts = source.config.text
+    if options.tokenizer is None and isinstance(own := source.said.get(keys.TOKENIZER), str):
+        return tokenizer_in_file(own, source.path, texts[0]), source.config
     first = find_tokenizer(options.tokenizer, source.tokenizers[0] if source.tokenizers else None, texts[0])
     bos, eos = first.bos_token_id, first.eos_token_id
     new = [replace(text, bos_token_id=bos, eos_token_id=eos) for text in texts]
@@ -203,13 +241,19 @@ def _tokenizer(source: Source, options: ConvertOptions) -> tuple[ClipTokenizer, 
 def _write(job: _Job, output: Path, progress: Progress | None) -> tuple[list[Stored], int, str]:
     """Writes the file; returns what is in it, its size and the source's hash, taken on the side."""
     options, tensors, stop = job.options, job.tensors, threading.Event()
+    known = known_hash(job.source, job.options.loras)
     with ThreadPoolExecutor(1) as hashing, workers(options.threads) as pool, ExitStack() as stack:
         stack.callback(stop.set)
-        digest = hashing.submit(hash_files, job.source.files, stop)
-        done = sum(entry.nbytes for entry in tensors.values() if entry.dtype in WIDE)  # read twice
+        digest = hashing.submit(hash_files, () if known else job.source.files, stop)
+        done = sum(entry.nbytes for entry in tensors.values() if _read_twice(entry))
         total = done + sum(entry.nbytes for entry in tensors.values())
         wide = _outside_f16(tensors, pool, progress, total)
         stored = plan(_shapes(tensors), options.type, options.layout, wide)
+        if job.source.metadata is not None:
+            again = options.allow_requantize
+            stored = settled(stored, tensors, options.type, options.layout, again, job.source.path)
+        if options.type == SAME:
+            job = replace(job, options=replace(options, type=type_label(stored, job.source.said)))
         architecture = "gguf_sd" if options.layout == "native" else job.config.name
         jobs = ((tensors[t.name].nbytes, partial(encode, t, tensors[t.name])) for t in stored)
         with GGUFSink(output, architecture, _metadata(job, stored), stored, options.force) as sink:
@@ -218,8 +262,12 @@ def _write(job: _Job, output: Path, progress: Progress | None) -> tuple[list[Sto
                 done += tensors[tensor.name].nbytes
                 if progress:
                     progress(done, total, "converting")
-            sink.patch(PENDING_HASH, digest.result())
-        return stored, sink.nbytes, digest.result()
+            sink.patch(PENDING_HASH, known or digest.result())
+        return stored, sink.nbytes, known or digest.result()
+
+
+def _read_twice(entry: Entry) -> bool:
+    return entry.dtype in WIDE and entry.blocks is None
 
 
 def _shapes(tensors: dict[str, Entry]) -> dict[str, tuple[int, ...]]:
@@ -230,7 +278,7 @@ def _outside_f16(
     tensors: dict[str, Entry], pool: ThreadPoolExecutor, progress: Progress | None, total: int
 ) -> set[str]:
     """Names of tensors with values beyond F16. Only dtypes that have such are read."""
-    wide = {name: entry for name, entry in tensors.items() if entry.dtype in WIDE}
+    wide = {name: entry for name, entry in tensors.items() if _read_twice(entry)}
     jobs = ((entry.nbytes, partial(_largest_of, name, entry)) for name, entry in wide.items())
     done, found = 0, set()
     for (name, entry), value in zip(wide.items(), in_order(jobs, pool), strict=True):
@@ -258,8 +306,12 @@ def _largest(name: str, x: Tensor) -> float:
 def encode(tensor: Stored, entry: Entry) -> Tensor:
     """The tensor's bytes for the file: uint8 blocks [rows, bytes], or values of the plain type. Raises GgufSdError for
     NaN and infinity in a dtype that :data:`WIDE` does not name; the others are looked through beforehand."""
+    if copies(tensor, entry):
+        return copied(tensor, entry)
     x = entry.load().reshape(tensor.logical)
-    if entry.dtype not in WIDE:
+    if entry.blocks and tensor.type == "F16" and _largest(tensor.name, x) > F16_MAX:
+        raise GgufSdError(f"tensor {tensor.name} of the source has values beyond F16; convert the original")
+    if not _read_twice(entry):
         _largest(tensor.name, x if entry.dtype == torch.float16 else x.float())
     if tensor.type not in FORMATS:
         return x.to(PLAIN_DTYPES[tensor.type]).contiguous()
@@ -274,7 +326,7 @@ def _metadata(job: _Job, stored: list[Stored]) -> dict[str, Any]:
         return job.control.metadata(options.type, PENDING_HASH, stored)
     metadata: dict[str, Any] = {
         keys.NAME: path.name if path.is_dir() else path.stem,
-        keys.FILE_TYPE: int(gguf.LlamaFileType[f"MOSTLY_{options.type.upper()}"]),
+        keys.FILE_TYPE: file_type(options.type),
         keys.QUANTIZATION_VERSION: gguf.GGML_QUANT_VERSION,
         keys.FORMAT: keys.FORMAT_VERSION,
         keys.LAYOUT: options.layout,
@@ -282,16 +334,11 @@ def _metadata(job: _Job, stored: list[Stored]) -> dict[str, Any]:
         keys.CONFIG: json.dumps(asdict(job.config)),
         keys.SOURCE_NAME: path.name,
         keys.SOURCE_HASH: PENDING_HASH,
-        keys.TOKENIZER: job.tokenizer.json,
     }
-    if options.loras:
-        metadata[keys.LORAS] = json.dumps([[lora.name, lora.weights, short_hash(lora.path)] for lora in options.loras])
-    reshaped = {tensor.name: list(tensor.logical) for tensor in stored if tensor.reshaped}
-    if options.layout == "native":
-        metadata[keys.SHAPES] = json.dumps(reshaped)
-    else:
-        metadata |= {keys.COMFY_SHAPE + name: shape for name, shape in reshaped.items()}
-    return metadata
+    if job.tokenizer is not None:
+        metadata[keys.TOKENIZER] = job.tokenizer.json
+    metadata |= inherited(job.source, options.loras)
+    return metadata | shape_keys(stored, options.layout)
 
 
 def hash_files(paths: Iterable[Path], stop: threading.Event | None = None) -> str:
@@ -317,13 +364,13 @@ def _report(job: _Job, output: Path, stored: list[Stored], nbytes: int, digest: 
         source=str(job.source.path),
         output=str(output),
         architecture=job.config.name,
-        type=options.type,
+        type=type_label(stored, job.source.said) if options.type == SAME else options.type,
         layout=options.layout,
         nbytes=nbytes,
         f16_nbytes=nbytes - sum(tensor.nbytes for tensor in stored) + as_f16,
         types=_count((tensor.type, tensor) for tensor in stored),
         kept=_count((tensor.reason, tensor) for tensor in stored if tensor.reason),
-        tokenizer=job.tokenizer.origin,
+        tokenizer=job.tokenizer.origin if job.tokenizer else "none: a UNet alone",
         sha256=digest,
         seconds=seconds,
         notes=notes,

@@ -77,11 +77,14 @@ def _json(path: Path) -> dict[str, Any]:
         raise GgufSdError(f"cannot read {path}: {error.strerror}") from error
 
 
-def refuse_other_files(path: Path, control: bool = False) -> None:
+def refuse_other_files(path: Path, unet: bool = False, control: bool = False) -> None:
     """Raises GgufSdError, which says what ``path`` is and what to do with it, for a safetensors file or a folder that
-    is known to be no Stable Diffusion model, nor, with ``control``, a ControlNet: found out from headers, before torch
-    is imported and anything is read."""
+    is known to be no Stable Diffusion model, or not a whole one; ``unet``: a file of a UNet alone will do; ``control``:
+    so will a ControlNet. It is found out from headers, before torch is imported and anything is read."""
     if path.is_dir() or is_safetensors(path):
         weights = open_weights(path)
-        if (kind := weights.kind) is not None and not (control and kind is CONTROLNET):
+        kind = weights.kind
+        if (unet and kind and kind.part == "unet" and not path.is_dir()) or (control and kind is CONTROLNET):
+            return
+        if kind is not None:
             raise GgufSdError(f"{path} is {kind.name}; {kind.advice}")

@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if args.preview < 0:
         raise GgufSdError(f"--preview is {args.preview}; it takes a number of steps, or 0 for none")
 
+    from gguf_sd.cli.controls import given_controls, ready_controls
     from gguf_sd.cli.recorded import make_request, recorded_vae, warn_of_other_model
     from gguf_sd.cli.recorded_adapters import recorded_adapters
     from gguf_sd.imaging.outputs import Outputs
@@ -52,15 +53,18 @@ def run(args: argparse.Namespace) -> int:
 
     recorded = read_parameters(args.settings) if args.settings else {}
     recorded |= recorded_adapters(args, recorded, model)
+    args.controls = given_controls(args, recorded.get("controls_used", ()), model)
     request = make_request(args, recorded)
     vae = recorded_vae(args, recorded, model)
-    given = (args.settings, args.image, args.mask, args.tokenizer, model, vae)
+    seen = [path for control in args.controls or () for path in (control.path, control.image)]
+    given = (*seen, args.settings, args.image, args.mask, args.tokenizer, args.clip_l, args.clip_g, model, vae)
     outputs = Outputs(args.output, request.count, [path for path in given if path is not None], args.force)
     if args.preview:
         outputs.check_preview()
     dtype = args.dtype or recorded.get("dtype", "auto")
     _check_engine(args, dtype, vae)
 
+    from gguf_sd.checkpoint.metadata_keys import TYPE
     from gguf_sd.cli.cache import model_path
     from gguf_sd.pipeline import Pipeline
     from gguf_sd.runtime.tuning import Tuning, seconds_of
@@ -68,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     tuning = Tuning(seconds_of(args.tune), quiet=args.quiet)
     if not (args.model or args.model_option or args.quiet):
         print("no MODEL is given: the small built-in demo model paints", file=sys.stderr)
-    path = model_path(model, args.type, args.tokenizer, quiet=args.quiet)
+    path = model_path(model, args.type, args.tokenizer, quiet=args.quiet, **_unet_alone(model))
     pipeline = Pipeline.load(
         path,
         args.device,
@@ -81,9 +85,14 @@ def run(args: argparse.Namespace) -> int:
         args.max_memory,
         args.placement,
         args.vae_tile,
+        args.clip_l,
+        args.clip_g,
     )
     pipeline.tuning = tuning
     warn_of_other_model(recorded, pipeline.model.source_hash)
+    if args.controls:
+        kind = args.type or pipeline.model.file.metadata.get(TYPE)
+        request = replace(request, controls=ready_controls(args.controls, kind, args.quiet))
     job = pipeline.prepare(request)
     if args.plan:
         show_plan(pipeline, job, args.json)
@@ -100,8 +109,19 @@ def _model(args: argparse.Namespace) -> Path:
     model: Path | None = args.model or args.model_option
     if model is None:
         return model_folder()
-    check_model(model)
+    from gguf_sd.checkpoint.part_files import PartPaths
+
+    check_model(model, PartPaths(args.clip_l, args.clip_g, args.vae))
     return model
+
+
+def _unet_alone(model: Path) -> dict[str, Any]:
+    """The conversion that a UNet takes whose other parts come from other files."""
+    from gguf_sd.checkpoint.safetensors_header import is_safetensors
+    from gguf_sd.checkpoint.weights import open_weights
+
+    kind = open_weights(model).kind if is_safetensors(model) else None
+    return {"unet_only": True} if kind is not None and kind.part == "unet" else {}
 
 
 def _check_engine(args: argparse.Namespace, dtype: str, vae: Path | None) -> None:

@@ -6,18 +6,20 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 
+from gguf_sd.checkpoint.ggml_types import GGML_TYPES
 from gguf_sd.checkpoint.tensor_names import CONTROL, SAFETY, UNET
 from gguf_sd.errors import GgufSdError
-from gguf_sd_kernels.formats import FORMATS, row_bytes
+from gguf_sd_kernels.formats import FORMATS
 
 TYPES = ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 LAYOUTS = ("native", "comfy", "linear")
-PLAIN_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+SAME = "same"  # of a GGUF source: every tensor keeps its type
+KINDS = {kind.name: kind for kind in GGML_TYPES.values()}
 
 
 def type_name(name: str) -> str:
-    """The type called so in any case; raises GgufSdError for a name that is none of TYPES."""
-    if (found := str(name).lower()) not in TYPES:
+    """The type called so in any case, or SAME; raises GgufSdError for a name that is none of TYPES."""
+    if (found := str(name).lower()) not in (*TYPES, SAME):
         raise GgufSdError(f"no type {name!r}; choose from {', '.join(TYPES)}")
     return found
 
@@ -52,9 +54,8 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        if self.type in FORMATS:
-            return prod(self.shape[:-1]) * row_bytes(self.type, self.shape[-1])
-        return prod(self.shape) * PLAIN_BYTES[self.type]
+        kind = KINDS[self.type]
+        return prod(self.shape) // kind.block_size * kind.type_size
 
     @property
     def reshaped(self) -> bool:
