@@ -12,9 +12,11 @@ import gguf
 from gguf_sd.checkpoint import inventory
 from gguf_sd.checkpoint import metadata_keys as keys
 from gguf_sd.checkpoint.gguf_header import is_gguf
+from gguf_sd.checkpoint.hub_names import plain_name
 from gguf_sd.checkpoint.tensor_names import CONTROL
 from gguf_sd.config import ControlConfig
 from gguf_sd.errors import GgufSdError
+from gguf_sd_convert.base_model import base_model_keys
 from gguf_sd_convert.quantize.policy import Stored
 from gguf_sd_convert.sources.control_source import control_checkpoint, control_source
 from gguf_sd_convert.sources.entries import Entry
@@ -39,19 +41,19 @@ class ControlJob:
 
     def metadata(self, kind: str, source_hash: str, stored: list[Stored]) -> dict[str, Any]:
         """What the file says of itself; ``kind`` is the type."""
-        path = self.path.resolve()
+        name = plain_name(self.path)
         return {
-            keys.NAME: path.name if path.is_dir() else path.stem,
+            keys.NAME: name if self.path.is_dir() else Path(name).stem,
             keys.FILE_TYPE: int(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"]),
             keys.QUANTIZATION_VERSION: gguf.GGML_QUANT_VERSION,
             keys.FORMAT: keys.FORMAT_VERSION,
             keys.LAYOUT: LAYOUT,
             keys.TYPE: kind,
             keys.CONTROL: json.dumps(asdict(self.config)),
-            keys.SOURCE_NAME: path.name,
+            keys.SOURCE_NAME: name,
             keys.SOURCE_HASH: source_hash,
             keys.SHAPES: json.dumps({tensor.name: list(tensor.logical) for tensor in stored if tensor.reshaped}),
-        }
+        } | base_model_keys(self.path)
 
 
 def control_job(path: Path, options: ConvertOptions) -> ControlJob | None:

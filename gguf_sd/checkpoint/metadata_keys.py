@@ -9,6 +9,10 @@ NAME = "general.name"
 ARCHITECTURE = "general.architecture"  # written by gguf-py from what it is given
 FILE_TYPE = "general.file_type"
 QUANTIZATION_VERSION = "general.quantization_version"
+BASE_COUNT = "general.base_model.count"
+BASE_NAME = "general.base_model.0.name"
+BASE_ORGANIZATION = "general.base_model.0.organization"
+BASE_URL = "general.base_model.0.repo_url"
 TOKENIZER = "tokenizer.huggingface.json"
 
 # Our own.
