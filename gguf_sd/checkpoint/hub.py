@@ -19,6 +19,7 @@ from gguf_sd.errors import GgufSdError
 
 SECONDS = 5.0  # until a Hub that does not take connections counts as out of reach
 MAIN = "main"
+HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "requests", "urllib3")  # that the client uses, one version or another
 T = TypeVar("T")
 
 
@@ -33,7 +34,7 @@ def fetched(model: str | os.PathLike[str], revision: str | None = None, quiet: b
         return Path(model)
     if revision and name.revision and revision != name.revision:
         raise GgufSdError(f"the link names the revision {name.revision}, --revision {revision}; leave one out")
-    with _bars(quiet):
+    with bars(quiet):
         return _Repository(name, revision or name.revision or MAIN).fetch()
 
 
@@ -91,43 +92,68 @@ class _Repository:
         return files
 
     def _asking(self, ask: Callable[[], T], path: str = "") -> T:
-        """What the Hub says, or a sentence on why it does not."""
+        """As :func:`asking`; what the cache lacks and what a repository lacks is told with what there is."""
         from huggingface_hub import errors
 
-        repo, at = self.name.repo, f" at {self.revision}" if self.revision != MAIN else ""
+        repo = self.name.repo
         try:
-            return ask()
-        except errors.GatedRepoError as error:
-            raise GgufSdError(
-                f"{repo} is gated: accept its terms on https://huggingface.co/{repo} and log in with `hf auth login`, "
-                "or set HF_TOKEN"
-            ) from error
-        except errors.RepositoryNotFoundError as error:
-            raise GgufSdError(
-                f"there is no {self.name} here, and no model {repo} on the Hub; check the name or, for a private one, "
-                "log in with `hf auth login`"
-            ) from error
-        except errors.RevisionNotFoundError as error:
-            raise GgufSdError(f"{repo} has no revision {self.revision}; give a branch, tag or commit") from error
-        except errors.LocalEntryNotFoundError as error:
-            why = self.why if not self.online else "the Hub cannot be reached"
-            raise GgufSdError(f"{repo}/{path} is neither here nor in the Hub's cache, and {why}") from error
-        except errors.EntryNotFoundError as error:
-            held = f"; it holds {listed(sorted(self._listed()))}" if self.online else ""
-            raise GgufSdError(f"{repo}{at} holds no {path}{held}") from error
-        except errors.HfHubHTTPError as error:
-            status = getattr(error.response, "status_code", "no status")
-            raise GgufSdError(f"the Hub answers {status} for {repo}{at}; try again later") from error
-        except errors.HFValidationError as error:
-            raise GgufSdError(f"{self.name} is no name that the Hub knows: {error}") from error
-        except OSError as error:
-            raise GgufSdError(f"cannot fetch {self.name}: {error.strerror or error}") from error
-        except Exception as error:  # of the HTTP library, which changes with the client's version
-            if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "requests", "urllib3"):
-                raise
-            raise GgufSdError(
-                f"the connection to the Hub broke off ({type(error).__name__}); try again, what was fetched is kept"
-            ) from error
+            return asking(repo, ask, self.revision)
+        except GgufSdError as refused:
+            if isinstance(refused.__cause__, errors.LocalEntryNotFoundError):
+                why = self.why if not self.online else "the Hub cannot be reached"
+                raise GgufSdError(f"{repo}/{path} is neither here nor in the Hub's cache, and {why}") from None
+            if isinstance(refused.__cause__, errors.EntryNotFoundError):
+                held = f"; it holds {listed(sorted(self._listed()))}" if self.online else ""
+                at = f" at {self.revision}" if self.revision != MAIN else ""
+                raise GgufSdError(f"{repo}{at} holds no {path}{held}") from None
+            raise
+
+
+def asking(repo: str, ask: Callable[[], T], revision: str = MAIN) -> T:
+    """What the Hub's client returns. Raises GgufSdError, a sentence on why it does not."""
+    from huggingface_hub import errors
+
+    try:
+        return ask()
+    except Exception as error:
+        sentence = _refusal(error, repo, revision)
+        if sentence is None:
+            raise
+        if isinstance(error, errors.HFValidationError):
+            raise GgufSdError(sentence) from None
+        raise GgufSdError(sentence) from error
+
+
+def _refusal(error: Exception, repo: str, revision: str) -> str | None:
+    """The sentence for what the client raises; None for what is no refusal."""
+    from huggingface_hub import errors
+
+    login = "log in with `hf auth login`, or set HF_TOKEN"
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repo} is gated: accept its terms on https://huggingface.co/{repo} and {login}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"there is no {repo} here, and no such model on the Hub; check the name or, for a private one, {login}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo} has no revision {revision}; give a branch, tag or commit"
+    if isinstance(error, errors.EntryNotFoundError):
+        return f"{repo} lacks a file that was asked for"
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return f"the Hub wants to know who you are; {login}"
+    if isinstance(error, errors.HfHubHTTPError):
+        status = getattr(error.response, "status_code", 0)
+        advice = {401: login, 403: f"the token must be allowed to write to {repo}"}.get(status, "try again later")
+        return f"the Hub answers {status} for {repo}; {advice}"
+    if isinstance(error, errors.HFValidationError):
+        return f"{repo} is no name that the Hub knows: {error}"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set; unset it to reach the Hub"
+    if type(error).__module__.split(".")[0] in HTTP_LIBRARIES:
+        return f"the connection to the Hub broke off ({type(error).__name__}); try again, what was fetched is kept"
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # of a file among several
+        return _refusal(error.__cause__, repo, revision)
+    if isinstance(error, OSError):
+        return f"cannot fetch from or write to {repo}: {error.strerror or error}"
+    return None
 
 
 def hub_answers() -> bool:
@@ -147,7 +173,7 @@ def hub_answers() -> bool:
 
 
 @contextmanager
-def _bars(quiet: bool) -> Iterator[None]:
+def bars(quiet: bool) -> Iterator[None]:
     """The client's own bars, for terminals alone."""
     from huggingface_hub import utils
 

@@ -46,8 +46,15 @@ def tensors_of(path: Path) -> dict[str, bytes]:
     return {tensor.name: tensor.data.tobytes() for tensor in gguf.GGUFReader(path).tensors}
 
 
+@pytest.mark.parametrize(
+    "sources",
+    [
+        ["control_a.safetensors"],
+        pytest.param(["b.safetensors", "control_c.pth", "d.safetensors"], marks=pytest.mark.slow),
+    ],
+)
 def test_every_source_gives_the_same_file(
-    tiny_control: Any, gguf_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_control: Any, gguf_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sources: list[str]
 ) -> None:
     """A folder of diffusers, its file alone, an original file, pickled too, and one without the prefix."""
     folder = tiny_control()
@@ -63,7 +70,7 @@ def test_every_source_gives_the_same_file(
     # Tiny widths are no known ControlNet's.
     monkeypatch.setattr(control_source, "identify_control", lambda *given: config)
     monkeypatch.setattr(control_source, "_by_shape", lambda *given: config)
-    for source in ("control_a.safetensors", "b.safetensors", "control_c.pth", "d.safetensors"):
+    for source in sources:
         command = ["convert", str(tmp_path / source), "-o", str(tmp_path / "out.gguf"), "--type", "q4_0", "--force"]
         assert main([*command, "--quiet"]) == 0, source
         assert tensors_of(tmp_path / "out.gguf") == expected, source

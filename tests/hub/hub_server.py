@@ -30,6 +30,8 @@ class Hub:
     requests: list[tuple[str, str]] = field(default_factory=list)
     objects: dict[str, bytes] = field(default_factory=dict)  # LFS
     address: str = ""
+    full: bool = False  # takes no uploads
+    ranges: list[int] = field(default_factory=list)  # where requests for the rest of a file began
 
     def commit(self, revision: str) -> str:
         return COMMIT if revision in ("main", COMMIT) else hashlib.sha1(revision.encode()).hexdigest()
@@ -115,6 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(data).hexdigest()}"', "Accept-Ranges": "bytes"}
         start = re.fullmatch(r"bytes=(\d+)-.*", self.headers.get("Range", ""))
         first = int(start[1]) if start else 0
+        self.hub.ranges += [first] if first else []
         if start:
             headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
         if self.command == "GET" and self.hub.cut is not None and len(data) > self.hub.cut:
@@ -135,7 +138,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _writing(self, path: str) -> None:
         """Creating, uploading and committing."""
         body = self._body()
-        if path == "/api/whoami-v2" and self._authorised and self.hub.token:
+        if found := re.fullmatch(r"/upload/([0-9a-f]{64})", path):  # an address that was signed
+            if self.hub.full:
+                self._refuse(413, "Full")
+                return
+            assert hashlib.sha256(body).hexdigest() == found[1]
+            self.hub.objects[found[1]] = body
+            self._answer(200)
+        elif path == "/api/validate-yaml":
+            bad = "license: nonsense" in json.loads(body)["content"]
+            errors = [{"message": '"license" must be one of [openrail++]'}] if bad else []
+            self._answer(400 if bad else 200, {"errors": errors, "warnings": []})
+        elif path == "/api/whoami-v2" and self._authorised and self.hub.token:
             self._answer(200, {"name": "someone", "type": "user", "orgs": []})
         elif not self._authorised or not self.hub.token:
             self._refuse(401, "Unauthorized")
@@ -156,10 +170,6 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, {"files": files})
         elif path.endswith("/info/lfs/objects/batch"):
             self._batch(json.loads(body))
-        elif found := re.fullmatch(r"/upload/([0-9a-f]{64})", path):
-            assert hashlib.sha256(body).hexdigest() == found[1]
-            self.hub.objects[found[1]] = body
-            self._answer(200)
         elif found := re.fullmatch(r"/api/models/(.+)/commit/main", path):
             self._commit(found[1], body)
         else:
