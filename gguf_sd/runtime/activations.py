@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from gguf_sd.config import ControlConfig, SafetyConfig, TextConfig, UNetConfig, VAEConfig
 from gguf_sd.models.kl_bands import Limits
@@ -137,8 +138,15 @@ def _down(live: _Live, config: UNetConfig, pixels: Sequence[int], engine: Engine
 
 def _control(live: _Live, config: ControlConfig, size: tuple[int, int], images: int, engine: Engine) -> int:
     """A ControlNet's step, and once before all steps its picture's way in; the values of what it gives."""
-    hints, finest = config.hint_channels, size[0] * size[1] * config.downscale**2
-    live.touch(finest * (config.picture_channels + 3 * hints[0]) + engine.conv(hints[0], hints[0], 3, finest, finest))
+    hints, width = config.hint_channels, config.unet.block_out_channels[0]
+    n = size[0] * size[1] * config.downscale**2
+    picture = 2 * n * config.picture_channels
+    live.touch(picture + n * hints[0] + engine.conv(config.picture_channels, hints[0], 3, n, n))
+    for channels, out in pairwise(hints):
+        live.touch(picture + 2 * n * channels + engine.conv(channels, channels, 3, n, n))
+        live.touch(picture + n * channels + n // 4 * out + engine.conv(channels, out, 3, n, n // 4))
+        n //= 4
+    live.touch(picture + n * (hints[-1] + width) + engine.conv(hints[-1], width, 3, n, n))
     before, given = live.held, _residuals(config, size, images)
     _down(live, config.unet, list(_areas(size, len(config.unet.block_out_channels), images)), engine)
     live.hold(given)

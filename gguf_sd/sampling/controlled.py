@@ -68,4 +68,5 @@ class Controlled:
             seen = latents[:, : controller.net.config.in_channels]  # without an inpainting UNet's mask and picture
             one = controller.net.step(seen, timesteps, taken, hint, vector, controller.scale)
             added = [a.add_(b) for a, b in zip(added, one, strict=True)] if added else one
+            del one  # as much as all of the UNet's skips
         return self.unet.step(latents, timesteps, own, vector, added)
