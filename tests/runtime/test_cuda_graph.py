@@ -86,11 +86,12 @@ def test_a_replay_sees_its_inputs() -> None:
 @pytest.mark.parametrize("vector", [False, True])
 def test_what_controlnets_add_is_an_input(vector: bool) -> None:
     capture = Recorder()
-    unet = graphed(capture)
+    unet: Any = graphed(capture)
+    plain: Any = Sum()
     for value in (1.0, 2.0, 3.0):
         given = inputs(2, value, vector)
         added = [torch.full((2, 8, 2, 2), value), torch.full((2, 16, 1, 1), -value)]
-        assert torch.equal(unet.step(*given, control=added), Sum().step(*given, control=added))
+        assert torch.equal(unet.step(*given, control=added), plain.step(*given, control=added))
     assert capture.captures == 1
     given = inputs(2, 5.0, vector)
     assert torch.equal(unet.step(*given), Sum().step(*given)), "where a net has no say the pass is another"
