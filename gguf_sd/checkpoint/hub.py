@@ -4,6 +4,7 @@ earlier download was cut short."""
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import urllib.request
@@ -16,9 +17,11 @@ from urllib.parse import urlsplit
 from gguf_sd.checkpoint.hub_files import listed, wanted_files
 from gguf_sd.checkpoint.hub_names import HubName, hub_name
 from gguf_sd.errors import GgufSdError
+from gguf_sd.field_checks import shown
 
 SECONDS = 5.0  # until a Hub that does not take connections counts as out of reach
 MAIN = "main"
+REVISION = re.compile(r"[\w.][\w./+-]{0,250}")
 HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "requests", "urllib3")  # that the client uses, one version or another
 T = TypeVar("T")
 
@@ -34,8 +37,11 @@ def fetched(model: str | os.PathLike[str], revision: str | None = None, quiet: b
         return Path(model)
     if revision and name.revision and revision != name.revision:
         raise GgufSdError(f"the link names the revision {name.revision}, --revision {revision}; leave one out")
+    revision = revision or name.revision or MAIN
+    if not REVISION.fullmatch(revision) or ".." in revision:
+        raise GgufSdError(f"{shown(revision)} is no revision; give a branch, tag or commit")
     with bars(quiet):
-        return _Repository(name, revision or name.revision or MAIN).fetch()
+        return _Repository(name, revision).fetch()
 
 
 class _Repository:

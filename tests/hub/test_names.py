@@ -112,6 +112,14 @@ def test_no_clear_choice(files: list[str], message: str) -> None:
         wanted_files(files, "org/repo")
 
 
+@pytest.mark.parametrize("revision", ["../../x", "a b", "-x", "\x1b[2J"])
+def test_no_revisions(revision: str) -> None:
+    from gguf_sd.checkpoint.hub import fetched
+
+    with pytest.raises(GgufSdError, match="is no revision"):
+        fetched("org/repo", revision)
+
+
 def test_revisions_are_for_the_hub(tmp_path: Path, capsys: Any) -> None:
     from gguf_sd.cli.main import main
 
