@@ -37,7 +37,7 @@ def convert(
         if not isinstance(given.get(name, ""), str):
             raise GgufSdError(f"{name} takes a text, got {given[name]!r}")
     chosen = converter.ConvertOptions(**given)
-    return converter.convert(keywords.path("source", source), keywords.path("output", output), chosen)
+    return converter.convert(keywords.hub_path("source", source), keywords.path("output", output), chosen)
 
 
 def inspect(path: StrPath, tensors: bool = False) -> dict[str, Any]:

@@ -24,11 +24,14 @@ from gguf_sd.adapters.lora_file import lora_table
 from gguf_sd.checkpoint import inventory
 from gguf_sd.checkpoint import metadata_keys as keys
 from gguf_sd.checkpoint.check_tensors import strays_note
+from gguf_sd.checkpoint.hub_names import plain_name
 from gguf_sd.checkpoint.part_files import missing_parts
 from gguf_sd.checkpoint.tensor_names import UNET
 from gguf_sd.config import SD15, SDXL, SDXL_TURBO, ModelConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd.prompt.find_tokenizer import ClipTokenizer, find_tokenizer, read_tokenizer, tokenizer_in_file
+from gguf_sd_convert.base_model import base_model_keys
+from gguf_sd_convert.control import ControlJob, control_job
 from gguf_sd_convert.inherit import inherited, known_hash, shape_keys
 from gguf_sd_convert.merge_lora import merged
 from gguf_sd_convert.progress import Progress, progress_bar
@@ -97,6 +100,7 @@ class _Job:
     tensors: dict[str, Entry]
     unused: list[str]
     options: ConvertOptions
+    control: ControlJob | None = None  # what the source is, in place of a model
 
 
 def convert(
@@ -155,6 +159,12 @@ def _source(path: Path, options: ConvertOptions) -> Source:
 
 
 def _prepare(path: Path, options: ConvertOptions) -> _Job:
+    if (control := control_job(path, options)) is not None:
+        none = ClipTokenizer("", "none: a ControlNet", 0, 0, 0, 0)
+        source = Source(path, SD15, control.tensors, control.files, (), ())
+        config = replace(SD15, name=control.config.name)
+        native = replace(options, layout="native")
+        return _Job(source, config, none, control.tensors, control.unused, native, control)
     source = _source(path, options)
     if options.type == SAME and source.metadata is None:
         raise GgufSdError(f"{path} is no GGUF file, which --type same is for; choose from {', '.join(TYPES)}")
@@ -313,20 +323,23 @@ def encode(tensor: Stored, entry: Entry) -> Tensor:
 
 
 def _metadata(job: _Job, stored: list[Stored]) -> dict[str, Any]:
-    path, options = job.source.path.resolve(), job.options
+    options, name = job.options, plain_name(job.source.path)
+    if job.control is not None:
+        return job.control.metadata(options.type, PENDING_HASH, stored)
     metadata: dict[str, Any] = {
-        keys.NAME: path.name if path.is_dir() else path.stem,
+        keys.NAME: name if job.source.path.is_dir() else Path(name).stem,
         keys.FILE_TYPE: file_type(options.type),
         keys.QUANTIZATION_VERSION: gguf.GGML_QUANT_VERSION,
         keys.FORMAT: keys.FORMAT_VERSION,
         keys.LAYOUT: options.layout,
         keys.TYPE: options.type,
         keys.CONFIG: json.dumps(asdict(job.config)),
-        keys.SOURCE_NAME: path.name,
+        keys.SOURCE_NAME: name,
         keys.SOURCE_HASH: PENDING_HASH,
     }
     if job.tokenizer is not None:
         metadata[keys.TOKENIZER] = job.tokenizer.json
+    metadata |= base_model_keys(job.source.path)
     metadata |= inherited(job.source, options.loras)
     return metadata | shape_keys(stored, options.layout)
 

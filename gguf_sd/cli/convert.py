@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gguf_sd.checkpoint.gguf_header import is_gguf
+from gguf_sd.cli.hub_models import add_revision, local_model
 from gguf_sd.cli.preflight import check_source, check_type
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ def add_parser(subparsers: Any) -> None:
         "F16. The file holds all that painting takes, tokenizer included.",
     )
     add = parser.add_argument
-    add("source", type=Path, help=".safetensors, .ckpt or .gguf file, or a diffusers folder")
+    add("source", type=Path, help=".safetensors, .ckpt or .gguf file, or a diffusers folder; or org/repo, "
+        "org/repo/file.safetensors or a link of the Hugging Face Hub, fetched first")  # fmt: skip
+    add_revision(parser)
     add("-o", "--output", type=Path, required=True, help="the .gguf file to write")
     add("--type", help="f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 (q8_0); same: as a .gguf SOURCE has it, its default")
     add("--layout", default="auto", help="who can read it: native (gguf-sd), comfy (ComfyUI-GGUF too) or linear "
@@ -49,8 +52,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Converts and reports; raises GgufSdError for bad input."""
-    check_source(args.source, args.unet_only)
     check_type(args.type)
+    args.source = local_model(args.source, args.revision, args.quiet or args.json)
+    check_source(args.source, args.unet_only)
     from gguf_sd.adapters.lora import as_loras
     from gguf_sd_convert.convert import ConvertOptions, convert
 

@@ -31,7 +31,10 @@ from gguf_sd_kernels.cpu.linear import GEGLU_ROWS
 
 # Left in 16 bits: the prompt's keys and values, whose first token has values a hundred times the others', the
 # convolutions that meet the latents themselves, and what is computed of the timestep alone, which costs nothing.
-SIXTEEN_BITS = re.compile(r"\.attn2\.to_[kv]$|^input_blocks\.0\.|^out\.|\bemb_layers\b|^time_embed\.|^label_emb\.")
+SIXTEEN_BITS = re.compile(
+    r"\.attn2\.to_[kv]$|^input_blocks\.0\.|^out\.|\bemb_layers\b|^time_embed\.|^label_emb\."
+    r"|^input_hint_block\.|^zero_convs\.|^middle_block_out\."  # of a ControlNet
+)
 
 
 def stays_wide(name: str) -> bool:

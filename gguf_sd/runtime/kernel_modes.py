@@ -14,7 +14,7 @@ import gguf_sd_kernels
 from gguf_sd.checkpoint.cache import cache_folder
 from gguf_sd.errors import GgufSdError
 from gguf_sd.models.layers import GroupNorm, LayerNorm, Quantized, resident
-from gguf_sd.models.unet import UNet
+from gguf_sd.models.unet import UNetEncoder
 from gguf_sd_kernels.cpu import int8
 from gguf_sd_kernels.devices import emulated, gpu_of
 from gguf_sd_kernels.tuning.launch import load_measured, table_name
@@ -27,7 +27,9 @@ KERNEL_MODES = ("auto", "fused", "dequantize", "int8", "resident", "torch")
 TABLES = Path(gguf_sd_kernels.__file__).parent / "tuning" / "tables"
 # Not in 8 bits: the prompt's first token has outliers that would drown the others' values, and the first and last
 # convolution meet the latents themselves.
-SIXTEEN_BITS = re.compile(r"\.attn2\.to_[kv]$|^input_blocks\.0\.|^out\.")
+SIXTEEN_BITS = re.compile(
+    r"\.attn2\.to_[kv]$|^input_blocks\.0\.|^out\.|^input_hint_block\.|^zero_convs\.|^middle_block_out\."
+)
 
 
 def choose_kernels(name: str, weights: str, device: torch.device) -> tuple[str, str]:
@@ -97,7 +99,7 @@ def load_tables(device: torch.device) -> int:
     return count
 
 
-def use_kernels(model: UNet, mode: str, device: torch.device | None = None) -> None:
+def use_kernels(model: UNetEncoder, mode: str, device: torch.device | None = None) -> None:
     """Hands quantised layers and norms to the Triton kernels, in place; the model is on its GPU already, or without
     values and will run on ``device``.
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from gguf_sd.checkpoint import inventory
 from gguf_sd.checkpoint.check_tensors import text_names
+from gguf_sd.checkpoint.control_file import ControlFile
 from gguf_sd.checkpoint.model_file import ModelFile
+from gguf_sd.checkpoint.tensor_names import CONTROL as CONTROL_NET
 from gguf_sd.checkpoint.tensor_names import SAFETY, UNET, VAE
 from gguf_sd.checkpoint.vae_file import VAEFile
 from gguf_sd.models.int8 import stays_wide
@@ -22,6 +24,7 @@ STAGE = re.compile(
     r"(?:transformer_blocks\.\d+\.)?|.*\b(?:layers|resblocks)\.\d+\."
 )
 LOOKED_UP = re.compile(r"token_embedding\.weight$")  # rows are, the table is never streamed
+CONTROL = "control"  # kind of the parts that are ControlNets
 TINY_VALUES = 2_450_000  # of a tiny autoencoder, both halves
 
 
@@ -71,7 +74,15 @@ def part_bytes(model: ModelFile, vae_file: VAEFile | None = None) -> dict[str, P
     return parts
 
 
-def _count(model: ModelFile, names: Iterable[str], quantized: bool) -> PartBytes:
+def control_bytes(files: Sequence[ControlFile]) -> dict[str, PartBytes]:
+    """Of a job's ControlNets, by part: control 0, control 1, …."""
+    return {
+        f"{CONTROL} {index}": _count(file, [name for name in file.names if name not in file.strays], quantized=True)
+        for index, file in enumerate(files)
+    }
+
+
+def _count(model: ModelFile | ControlFile, names: Iterable[str], quantized: bool) -> PartBytes:
     """``quantized``: whether matrices in blocks stay so."""
     stored = values = blocks = plain = largest = held = narrow = 0
     stages: dict[str, list[int]] = {}
@@ -86,7 +97,7 @@ def _count(model: ModelFile, names: Iterable[str], quantized: bool) -> PartBytes
             blocks, largest = blocks + info.nbytes, max(largest, count)
         else:
             plain += count
-        if quantized and len(shape) > 1 and not stays_wide(canonical.removeprefix(UNET).removesuffix(".weight")):
+        if quantized and len(shape) > 1 and not stays_wide(_module(canonical)):
             narrow += count
         if len(shape) < 2:
             held += count
@@ -97,6 +108,11 @@ def _count(model: ModelFile, names: Iterable[str], quantized: bool) -> PartBytes
             stage[1] += 0 if in_blocks else count
     some, others = max(stages.values(), key=lambda stage: stage[0] + 4 * stage[1], default=[0, 0])
     return PartBytes(stored, values, blocks, plain, largest, held, some, others, narrow=narrow)
+
+
+def _module(name: str) -> str:
+    """Of a weight, in the names of the UNet or the ControlNet that it is of."""
+    return name.removeprefix(UNET).removeprefix(CONTROL_NET).removesuffix(".weight")
 
 
 def _other_vae(file: VAEFile) -> PartBytes:

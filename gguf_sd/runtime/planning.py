@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from gguf_sd.checkpoint.control_file import ControlFile
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.checkpoint.vae_file import VAEFile
 from gguf_sd.config import VAEConfig
@@ -17,7 +18,7 @@ from gguf_sd.request import Job
 from gguf_sd.runtime import memory
 from gguf_sd.runtime.execution import Execution
 from gguf_sd.runtime.memory import MemoryPlan
-from gguf_sd.runtime.part_bytes import part_bytes
+from gguf_sd.runtime.part_bytes import control_bytes, part_bytes
 from gguf_sd.runtime.plan import Machine, Planner, Workload
 
 # Latent pixels to predict, over all steps, from which encoding a UNet in 8 bits pays: it takes 5 ns a weight, and saves
@@ -48,8 +49,10 @@ class Planning:
         self._bytes = part_bytes(model, vae_file)
         self._base = self._predicted = 0
 
-    def planner(self, workload: Workload, beside: Mapping[str, int] | None = None) -> Planner:
-        """``beside``: values that LoRAs hold beside the weights of a part."""
+    def planner(
+        self, workload: Workload, beside: Mapping[str, int] | None = None, controls: Sequence[ControlFile] = ()
+    ) -> Planner:
+        """``beside``: values that LoRAs hold beside the weights of a part; ``controls``: the ControlNets in use."""
         execution = self.execution
         machine = Machine(
             gpu=execution.device.type == "cuda",
@@ -60,6 +63,8 @@ class Planning:
         )
         weights, placement = execution.weights, execution.placement
         parts = self._bytes | {name: replace(self._bytes[name], beside=n) for name, n in (beside or {}).items()}
+        parts |= control_bytes(controls)
+        workload = replace(workload, controls=tuple(file.config for file in controls))
         return Planner(
             self.model.config,
             self.vae,

@@ -40,7 +40,14 @@ class Denoise(Protocol):
 
     def project(self, context: Tensor) -> Tensor: ...
 
-    def step(self, latents: Tensor, timesteps: Tensor, projected: Tensor, vector: Tensor | None = None) -> Tensor: ...
+    def step(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        projected: Tensor,
+        vector: Tensor | None = None,
+        control: Sequence[Tensor] = (),
+    ) -> Tensor: ...
 
 
 class Predictor:

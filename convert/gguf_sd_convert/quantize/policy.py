@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from gguf_sd.checkpoint.ggml_types import GGML_TYPES
-from gguf_sd.checkpoint.tensor_names import SAFETY, UNET
+from gguf_sd.checkpoint.tensor_names import CONTROL, SAFETY, UNET
 from gguf_sd.errors import GgufSdError
 from gguf_sd_kernels.formats import FORMATS
 
@@ -24,12 +24,15 @@ def type_name(name: str) -> str:
     return found
 
 
-# Parts of the UNet that stay in 16 bits whatever the type, and why.
+# Parts of the UNet, or of a ControlNet, that stay in 16 bits whatever the type, and why.
 PROTECTED = {
     "input_blocks.0.0.": "first convolution",
     "out.2.": "last convolution",
     "time_embed.": "timestep embedding",
     "label_emb.": "size and pooled-text embedding",
+    "input_hint_block.": "convolutions of a ControlNet's picture",
+    "zero_convs.": "last convolutions of a ControlNet",
+    "middle_block_out.": "last convolutions of a ControlNet",
 }
 
 
@@ -86,11 +89,11 @@ def _kept(name: str, shape: tuple[int, ...], qtype: str, layout: str) -> str:
     """Why a matrix or convolution stays F16; empty where it does not."""
     if name.startswith(SAFETY):
         return "safety checker"
-    if not name.startswith(UNET):
+    if not name.startswith((UNET, CONTROL)):
         return "autoencoder" if name.startswith("first_stage_model.") else "text encoder"
     if qtype not in FORMATS:
         return ""
-    inner = name.removeprefix(UNET)
+    inner = name.removeprefix(UNET).removeprefix(CONTROL)
     for part, reason in PROTECTED.items():
         if inner.startswith(part):
             return reason
