@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
     from gguf_sd.server.shelf import Shelf
 
     shelf = Shelf(_models(sources, args), options, args.quiet)
+    if args.host not in LOCAL and settings.rules.key is None and not args.quiet:
+        print("anybody who reaches this machine may paint: --api-key asks for a key", file=sys.stderr)
     tell = "" if args.quiet else f"gguf-sd serves {', '.join(shelf.models)}"
     if args.ray is None:
         serve(Server(shelf, settings), args.host, args.port, tell)
