@@ -329,6 +329,10 @@ class Pipeline:
         picture.image.info[PARAMETERS] = parameters(picture, self.model.path.stem, self.model.source_hash, dtype)
         return picture
 
+    def prompt_chunks(self, job: Job) -> int:
+        """Of 75 tokens, that the longer of a job's prompts has; pictures painted at once have equally many."""
+        return self._encoder.chunks(job)
+
     def memory_plan(self, *jobs: Job) -> MemoryPlan:
         """How jobs would make do with the memory that is free now, or allowed. Raises GgufSdError where they cannot."""
         return self.planning.plan(self.planner(*jobs))

@@ -48,7 +48,7 @@ def compare(path: Path, checkout: Path) -> dict[str, Any]:
     for local, canonical in ours.items():
         stored = model.file.tensor(model.names[canonical])
         mine = stored.dequantize(torch.float32) if isinstance(stored, QuantTensor) else stored.float()
-        other = decode(theirs[local], torch.float32)
+        other = decode(theirs[local], torch.float32, torch.float32)
         quantised += isinstance(stored, QuantTensor)
         if tuple(theirs[local].shape) != tuple(mine.shape) or not torch.equal(torch.as_tensor(other), mine):
             differing.append(canonical)
