@@ -69,7 +69,9 @@ def convert(source: Path, target: Path, kind: str) -> None:
     """stable-diffusion.cpp's own conversion, of all parts."""
     from cyllama import sd
 
-    if not sd.convert_model(str(source), str(target), getattr(sd.SDType, kind.upper())):
+    # A rule for no tensor: without any the wheel hands over a null pointer, which ends the process.
+    rule = "no such tensor=f16"
+    if not sd.convert_model(str(source), str(target), getattr(sd.SDType, kind.upper()), "", rule):
         raise SystemExit(f"stable-diffusion.cpp did not convert {source}")
 
 
