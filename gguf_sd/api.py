@@ -19,7 +19,7 @@ StrPath = str | os.PathLike[str]
 def convert(
     source: StrPath, output: StrPath, type: str = "q8_0", layout: str = "native", **options: Any
 ) -> ConvertReport:
-    """Makes the GGUF file ``output`` of a .safetensors or .ckpt file or a diffusers folder; returns what was written.
+    """Makes the GGUF file ``output`` of a .safetensors, .ckpt or .gguf file or a diffusers folder; returns a report.
 
     ``type``: f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0. ``layout``: native, comfy or linear. ``options``: the other
     fields of :class:`gguf_sd_convert.convert.ConvertOptions`, ``force=True`` to replace an existing file among them;

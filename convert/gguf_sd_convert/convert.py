@@ -177,7 +177,9 @@ def _prepare(path: Path, options: ConvertOptions) -> _Job:
     else:
         if source.metadata is not None and (missing := missing_parts(source.config, source.tensors)):
             what = "a UNet alone" if "clip_l" in missing else "no autoencoder"
-            raise GgufSdError(f"{path} holds {what}; convert its UNet with --unet-only, or join it with `gguf-sd pack`")
+            raise GgufSdError(
+                f"{path} holds {what}; convert its UNet with --unet-only, or complete it by `gguf-sd pack` first"
+            )
         tokenizer, config = _tokenizer(source, options)
         config = checked_config(config, path)
         tensors, unused = fitted(source, inventory.tensors(config))

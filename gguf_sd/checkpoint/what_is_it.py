@@ -28,7 +28,7 @@ TINY_VAE = Kind("a tiny autoencoder (TAESD)", "give it to generate as --vae, bes
 VAE = Kind("a VAE alone", "give it to generate or pack as --vae, beside a model", "vae")
 
 LORA_NAME = re.compile(
-    r"(^|\.)lora_(unet|te\d?|transformer)_|[._]lora[._](A|B|a|b|down|up)([._]|$)|\.(hada_w1_a|lokr_w1|oft_blocks)$"
+    r"(^|\.)lora_(unet|te\d?|transformer)_|[._]lora[._](A|B|a|b|down|up)([._]|$)|\.(hada_w1_a|lokr_w1|oft_blocks|diff)$"
 )
 CONTROLNET_NAME = re.compile(
     r"^(control_model|controlnet_cond_embedding|controlnet_down_blocks|input_hint_block|zero_convs)[._]"
