@@ -29,8 +29,9 @@ from gguf_sd.errors import GgufSdError
 from gguf_sd.prompt.find_tokenizer import ClipTokenizer, find_tokenizer, read_tokenizer
 from gguf_sd_convert.merge_lora import merged
 from gguf_sd_convert.progress import Progress, progress_bar
-from gguf_sd_convert.quantize.policy import LAYOUTS, Stored, plan, type_name
-from gguf_sd_convert.quantize.quantizers import F16_MAX, quantize
+from gguf_sd_convert.quantize.policy import LAYOUTS, Stored, plan, text_type_name, type_name
+from gguf_sd_convert.quantize.quantizers import quantize
+from gguf_sd_convert.quantize.scales import F16_MAX
 from gguf_sd_convert.sources.checkpoints import Entry
 from gguf_sd_convert.sources.diffusers_config import checked_config, read_model_config
 from gguf_sd_convert.sources.source import Source, fitted, open_source
@@ -50,6 +51,7 @@ class ConvertOptions:
 
     type: str = "q8_0"  # one of quantize.policy.TYPES, in any case
     layout: str = "native"
+    text_type: str = "f16"  # of the text encoders' matrices, one of quantize.policy.TEXT_TYPES
     ema: bool = False
     tokenizer: Path | None = None
     config: ModelConfig | Path | None = None
@@ -129,7 +131,7 @@ def check_options(options: ConvertOptions) -> ConvertOptions:
     loras = requested(as_loras(options.loras), "", None)
     for lora in loras:
         lora_table(lora.path)
-    return replace(options, type=type_name(options.type), loras=loras)
+    return replace(options, type=type_name(options.type), text_type=text_type_name(options.text_type), loras=loras)
 
 
 def source_config(path: Path, options: ConvertOptions) -> ModelConfig:
@@ -201,7 +203,7 @@ def _write(job: _Job, output: Path, progress: Progress | None) -> tuple[list[Sto
         done = sum(entry.nbytes for entry in tensors.values() if entry.dtype in WIDE)  # read twice
         total = done + sum(entry.nbytes for entry in tensors.values())
         wide = _outside_f16(tensors, pool, progress, total)
-        stored = plan(_shapes(tensors), options.type, options.layout, wide)
+        stored = plan(_shapes(tensors), options.type, options.layout, wide, options.text_type)
         architecture = "gguf_sd" if options.layout == "native" else job.config.name
         jobs = ((tensors[t.name].nbytes, partial(encode, t, tensors[t.name])) for t in stored)
         with GGUFSink(output, architecture, _metadata(job, stored), stored, options.force) as sink:
@@ -264,7 +266,7 @@ def _metadata(job: _Job, stored: list[Stored]) -> dict[str, Any]:
     path, options = job.source.path.resolve(), job.options
     metadata: dict[str, Any] = {
         keys.NAME: path.name if path.is_dir() else path.stem,
-        keys.FILE_TYPE: int(gguf.LlamaFileType[f"MOSTLY_{options.type.upper()}"]),
+        keys.FILE_TYPE: _file_type(options.type),
         keys.QUANTIZATION_VERSION: gguf.GGML_QUANT_VERSION,
         keys.FORMAT: keys.FORMAT_VERSION,
         keys.LAYOUT: options.layout,
@@ -282,6 +284,12 @@ def _metadata(job: _Job, stored: list[Stored]) -> dict[str, Any]:
     else:
         metadata |= {keys.COMFY_SHAPE + name: shape for name, shape in reshaped.items()}
     return metadata
+
+
+def _file_type(qtype: str) -> int:
+    """The number of llama.cpp's file type, where Q4_K and Q5_K are of a kind: small."""
+    name = f"MOSTLY_{qtype.upper()}"
+    return int(gguf.LlamaFileType[f"{name}_S" if qtype in ("q4_k", "q5_k") else name])
 
 
 def hash_files(paths: Iterable[Path], stop: threading.Event | None = None) -> str:

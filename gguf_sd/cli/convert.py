@@ -24,7 +24,8 @@ def add_parser(subparsers: Any) -> None:
     add = parser.add_argument
     add("source", type=Path, help=".safetensors or .ckpt file, or a diffusers folder")
     add("-o", "--output", type=Path, required=True, help="the .gguf file to write")
-    add("--type", default="q8_0", help="f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 (q8_0)")
+    add("--type", default="q8_0", help="f16, bf16, q8_0, q6_k, q5_k, q5_1, q5_0, q4_k, iq4_nl, q4_1 or q4_0 (q8_0)")
+    add("--text-type", default="f16", help="of the text encoders: f16 or q8_0 (f16)")
     add("--layout", default="native", help="who can read it: native (gguf-sd), comfy (ComfyUI-GGUF too) or linear "
         "(sd.cpp and diffusers too, but larger: convolutions stay F16) (native)")  # fmt: skip
     add("--ema", action="store_true", help="take the averaged weights of a full checkpoint")
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     options = ConvertOptions(
         type=args.type,
         layout=args.layout,
+        text_type=args.text_type,
         ema=args.ema,
         tokenizer=args.tokenizer,
         config=args.config,
