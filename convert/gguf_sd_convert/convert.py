@@ -7,13 +7,14 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import torch
@@ -21,12 +22,16 @@ from torch import Tensor
 
 from gguf_sd.adapters.lora import Lora, as_loras, requested, short_hash
 from gguf_sd.adapters.lora_file import lora_table
+from gguf_sd.atomic_write import temporary_beside
 from gguf_sd.checkpoint import inventory
 from gguf_sd.checkpoint import metadata_keys as keys
 from gguf_sd.checkpoint.check_tensors import strays_note
+from gguf_sd.checkpoint.gguf_file import GGUFFile
+from gguf_sd.checkpoint.tensor_names import UNET
 from gguf_sd.config import SD15, SDXL, SDXL_TURBO, ModelConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd.prompt.find_tokenizer import ClipTokenizer, find_tokenizer, read_tokenizer
+from gguf_sd_convert.calibrate.options import Calibration
 from gguf_sd_convert.merge_lora import merged
 from gguf_sd_convert.progress import Progress, progress_bar
 from gguf_sd_convert.quantize.policy import LAYOUTS, Stored, plan, text_type_name, type_name
@@ -39,6 +44,9 @@ from gguf_sd_convert.workers import in_order, workers
 from gguf_sd_convert.writer import GGUFSink, check_target
 from gguf_sd_kernels.formats import FORMATS
 
+if TYPE_CHECKING:
+    from gguf_sd_convert.calibrate.job import Decided
+
 WIDE = (torch.float64, torch.float32, torch.bfloat16)  # dtypes with values that F16 cannot hold
 PENDING_HASH = "0123456789abcdef" * 4  # stands in the header until the source is hashed
 PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -49,7 +57,7 @@ class ConvertOptions:
     """``config``, a configuration or a diffusers folder that has one, describes a single file that is none of the known
     models; ``threads`` 0 = one a core."""
 
-    type: str = "q8_0"  # one of quantize.policy.TYPES, in any case
+    type: str = "q8_0"  # one of quantize.policy.TYPES, in any case, or "mixed"
     layout: str = "native"
     text_type: str = "f16"  # of the text encoders' matrices, one of quantize.policy.TEXT_TYPES
     ema: bool = False
@@ -59,6 +67,7 @@ class ConvertOptions:
     threads: int = 0
     preset: str | None = None  # a key of PRESETS: whose schedule and defaults the file gets
     safety: bool = True  # takes the source's safety checker over, if it has one
+    calibration: Calibration | None = None  # rounds for what the layers are fed, and chooses types for "mixed"
     loras: Sequence[Lora] = ()  # merged into the weights before they are quantised
     shared: bool = False  # the output is one that several processes may write at once, all the same: the cache
 
@@ -110,13 +119,17 @@ def convert(
     options, output, started = options or ConvertOptions(), Path(output), time.perf_counter()
     options = check_options(options)
     inputs = [Path(source), options.tokenizer, options.config, *(lora.path for lora in options.loras)]
+    if options.calibration is not None:
+        inputs += [options.calibration.prompts, options.calibration.imatrix]
     check_target(output, options.force, [path for path in inputs if isinstance(path, Path)], options.shared)
     job = _prepare(Path(source), options)
     with ExitStack() as stack:
         if progress is None and not quiet:
             progress = stack.enter_context(progress_bar())
-        stored, nbytes, digest = _write(job, output, progress)
-    return _report(job, output, stored, nbytes, digest, time.perf_counter() - started)
+        decided = None if options.calibration is None else _decide(job, Path(source), output, progress)
+        stored, nbytes, digest = _write(job, output, progress, decided)
+    notes = decided.notes if decided else []
+    return _report(job, output, stored, nbytes, digest, time.perf_counter() - started, notes)
 
 
 def check_options(options: ConvertOptions) -> ConvertOptions:
@@ -131,7 +144,14 @@ def check_options(options: ConvertOptions) -> ConvertOptions:
     loras = requested(as_loras(options.loras), "", None)
     for lora in loras:
         lora_table(lora.path)
-    return replace(options, type=type_name(options.type), text_type=text_type_name(options.text_type), loras=loras)
+    qtype = "mixed" if str(options.type).lower() == "mixed" else type_name(options.type)
+    if qtype == "mixed" and options.calibration is None:
+        options = replace(options, calibration=Calibration(compensate=False))
+    if options.calibration is not None:
+        from gguf_sd_convert.calibrate.job import check_calibration
+
+        check_calibration(options.calibration, qtype)
+    return replace(options, type=qtype, text_type=text_type_name(options.text_type), loras=loras)
 
 
 def source_config(path: Path, options: ConvertOptions) -> ModelConfig:
@@ -194,19 +214,53 @@ def _tokenizer(source: Source, options: ConvertOptions) -> tuple[ClipTokenizer, 
     return first, replace(source.config, text=tuple(new))
 
 
-def _write(job: _Job, output: Path, progress: Progress | None) -> tuple[list[Stored], int, str]:
+def _decide(job: _Job, source: Path, output: Path, progress: Progress | None) -> Decided:
+    """How the UNet's tensors are stored, from runs of the model: it is written in F16 beside the output meanwhile."""
+    from gguf_sd_convert.calibrate.job import decide
+
+    options = job.options
+    assert options.calibration is not None
+    whole = replace(options, type="f16", layout="native", text_type="f16", calibration=None, force=True, shared=True)
+    with temporary_beside(output) as full:
+        convert(source, full, whole, progress)
+        found = GGUFFile(full)
+        wide = {name for name, info in found.tensors.items() if info.type.name == "F32" and len(info.shape) > 1}
+
+        def planned(own: dict[str, str]) -> list[Stored]:
+            return _plan(job, wide, own)
+
+        stored = [s for s in planned({}) if s.name.startswith(UNET) and s.type in FORMATS]
+        beside = full.stat().st_size - sum(2 * prod(s.shape) for s in stored)
+        return decide(full, source, planned, beside, options.type, options.calibration, progress)
+
+
+def _plan(job: _Job, wide: Collection[str], own: Mapping[str, str]) -> list[Stored]:
+    qtype = "q4_0" if job.options.type == "mixed" else job.options.type
+    return plan(_shapes(job.tensors), qtype, job.options.layout, wide, job.options.text_type, own)
+
+
+def _write(
+    job: _Job, output: Path, progress: Progress | None, decided: Decided | None
+) -> tuple[list[Stored], int, str]:
     """Writes the file; returns what is in it, its size and the source's hash, taken on the side."""
-    options, tensors, stop = job.options, job.tensors, threading.Event()
+    options, stop = job.options, threading.Event()
+    tensors = job.tensors if decided is None else job.tensors | _in_memory(decided.calibrated.biases)
+    blocks = {} if decided is None else decided.calibrated.blocks
     with ThreadPoolExecutor(1) as hashing, workers(options.threads) as pool, ExitStack() as stack:
         stack.callback(stop.set)
         digest = hashing.submit(hash_files, job.source.files, stop)
         done = sum(entry.nbytes for entry in tensors.values() if entry.dtype in WIDE)  # read twice
         total = done + sum(entry.nbytes for entry in tensors.values())
         wide = _outside_f16(tensors, pool, progress, total)
-        stored = plan(_shapes(tensors), options.type, options.layout, wide, options.text_type)
+        stored = _plan(job, wide, decided.types if decided else {})
         architecture = "gguf_sd" if options.layout == "native" else job.config.name
-        jobs = ((tensors[t.name].nbytes, partial(encode, t, tensors[t.name])) for t in stored)
-        with GGUFSink(output, architecture, _metadata(job, stored), stored, options.force) as sink:
+        metadata = _metadata(job, stored) | (decided.metadata if decided else {})
+
+        def task(t: Stored) -> Callable[[], Tensor]:
+            return partial(blocks.pop, t.name) if t.name in blocks else partial(encode, t, tensors[t.name])
+
+        jobs = ((tensors[t.name].nbytes, task(t)) for t in stored)
+        with GGUFSink(output, architecture, metadata, stored, options.force) as sink:
             for tensor, data in zip(stored, in_order(jobs, pool), strict=True):
                 sink.write(tensor.name, data)
                 done += tensors[tensor.name].nbytes
@@ -214,6 +268,10 @@ def _write(job: _Job, output: Path, progress: Progress | None) -> tuple[list[Sto
                     progress(done, total, "converting")
             sink.patch(PENDING_HASH, digest.result())
         return stored, sink.nbytes, digest.result()
+
+
+def _in_memory(values: Mapping[str, Tensor]) -> dict[str, Entry]:
+    return {name: Entry(tuple(x.shape), x.dtype, partial(torch.clone, x)) for name, x in values.items()}
 
 
 def _shapes(tensors: dict[str, Entry]) -> dict[str, tuple[int, ...]]:
@@ -288,6 +346,8 @@ def _metadata(job: _Job, stored: list[Stored]) -> dict[str, Any]:
 
 def _file_type(qtype: str) -> int:
     """The number of llama.cpp's file type, where Q4_K and Q5_K are of a kind: small."""
+    if qtype == "mixed":
+        return int(gguf.LlamaFileType.GUESSED)
     name = f"MOSTLY_{qtype.upper()}"
     return int(gguf.LlamaFileType[f"{name}_S" if qtype in ("q4_k", "q5_k") else name])
 
@@ -305,8 +365,10 @@ def hash_files(paths: Iterable[Path], stop: threading.Event | None = None) -> st
     return digest.hexdigest()
 
 
-def _report(job: _Job, output: Path, stored: list[Stored], nbytes: int, digest: str, seconds: float) -> ConvertReport:
-    options, notes = job.options, list(job.source.notes)
+def _report(
+    job: _Job, output: Path, stored: list[Stored], nbytes: int, digest: str, seconds: float, told: Iterable[str] = ()
+) -> ConvertReport:
+    options, notes = job.options, [*job.source.notes, *told]
     if job.unused:
         notes.append(strays_note(job.unused, str(job.source.path)))
     wide = {tensor.name for tensor in stored if tensor.type == "F32"}
