@@ -23,6 +23,7 @@ from gguf_sd.adapters.read_lora import lora_values
 from gguf_sd.adapters.targets import UNET_PART, text_part
 from gguf_sd.batching import Task, batches
 from gguf_sd.checkpoint.model_file import ModelFile
+from gguf_sd.checkpoint.part_files import PartPaths
 from gguf_sd.checkpoint.vae_file import VAEFile
 from gguf_sd.errors import GgufSdError, not_finite
 from gguf_sd.imaging import masks
@@ -100,8 +101,10 @@ class Pipeline:
         max_memory: str | float | None = None,
         placement: str | None = "auto",
         vae_tile: int | str | None = "auto",
+        clip_l: Path | str | None = None,
+        clip_g: Path | str | None = None,
     ) -> Pipeline:
-        """Opens a GGUF file.
+        """Opens a GGUF file: a whole model, or a UNet with ``clip_l``, SDXL's with ``clip_g`` too, and ``vae``.
 
         ``weights``: auto, quantized or resident, see :class:`gguf_sd.runtime.memory.MemoryPlan`; ``kernels``: see
         :func:`gguf_sd.runtime.kernel_modes.choose_kernels`; ``cuda_graph``: auto, on or off, see
@@ -111,10 +114,13 @@ class Pipeline:
         memory allows); ``vae_tile``: edge of a tile in latent pixels, on, off or auto, see
         :func:`gguf_sd.runtime.execution.checked_tile`; ``tokenizer``: a folder or a BPE merges file, for GGUF files
         that carry none; ``vae``: another autoencoder than the file's own, full or tiny, see
-        :mod:`gguf_sd.checkpoint.vae_file`. None is the default everywhere.
+        :mod:`gguf_sd.checkpoint.vae_file`; ``clip_l``, ``clip_g``: text encoders in the place of the file's own, see
+        :mod:`gguf_sd.checkpoint.part_files`. None is the default everywhere.
         Raises GgufSdError for files and settings that cannot work."""
         execution = Execution.choose(device, dtype, weights, kernels, cuda_graph, max_memory, placement, vae_tile)
-        model = ModelFile.open(keywords.gguf_path(path))
+        texts = {name: keywords.path(name, x) for name, x in (("clip_l", clip_l), ("clip_g", clip_g)) if x is not None}
+        model = ModelFile.open(keywords.gguf_path(path), PartPaths(**texts))
+        model.check_whole(vae is not None)
         own_vae = None if vae is None else VAEFile.open(keywords.path("vae", vae), model.config.vae)
         own_tokenizer = None if tokenizer is None else keywords.path("tokenizer", tokenizer)
         return cls(model, execution, own_tokenizer, own_vae)
@@ -322,6 +328,10 @@ class Pipeline:
         dtype = str(self.dtype).removeprefix("torch.")
         picture.image.info[PARAMETERS] = parameters(picture, self.model.path.stem, self.model.source_hash, dtype)
         return picture
+
+    def prompt_chunks(self, job: Job) -> int:
+        """Of 75 tokens, that the longer of a job's prompts has; pictures painted at once have equally many."""
+        return self._encoder.chunks(job)
 
     def memory_plan(self, *jobs: Job) -> MemoryPlan:
         """How jobs would make do with the memory that is free now, or allowed. Raises GgufSdError where they cannot."""

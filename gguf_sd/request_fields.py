@@ -88,6 +88,7 @@ def _folder(value: Any) -> Path:
 
 WHOLE, REAL, TEXT = ("a whole number", _whole), ("a finite number", _real), ("a text", _text)
 PAIR, IMAGE = ("two whole numbers", _pair), ("a PIL image", _image)
+TRUTH = ("True or False", _truth)
 KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     **dict.fromkeys(("prompt", "negative_prompt", "sampler", "schedule", "resize", "safety"), TEXT),
     **dict.fromkeys(("steps", "seed", "width", "height", "batch", "count", "clip_skip", "mask_blur"), WHOLE),
@@ -97,5 +98,10 @@ KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "loras": ("a file, file:weight, (file, weight), or a list of these", as_loras),
     "lora_dir": ("a folder", _folder),
     "embeddings": ("a file, name=file, (name, file), or a list of these", as_embeddings),
-    "paste": ("True or False", _truth),
+    "paste": TRUTH,
 }
+
+
+def kind_of(name: str) -> tuple[str, Callable[[Any], Any]] | None:
+    """What a field takes, such as WHOLE; None for one that a request does not have."""
+    return KINDS.get(name)

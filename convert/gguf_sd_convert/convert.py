@@ -20,23 +20,25 @@ import gguf
 import torch
 from torch import Tensor
 
-from gguf_sd.adapters.lora import Lora, as_loras, requested, short_hash
+from gguf_sd.adapters.lora import Lora, as_loras, requested
 from gguf_sd.adapters.lora_file import lora_table
 from gguf_sd.atomic_write import temporary_beside
 from gguf_sd.checkpoint import inventory
 from gguf_sd.checkpoint import metadata_keys as keys
 from gguf_sd.checkpoint.check_tensors import strays_note
 from gguf_sd.checkpoint.gguf_file import GGUFFile
+from gguf_sd.checkpoint.part_files import missing_parts
 from gguf_sd.checkpoint.tensor_names import UNET
 from gguf_sd.config import SD15, SDXL, SDXL_TURBO, ModelConfig
 from gguf_sd.errors import GgufSdError
-from gguf_sd.prompt.find_tokenizer import ClipTokenizer, find_tokenizer, read_tokenizer
+from gguf_sd.prompt.find_tokenizer import ClipTokenizer, find_tokenizer, read_tokenizer, tokenizer_in_file
 from gguf_sd_convert.calibrate.options import Calibration
+from gguf_sd_convert.encode import encode, outside_f16, read_twice
+from gguf_sd_convert.inherit import inherited, known_hash, shape_keys
 from gguf_sd_convert.merge_lora import merged
 from gguf_sd_convert.progress import Progress, progress_bar
-from gguf_sd_convert.quantize.policy import LAYOUTS, Stored, plan, text_type_name, type_name
-from gguf_sd_convert.quantize.quantizers import quantize
-from gguf_sd_convert.quantize.scales import F16_MAX
+from gguf_sd_convert.quantize.policy import LAYOUTS, MIXED, SAME, TYPES, Stored, plan, text_type_name, type_name
+from gguf_sd_convert.quantize.requantize import AUTO, file_type, own_layout, settled, type_label
 from gguf_sd_convert.sources.checkpoints import Entry
 from gguf_sd_convert.sources.diffusers_config import checked_config, read_model_config
 from gguf_sd_convert.sources.source import Source, fitted, open_source
@@ -47,9 +49,7 @@ from gguf_sd_kernels.formats import FORMATS
 if TYPE_CHECKING:
     from gguf_sd_convert.calibrate.job import Decided
 
-WIDE = (torch.float64, torch.float32, torch.bfloat16)  # dtypes with values that F16 cannot hold
 PENDING_HASH = "0123456789abcdef" * 4  # stands in the header until the source is hashed
-PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class ConvertOptions:
     """``config``, a configuration or a diffusers folder that has one, describes a single file that is none of the known
     models; ``threads`` 0 = one a core."""
 
-    type: str = "q8_0"  # one of quantize.policy.TYPES, in any case, or "mixed"
-    layout: str = "native"
+    type: str = "q8_0"  # one of quantize.policy.TYPES, in any case, or MIXED; of a GGUF source also SAME
+    layout: str = "native"  # one of quantize.policy.LAYOUTS, or AUTO: a GGUF source's own, else what suits
     text_type: str = "f16"  # of the text encoders' matrices, one of quantize.policy.TEXT_TYPES
     ema: bool = False
     tokenizer: Path | None = None
@@ -70,6 +70,8 @@ class ConvertOptions:
     calibration: Calibration | None = None  # rounds for what the layers are fed, and chooses types for "mixed"
     loras: Sequence[Lora] = ()  # merged into the weights before they are quantised
     shared: bool = False  # the output is one that several processes may write at once, all the same: the cache
+    unet_only: bool = False  # writes the UNet alone
+    allow_requantize: bool = False  # of a GGUF source: blocks of any type may be decoded and quantised anew
 
 
 PRESETS = {"sd15": SD15, "sdxl": SDXL, "sdxl-turbo": SDXL_TURBO}
@@ -98,7 +100,7 @@ class ConvertReport:
 class _Job:
     source: Source
     config: ModelConfig
-    tokenizer: ClipTokenizer
+    tokenizer: ClipTokenizer | None  # None: of a UNet alone
     tensors: dict[str, Entry]
     unused: list[str]
     options: ConvertOptions
@@ -111,7 +113,7 @@ def convert(
     progress: Progress | None = None,
     quiet: bool = True,
 ) -> ConvertReport:
-    """Converts a .safetensors or .ckpt file or a diffusers folder to the GGUF file ``output``.
+    """Converts a .safetensors, .ckpt or .gguf file or a diffusers folder to the GGUF file ``output``.
 
     The target appears whole or not at all. ``progress`` is called after each tensor; without it, and not ``quiet``,
     a bar is shown on stderr. Raises GgufSdError for every source, target and option that does not do.
@@ -135,7 +137,7 @@ def convert(
 def check_options(options: ConvertOptions) -> ConvertOptions:
     """The options with their names as the file will have them. Raises GgufSdError for what does not depend on the
     source."""
-    if options.layout not in LAYOUTS:
+    if options.layout not in (*LAYOUTS, AUTO):
         raise GgufSdError(f"no layout {options.layout!r}; choose from {', '.join(LAYOUTS)}")
     if options.preset is not None and options.preset not in PRESETS:
         raise GgufSdError(f"no preset {options.preset!r}; choose from {', '.join(PRESETS)}")
@@ -144,8 +146,8 @@ def check_options(options: ConvertOptions) -> ConvertOptions:
     loras = requested(as_loras(options.loras), "", None)
     for lora in loras:
         lora_table(lora.path)
-    qtype = "mixed" if str(options.type).lower() == "mixed" else type_name(options.type)
-    if qtype == "mixed" and options.calibration is None:
+    qtype = type_name(options.type)
+    if qtype == MIXED and options.calibration is None:
         options = replace(options, calibration=Calibration(compensate=False))
     if options.calibration is not None:
         from gguf_sd_convert.calibrate.job import check_calibration
@@ -172,14 +174,44 @@ def _source(path: Path, options: ConvertOptions) -> Source:
 
 def _prepare(path: Path, options: ConvertOptions) -> _Job:
     source = _source(path, options)
-    tokenizer, config = _tokenizer(source, options)
-    config = checked_config(config, path)
-    tensors, unused = fitted(source, inventory.tensors(config))
+    if options.type == SAME and source.metadata is None:
+        raise GgufSdError(f"{path} is no GGUF file, which --type same is for; choose from {', '.join(TYPES)}")
+    if options.layout == AUTO:
+        options = replace(options, layout=auto_layout(source, options))
+    if options.unet_only:
+        source = _unet_of(source)
+        tokenizer, config = None, source.config
+        tensors, unused = fitted(source, inventory.unet_tensors(config))
+    else:
+        if source.metadata is not None and (missing := missing_parts(source.config, source.tensors)):
+            what = "a UNet alone" if "clip_l" in missing else "no autoencoder"
+            raise GgufSdError(f"{path} holds {what}; convert its UNet with --unet-only, or join it with `gguf-sd pack`")
+        tokenizer, config = _tokenizer(source, options)
+        config = checked_config(config, path)
+        tensors, unused = fitted(source, inventory.tensors(config))
     if options.loras:
         tensors, notes = merged(tensors, options.loras, config)
         files = (*source.files, *(lora.path for lora in options.loras))  # what the weights come from, for the hash
         source = replace(source, files=files, notes=(*source.notes, *notes))
     return _Job(source, config, tokenizer, tensors, unused, options)
+
+
+def auto_layout(source: Source, options: ConvertOptions) -> str:
+    """The layout of a GGUF source's blocks, else the smallest that those can read who are meant."""
+    found = source.said.get(keys.LAYOUT)
+    if source.metadata is not None and (own := own_layout(source.tensors.values())):
+        return own
+    if options.unet_only:
+        return "linear" if found == "linear" else "comfy"
+    if isinstance(found, str) and found in LAYOUTS:
+        return found
+    return "linear" if options.type == SAME else "native"
+
+
+def _unet_of(source: Source) -> Source:
+    """The source without its other parts."""
+    tensors = {name: entry for name, entry in source.tensors.items() if name.startswith(UNET)}
+    return replace(source, config=replace(source.config, safety=None), tensors=tensors)
 
 
 def _preset(source: Source, preset: str | None) -> Source:
@@ -200,6 +232,8 @@ def _preset(source: Source, preset: str | None) -> Source:
 def _tokenizer(source: Source, options: ConvertOptions) -> tuple[ClipTokenizer, ModelConfig]:
     """The tokenizer, and the config with the token ids that go with it."""
     texts = source.config.text
+    if options.tokenizer is None and isinstance(own := source.said.get(keys.TOKENIZER), str):
+        return tokenizer_in_file(own, source.path, texts[0]), source.config
     first = find_tokenizer(options.tokenizer, source.tokenizers[0] if source.tokenizers else None, texts[0])
     bos, eos = first.bos_token_id, first.eos_token_id
     new = [replace(text, bos_token_id=bos, eos_token_id=eos) for text in texts]
@@ -220,7 +254,10 @@ def _decide(job: _Job, source: Path, output: Path, progress: Progress | None) ->
 
     options = job.options
     assert options.calibration is not None
-    whole = replace(options, type="f16", layout="native", text_type="f16", calibration=None, force=True, shared=True)
+    if any(entry.blocks is not None for entry in job.tensors.values()):
+        raise GgufSdError(f"{source} is quantised already; calibrate the original")
+    whole = replace(options, type="f16", layout="native", text_type="f16", unet_only=False)
+    whole = replace(whole, calibration=None, force=True, shared=True)
     with temporary_beside(output) as full:
         convert(source, full, whole, progress)
         found = GGUFFile(full)
@@ -235,7 +272,7 @@ def _decide(job: _Job, source: Path, output: Path, progress: Progress | None) ->
 
 
 def _plan(job: _Job, wide: Collection[str], own: Mapping[str, str]) -> list[Stored]:
-    qtype = "q4_0" if job.options.type == "mixed" else job.options.type
+    qtype = "q4_0" if job.options.type == MIXED else job.options.type
     return plan(_shapes(job.tensors), qtype, job.options.layout, wide, job.options.text_type, own)
 
 
@@ -246,13 +283,19 @@ def _write(
     options, stop = job.options, threading.Event()
     tensors = job.tensors if decided is None else job.tensors | _in_memory(decided.calibrated.biases)
     blocks = {} if decided is None else decided.calibrated.blocks
+    known = known_hash(job.source, job.options.loras)
     with ThreadPoolExecutor(1) as hashing, workers(options.threads) as pool, ExitStack() as stack:
         stack.callback(stop.set)
-        digest = hashing.submit(hash_files, job.source.files, stop)
-        done = sum(entry.nbytes for entry in tensors.values() if entry.dtype in WIDE)  # read twice
+        digest = hashing.submit(hash_files, () if known else job.source.files, stop)
+        done = sum(entry.nbytes for entry in tensors.values() if read_twice(entry))
         total = done + sum(entry.nbytes for entry in tensors.values())
-        wide = _outside_f16(tensors, pool, progress, total)
+        wide = outside_f16(tensors, pool, progress, total)
         stored = _plan(job, wide, decided.types if decided else {})
+        if job.source.metadata is not None:
+            again = options.allow_requantize
+            stored = settled(stored, tensors, options.type, options.layout, again, job.source.path)
+        if options.type == SAME:
+            job = replace(job, options=replace(options, type=type_label(stored, job.source.said)))
         architecture = "gguf_sd" if options.layout == "native" else job.config.name
         metadata = _metadata(job, stored) | (decided.metadata if decided else {})
 
@@ -266,8 +309,8 @@ def _write(
                 done += tensors[tensor.name].nbytes
                 if progress:
                     progress(done, total, "converting")
-            sink.patch(PENDING_HASH, digest.result())
-        return stored, sink.nbytes, digest.result()
+            sink.patch(PENDING_HASH, known or digest.result())
+        return stored, sink.nbytes, known or digest.result()
 
 
 def _in_memory(values: Mapping[str, Tensor]) -> dict[str, Entry]:
@@ -278,53 +321,11 @@ def _shapes(tensors: dict[str, Entry]) -> dict[str, tuple[int, ...]]:
     return {name: entry.shape for name, entry in tensors.items()}
 
 
-def _outside_f16(
-    tensors: dict[str, Entry], pool: ThreadPoolExecutor, progress: Progress | None, total: int
-) -> set[str]:
-    """Names of tensors with values beyond F16. Only dtypes that have such are read."""
-    wide = {name: entry for name, entry in tensors.items() if entry.dtype in WIDE}
-    jobs = ((entry.nbytes, partial(_largest_of, name, entry)) for name, entry in wide.items())
-    done, found = 0, set()
-    for (name, entry), value in zip(wide.items(), in_order(jobs, pool), strict=True):
-        if value > F16_MAX:
-            found.add(name)
-        done += entry.nbytes
-        if progress:
-            progress(done, total, "checking")
-    return found
-
-
-def _largest_of(name: str, entry: Entry) -> float:
-    return _largest(name, entry.load())
-
-
-def _largest(name: str, x: Tensor) -> float:
-    """The largest magnitude; raises GgufSdError for NaN and infinity."""
-    low, high = torch.aminmax(x)
-    largest = torch.maximum(low.abs(), high.abs()).item()
-    if not largest < float("inf"):
-        raise GgufSdError(f"tensor {name} of the source holds NaN or infinity; get an intact copy of the model")
-    return largest
-
-
-def encode(tensor: Stored, entry: Entry) -> Tensor:
-    """The tensor's bytes for the file: uint8 blocks [rows, bytes], or values of the plain type. Raises GgufSdError for
-    NaN and infinity in a dtype that :data:`WIDE` does not name; the others are looked through beforehand."""
-    x = entry.load().reshape(tensor.logical)
-    if entry.dtype not in WIDE:
-        _largest(tensor.name, x if entry.dtype == torch.float16 else x.float())
-    if tensor.type not in FORMATS:
-        return x.to(PLAIN_DTYPES[tensor.type]).contiguous()
-    if tensor.tap_major:
-        x = x.permute(0, 2, 3, 1)
-    return quantize(x.reshape(tensor.shape), tensor.type)
-
-
 def _metadata(job: _Job, stored: list[Stored]) -> dict[str, Any]:
     path, options = job.source.path.resolve(), job.options
     metadata: dict[str, Any] = {
         keys.NAME: path.name if path.is_dir() else path.stem,
-        keys.FILE_TYPE: _file_type(options.type),
+        keys.FILE_TYPE: file_type(options.type),
         keys.QUANTIZATION_VERSION: gguf.GGML_QUANT_VERSION,
         keys.FORMAT: keys.FORMAT_VERSION,
         keys.LAYOUT: options.layout,
@@ -332,24 +333,11 @@ def _metadata(job: _Job, stored: list[Stored]) -> dict[str, Any]:
         keys.CONFIG: json.dumps(asdict(job.config)),
         keys.SOURCE_NAME: path.name,
         keys.SOURCE_HASH: PENDING_HASH,
-        keys.TOKENIZER: job.tokenizer.json,
     }
-    if options.loras:
-        metadata[keys.LORAS] = json.dumps([[lora.name, lora.weights, short_hash(lora.path)] for lora in options.loras])
-    reshaped = {tensor.name: list(tensor.logical) for tensor in stored if tensor.reshaped}
-    if options.layout == "native":
-        metadata[keys.SHAPES] = json.dumps(reshaped)
-    else:
-        metadata |= {keys.COMFY_SHAPE + name: shape for name, shape in reshaped.items()}
-    return metadata
-
-
-def _file_type(qtype: str) -> int:
-    """The number of llama.cpp's file type, where Q4_K and Q5_K are of a kind: small."""
-    if qtype == "mixed":
-        return int(gguf.LlamaFileType.GUESSED)
-    name = f"MOSTLY_{qtype.upper()}"
-    return int(gguf.LlamaFileType[f"{name}_S" if qtype in ("q4_k", "q5_k") else name])
+    if job.tokenizer is not None:
+        metadata[keys.TOKENIZER] = job.tokenizer.json
+    metadata |= inherited(job.source, options.loras)
+    return metadata | shape_keys(stored, options.layout)
 
 
 def hash_files(paths: Iterable[Path], stop: threading.Event | None = None) -> str:
@@ -377,13 +365,13 @@ def _report(
         source=str(job.source.path),
         output=str(output),
         architecture=job.config.name,
-        type=options.type,
+        type=type_label(stored, job.source.said) if options.type == SAME else options.type,
         layout=options.layout,
         nbytes=nbytes,
         f16_nbytes=nbytes - sum(tensor.nbytes for tensor in stored) + as_f16,
         types=_count((tensor.type, tensor) for tensor in stored),
         kept=_count((tensor.reason, tensor) for tensor in stored if tensor.reason),
-        tokenizer=job.tokenizer.origin,
+        tokenizer=job.tokenizer.origin if job.tokenizer else "none: a UNet alone",
         sha256=digest,
         seconds=seconds,
         notes=notes,

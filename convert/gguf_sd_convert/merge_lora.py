@@ -15,7 +15,7 @@ from gguf_sd.adapters.read_lora import change_factors, check_loras, lora_file
 from gguf_sd.adapters.targets import UNET_PART, Target, text_part
 from gguf_sd.checkpoint.tensor_names import OPENCLIP_LAYER, TEXT, UNET, XL_TEXT, inverted
 from gguf_sd.config import ModelConfig
-from gguf_sd_convert.sources.checkpoints import Entry
+from gguf_sd_convert.sources.entries import Blocks, Entry
 
 LEVEL = "text_model."
 
@@ -46,10 +46,16 @@ def merged(tensors: dict[str, Entry], loras: Iterable[Lora], config: ModelConfig
                     changes.setdefault(place.name, []).append((one, change, place))
         notes.append(f"merged {lora.path} at {lora.weights} into {count} layers")
     changed = {
-        name: replace(tensors[name], dtype=torch.float32, load=partial(_load, tensors[name], own))
+        name: replace(
+            tensors[name], dtype=torch.float32, load=partial(_load, tensors[name], own), blocks=_changed(tensors[name])
+        )
         for name, own in changes.items()
     }
     return tensors | changed, notes
+
+
+def _changed(entry: Entry) -> Blocks | None:
+    return replace(entry.blocks, read=None) if entry.blocks else None
 
 
 def _load(entry: Entry, changes: Iterable[tuple[Active, LayerChange, Place]]) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from gguf_sd.adapters.factors import Dense, Factors, Kronecker, LowRank
 from gguf_sd.adapters.targets import Target
 from gguf_sd.models.layers import AroundNorm, Quantized
-from gguf_sd.models.unet import Attention, ResBlock
+from gguf_sd.models.unet_blocks import Attention, ResBlock
 from gguf_sd_kernels import ops
 
 WHOLE = slice(None)

@@ -18,7 +18,7 @@ from gguf_sd.errors import GgufSdError
 
 XL_TEXTS = ("conditioner.embedders.0.", "conditioner.embedders.1.")
 # The second encoder is OpenCLIP's ("model."), or transformers' in the files of other tools.
-XL_WRAPPER = re.compile(r"^(model|transformer(?=\.text_model))\.")
+XL_WRAPPER = re.compile(r"^(model|transformer(?=\.text_))\.")
 NAMED = 3  # names of tensors that a message gives
 TEXT_LEVEL, VISION_LEVEL = "text_model.", "vision_model."
 

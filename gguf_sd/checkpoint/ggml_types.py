@@ -17,7 +17,7 @@ class GGMLType(NamedTuple):
     type_size: int  # bytes a block
 
 
-PLAIN = ("F32", "F16", "BF16", "F64")  # what stands in a file as torch has it
+PLAIN = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")  # what stands in a file as torch has it
 GGML_TYPES = {
     kind.number: kind
     for kind in (

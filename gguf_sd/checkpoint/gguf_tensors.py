@@ -1,4 +1,4 @@
-"""The data of a GGUF file as tensors. It stays memory-mapped: what is never touched is never read."""
+"""The data of a weight file as tensors. It stays memory-mapped: what is never touched is never read."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from gguf_sd_kernels.formats import FORMATS
 # all (fault_around_bytes, 64 KiB unless a debugging interface changed it). A multiple of every size of a page in use.
 FAULT_AROUND = 1 << 16
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # of safetensors files
 
 
 class MappedTensors:
@@ -37,13 +38,7 @@ class MappedTensors:
     def tensor(self, info: TensorInfo, shape: tuple[int, ...], tap_major: bool) -> Tensor | QuantTensor:
         """A tensor in its logical ``shape``, backed by the mapped file. Types outside gguf_sd_kernels.formats.FORMATS,
         and shapes whose rows are no whole number of blocks, are dequantised to F16 here."""
-        raw = self._bytes(info)
-        if not info.quantized:
-            return raw.view(DTYPES[info.type.name]).view(shape)
-        kind = FORMATS.get(info.type.name)
-        if kind is None or len(shape) < 2 or prod(shape[1:]) % kind.block_size:
-            return self._dequantized(info, raw).view(shape)
-        return QuantTensor(raw.view(shape[0], -1), kind.name, shape, tap_major)
+        return as_tensor(self._bytes(info), info, shape, tap_major, self.path)
 
     def forget_pages(self, tensors: Iterable[Tensor] | None = None) -> None:
         """Gives the memory behind everything read so far back, or behind these tensors and what the system read around
@@ -88,15 +83,26 @@ class MappedTensors:
         raw = self._data[info.offset : info.offset + info.nbytes]
         return raw if info.offset % 8 == 0 else raw.clone()
 
-    def _dequantized(self, info: TensorInfo, raw: Tensor) -> Tensor:
-        """Any type gguf-py can decode, as F16."""
-        import gguf
-        import numpy as np
 
-        try:
-            values = gguf.quants.dequantize(raw.numpy(), gguf.GGMLQuantizationType[info.type.name])
-        except (NotImplementedError, KeyError):
-            raise GgufSdError(
-                f"{self.path} holds tensor {info.name} as {info.type.name}, which cannot be read"
-            ) from None
-        return torch.from_numpy(np.ascontiguousarray(values)).to(torch.float16)
+def as_tensor(
+    raw: Tensor, info: TensorInfo, shape: tuple[int, ...], tap_major: bool, path: Path
+) -> Tensor | QuantTensor:
+    """A tensor in its logical ``shape`` from its bytes, uint8 [info.nbytes]; see :meth:`MappedTensors.tensor`."""
+    if not info.quantized:
+        return raw.view(DTYPES[info.type.name]).view(shape)
+    kind = FORMATS.get(info.type.name)
+    if kind is None or len(shape) < 2 or prod(shape[1:]) % kind.block_size:
+        return dequantized(raw, info, path).to(torch.float16).view(shape)
+    return QuantTensor(raw.view(shape[0], -1), kind.name, shape, tap_major)
+
+
+def dequantized(raw: Tensor, info: TensorInfo, path: Path) -> Tensor:
+    """The values of any type that gguf-py can decode, float32. Raises GgufSdError for others."""
+    import gguf
+    import numpy as np
+
+    try:
+        values = gguf.quants.dequantize(raw.numpy(), gguf.GGMLQuantizationType[info.type.name])
+    except (NotImplementedError, KeyError):
+        raise GgufSdError(f"{path} holds tensor {info.name} as {info.type.name}, which cannot be read") from None
+    return torch.from_numpy(np.ascontiguousarray(values))

@@ -29,6 +29,11 @@ def tensors(config: ModelConfig) -> Tensors:
         yield from _under(SAFETY, safety(config.safety))
 
 
+def unet_tensors(config: ModelConfig) -> Tensors:
+    """The UNet's alone."""
+    return _under(UNET, unet(config.unet))
+
+
 def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
     """All of them."""
     return dict(tensors(config))

@@ -5,7 +5,7 @@ Opening one needs no torch, which is imported when a part is loaded.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -15,6 +15,8 @@ from gguf_sd.checkpoint import metadata_keys as keys
 from gguf_sd.checkpoint.check_tensors import XL_TEXTS, check_tensors, text_names, warn_of_strays
 from gguf_sd.checkpoint.gguf_file import GGUFFile
 from gguf_sd.checkpoint.identify import MARKERS, identify
+from gguf_sd.checkpoint.mapped_file import MappedFile
+from gguf_sd.checkpoint.part_files import PartPaths, joined, missing_parts, missing_sentence
 from gguf_sd.checkpoint.tensor_names import SAFETY, TEXT, UNET, VAE, canonical_names
 from gguf_sd.config import ModelConfig
 from gguf_sd.errors import GgufSdError
@@ -45,29 +47,47 @@ def part_of(canonical: str) -> str:
 class ModelFile:
     """An opened model. Nothing but the header is read until a part is loaded."""
 
-    file: GGUFFile
+    file: MappedFile
     config: ModelConfig
     names: dict[str, str]  # canonical name -> name in the file
     strays: frozenset[str] = frozenset()  # canonical names of tensors that belong to no part
 
     @classmethod
-    def open(cls, path: Path | str) -> ModelFile:
-        """Checks configuration and tensors against each other. Raises GgufSdError for files that are no GGUF, no Stable
-        Diffusion, damaged, or newer than this program; tensors that do not belong are one warning."""
-        file = GGUFFile(path)
+    def open(cls, path: Path | str, parts: PartPaths | None = None) -> ModelFile:
+        """Checks configuration and tensors against each other; text encoders of ``parts`` take the place of the file's
+        own. Raises GgufSdError for files that are no GGUF, no Stable Diffusion, damaged, or newer than this program;
+        tensors that do not belong are one warning."""
+        file: MappedFile = GGUFFile(path)
         version = file.metadata.get(keys.FORMAT, keys.FORMAT_VERSION)
         if version != keys.FORMAT_VERSION:
             raise GgufSdError(
                 f"{path} has gguf-sd format version {shown(version)}, this program reads {keys.FORMAT_VERSION}; "
                 "update gguf-sd"
             )
-        names = canonical_names(file.tensors)
+        model = cls.of(file, own_config(file) if keys.CONFIG in file.metadata else None)
+        return model.with_parts(parts) if parts and parts.given else model
+
+    @classmethod
+    def of(cls, file: MappedFile, config: ModelConfig | None) -> ModelFile:
+        """An opened file as a model, of ``config`` or recognised from its tensors."""
+        names = canonical_names(file.tensors, config.unet if config else None)
         shapes = {canonical: file.shape(name) for canonical, name in names.items()}
-        own = keys.CONFIG in file.metadata
-        config = own_config(file) if own else identify(shapes, str(path))
-        strays = [name for name in check_tensors(config, shapes, str(path)) if name not in MARKERS]
-        warn_of_strays([names[name] for name in strays], str(path))
+        config = config or identify(shapes, str(file.path))
+        strays = [name for name in check_tensors(config, shapes, str(file.path)) if name not in MARKERS]
+        warn_of_strays([names[name] for name in strays], str(file.path))
         return cls(file, config, names, frozenset(strays))
+
+    def with_parts(self, parts: PartPaths) -> ModelFile:
+        """The same with text encoders from other files, see :func:`gguf_sd.checkpoint.part_files.joined`."""
+        known = {canonical: name for canonical, name in self.names.items() if canonical not in self.strays}
+        file = joined(self.file, known, self.config, parts)
+        return replace(self, file=file, names={name: name for name in file.tensors}, strays=frozenset())
+
+    def check_whole(self, vae: bool = False) -> None:
+        """Raises GgufSdError where a part is missing that painting takes, naming the option that gives it; ``vae``:
+        whether an autoencoder comes from elsewhere."""
+        if missing := [part for part in missing_parts(self.config, self.names) if part != "vae" or not vae]:
+            raise GgufSdError(missing_sentence(self.path, self.config, missing))
 
     @property
     def path(self) -> Path:
@@ -172,7 +192,7 @@ class ModelFile:
         return Tokenizer(str(text), str(self.path))
 
 
-def own_config(file: GGUFFile) -> ModelConfig:
+def own_config(file: MappedFile) -> ModelConfig:
     """The configuration that a file of ours carries. Raises GgufSdError: file, key, value and what is allowed."""
     where = f"{file.path} has damaged metadata: {keys.CONFIG}"
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from gguf_sd.config import UNetConfig, VAEConfig
+from gguf_sd.config import SD15, SDXL, UNetConfig, VAEConfig
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -52,6 +52,9 @@ IGNORED = re.compile(
     r"|.*\.position_ids|logvar|scale_factor|denoiser\.sigmas|first_stage_model\.loss\..*|optimizer.*"
     r"|cond_stage_model\.logit_scale|conditioner\.embedders\.1\.model\.logit_scale)"
 )
+
+# What only a UNet under diffusers' names has; a ControlNet has the first, but no way up.
+DIFFUSERS_UNET = re.compile(r"(.*\.)?time_embedding\.linear_1\.weight")
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -164,20 +167,22 @@ def inverted(modules: Mapping[str, str]) -> dict[str, str]:
     return {new: old for old, new in modules.items()}
 
 
-def canonical_names(names: Iterable[str]) -> dict[str, str]:
+def canonical_names(names: Iterable[str], unet: UNetConfig | None = None) -> dict[str, str]:
     """Canonical name -> name in the file, for single-file checkpoints and the GGUF files of other tools.
 
-    Known prefixes are replaced, bare UNet files (no prefix at all) get theirs, and VAE attention under its
-    diffusers names its original ones. Tensors that inference does not use are left out; unknown ones are kept
-    as they are, for the loader to name.
+    Known prefixes are replaced, bare UNet files (no prefix at all) get theirs, a UNet under diffusers' names (``unet``
+    is its configuration; None: SD 1.x's or SDXL's, whichever has such names) and VAE attention under them their
+    original ones. Tensors that inference does not use are left out; unknown ones are kept as they are, for the loader
+    to name.
     """
     names = list(names)
     bare = "input_blocks.0.0.weight" in names
     xl = any("label_emb.0.0.weight" in name for name in names)
     aliases = PREFIX_ALIASES | (XL_PREFIX_ALIASES if xl else {})
+    translated = _from_diffusers(names, unet)
     result: dict[str, str] = {}
     for name in names:
-        new = UNET + name if bare else name
+        new = translated.get(name) or (UNET + name if bare else name)
         for alias, prefix in aliases.items():
             if new.startswith(alias):
                 new = prefix + new.removeprefix(alias)
@@ -186,6 +191,19 @@ def canonical_names(names: Iterable[str]) -> dict[str, str]:
         if not IGNORED.fullmatch(new):
             result[new] = name
     return result
+
+
+def _from_diffusers(names: list[str], config: UNetConfig | None) -> dict[str, str]:
+    """Canonical names of the tensors of a UNet that has diffusers' names, whatever stands before them."""
+    found = next((match for name in names if (match := DIFFUSERS_UNET.fullmatch(name))), None)
+    if found is None or not any(".up_blocks." in f".{name}" for name in names):
+        return {}
+    prefix = found[1] or ""
+    if config is None:
+        config = (SDXL if f"{prefix}add_embedding.linear_1.weight" in names else SD15).unet
+    modules = unet_modules(config)
+    own = (name for name in names if name.startswith(prefix))
+    return {name: UNET + new for name in own if (new := rename(name.removeprefix(prefix), modules))}
 
 
 def _canonical_vae_attention(name: str) -> str:

@@ -19,8 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gguf_sd.checkpoint.assign import Source, assign
+from gguf_sd.checkpoint.gguf_file import GGUFFile
+from gguf_sd.checkpoint.metadata_keys import CONFIG
 from gguf_sd.checkpoint.model_file import ModelFile
-from gguf_sd.checkpoint.tensor_names import VAE, canonical_names, rename, vae_modules
+from gguf_sd.checkpoint.tensor_names import UNET, VAE, canonical_names, rename, vae_modules
 from gguf_sd.checkpoint.tiny_family import tiny_family
 from gguf_sd.config import SD15, VAEConfig
 from gguf_sd.errors import GgufSdError
@@ -33,7 +35,7 @@ from gguf_sd.models.vae import Autoencoder
 
 FAMILY_NAMES = {"sd1": "Stable Diffusion 1.x", "sdxl": "SDXL"}
 TINY_FILES = {"sd1": "TAESD", "sdxl": "TAESDXL"}
-TAKES = "--vae takes TAESD or a full VAE as .safetensors, a diffusers folder of either, or a .gguf model"
+TAKES = "--vae takes TAESD or a full VAE as .safetensors, a diffusers folder of either, or a .gguf model or VAE"
 DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
 MODULES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 WIDTHS = re.compile(r"encoder\.down(?:_blocks)?\.([0-9]{1,3})\.(?:block|resnets)\.([0-9]{1,3})\.conv1\.weight")
@@ -64,7 +66,7 @@ class VAEFile:
     @classmethod
     def open(cls, path: Path | str, model: VAEConfig | None = None) -> VAEFile:
         """``path``: a .safetensors file (TAESD, its encoder or decoder, a full VAE under LDM's or diffusers' names,
-        a whole checkpoint), a folder of TAESD's or of diffusers', or a GGUF model.
+        a whole checkpoint), a folder of TAESD's or of diffusers', or a GGUF file of a model or of a full VAE.
 
         ``model`` is the configuration of the VAE it stands in for: its scaling factor is taken where the file has
         none. Raises GgufSdError for what is no VAE, and for the VAE of another family where it tells.
@@ -107,7 +109,7 @@ def _open_file(path: Path, model: VAEConfig) -> VAEFile:
     except OSError as error:
         raise GgufSdError(f"cannot read the VAE {path}: {error.strerror}") from error
     if head[:4] == b"GGUF":
-        return _open_gguf(path)
+        return _open_gguf(path, model)
     if head[8:] != b"{":
         raise GgufSdError(f"{path} is neither a safetensors nor a GGUF file, or is damaged; {TAKES}")
     shapes = _shapes(path)
@@ -115,10 +117,15 @@ def _open_file(path: Path, model: VAEConfig) -> VAEFile:
     return _open_tiny(path, tiny, model) if tiny else _open_full(path, shapes, model)
 
 
-def _open_gguf(path: Path) -> VAEFile:
-    model = ModelFile.open(path)
-    model.part(VAE)  # raises where there is none
-    return VAEFile(path, model.config.vae, model.load_vae)
+def _open_gguf(path: Path, expected: VAEConfig) -> VAEFile:
+    file = GGUFFile(path)
+    if CONFIG in file.metadata or any(name.startswith(UNET) for name in canonical_names(file.tensors)):
+        model = ModelFile.open(path)
+        model.part(VAE)  # raises where there is none
+        return VAEFile(path, model.config.vae, model.load_vae)
+    names, config = full_vae(path, {name: file.shape(name) for name in file.tensors}, expected)
+    sources: dict[str, Source] = {ours: partial(file.tensor, name) for ours, name in names.items()}
+    return VAEFile(path, config, partial(_load_full, path, sources, config))
 
 
 def _open_tiny(path: Path, places: Places, model: VAEConfig) -> VAEFile:
@@ -169,6 +176,17 @@ def _load_tiny(path: Path, places: Places, channels: int, dtype: torch.dtype) ->
 
 
 def _open_full(path: Path, shapes: Shapes, model: VAEConfig) -> VAEFile:
+    names, config = full_vae(path, shapes, model)
+
+    def load(dtype: torch.dtype) -> Autoencoder:
+        return _load_full(path, _sources({ours: (path, name) for ours, name in names.items()}), config, dtype)
+
+    return VAEFile(path, config, load)
+
+
+def full_vae(path: Path, shapes: Shapes, model: VAEConfig) -> tuple[dict[str, str], VAEConfig]:
+    """The tensors of a full VAE in a file of these shapes, original name without prefix -> name in the file, and its
+    configuration; ``model`` says what tensors do not. Raises GgufSdError where there is none."""
     names = canonical_names(shapes)
     if not any(name.startswith(VAE) for name in names):  # a VAE alone; its attention may still have other names
         names = canonical_names(VAE + name for name in shapes)
@@ -180,8 +198,7 @@ def _open_full(path: Path, shapes: Shapes, model: VAEConfig) -> VAEFile:
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in vae:
         modules = vae_modules(config)
         vae = {rename(ours, modules) or ours: name for ours, name in vae.items()}
-    places = {ours: (path, name) for ours, name in vae.items()}
-    return VAEFile(path, config, partial(_load_full, path, places, config))
+    return vae, config
 
 
 def _full_config(path: Path, shapes: Shapes, settings: Mapping[str, Any], model: VAEConfig) -> VAEConfig:
@@ -218,10 +235,10 @@ def _full_config(path: Path, shapes: Shapes, settings: Mapping[str, Any], model:
         raise GgufSdError(f"{path} holds no VAE that can be: {error}") from error
 
 
-def _load_full(path: Path, places: Places, config: VAEConfig, dtype: torch.dtype) -> Autoencoder:
+def _load_full(path: Path, sources: Mapping[str, Source], config: VAEConfig, dtype: torch.dtype) -> Autoencoder:
     with torch.device("meta"):
         vae = Autoencoder(config)
-    assign(vae, _sources(places), dtype, str(path))
+    assign(vae, sources, dtype, str(path), keep_quantized=False)
     return vae.eval()
 
 

@@ -77,10 +77,11 @@ def _json(path: Path) -> dict[str, Any]:
         raise GgufSdError(f"cannot read {path}: {error.strerror}") from error
 
 
-def refuse_other_files(path: Path) -> None:
+def refuse_other_files(path: Path, unet: bool = False) -> None:
     """Raises GgufSdError, which says what ``path`` is and what to do with it, for a safetensors file or a folder that
-    is known to be no Stable Diffusion model: found out from headers, before torch is imported and anything is read."""
+    is known to be no Stable Diffusion model, or not a whole one; ``unet``: a file of a UNet alone will do. It is found
+    out from headers, before torch is imported and anything is read."""
     if path.is_dir() or is_safetensors(path):
         weights = open_weights(path)
-        if (kind := weights.kind) is not None:
+        if (kind := weights.kind) is not None and not (unet and kind.part == "unet" and not path.is_dir()):
             raise GgufSdError(f"{path} is {kind.name}; {kind.advice}")

@@ -10,10 +10,12 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 class Kind(NamedTuple):
-    """``name`` goes behind "FILE is", ``advice`` is what to do with it."""
+    """``name`` goes behind "FILE is", ``advice`` is what to do with it; ``part``: unet, vae or text, of what is a part
+    of a model."""
 
     name: str
     advice: str
+    part: str = ""
 
 
 MODELS = "gguf-sd takes Stable Diffusion 1.x and XL"
@@ -22,9 +24,7 @@ LORA = Kind("a LoRA", "give it to generate or convert as --lora, beside the mode
 CONTROLNET = Kind("a ControlNet", f"gguf-sd does not run these; {WHOLE}")
 EMBEDDING = Kind("a textual-inversion embedding", "give it to generate as --embedding, beside a model")
 TINY_VAE = Kind("a tiny autoencoder (TAESD)", "give it to generate as --vae, beside a model")
-VAE = Kind("a VAE alone", "give it to generate as --vae, beside a model")
-UNET = Kind("a UNet alone", WHOLE)
-TEXT_ENCODER = Kind("a text encoder alone", WHOLE)
+VAE = Kind("a VAE alone", "give it to generate or pack as --vae, beside a model", "vae")
 
 LORA_NAME = re.compile(
     r"(^|\.)lora_(unet|te\d?|transformer)_|[._]lora[._](A|B|a|b|down|up)([._]|$)|\.(hada_w1_a|lokr_w1|oft_blocks)$"
@@ -34,6 +34,22 @@ CONTROLNET_NAME = re.compile(
 )
 EMBEDDING_WIDTHS = (768, 1024, 1280)
 EMBEDDING_NAME = re.compile(r"emb_params|clip_[lg]|<[^>]*>|\*|string_to_param\..*|[^.]*")
+UNET_ADVICE = "give it to generate or pack with {} and --vae, or to convert with --unet-only"
+# Widths of text encoders' tokens, what they are called, and what to do with them.
+TEXT_ENCODERS = {
+    768: Kind(
+        "a text encoder alone (CLIP-L)",
+        "give it to generate or pack as --clip-l, beside a UNet of SD 1.x or SDXL",
+        "text",
+    ),
+    1280: Kind(
+        "a text encoder alone (CLIP-G)", "give it to generate or pack as --clip-g, beside a UNet of SDXL", "text"
+    ),
+    1024: Kind("a text encoder alone (OpenCLIP ViT-H, of Stable Diffusion 2)", MODELS),
+}
+TEXT_ENCODER = Kind(
+    "a text encoder alone", "give it to generate or pack as --clip-l or --clip-g, beside a UNet made for it", "text"
+)
 TINY_NAME = re.compile(
     r"((encoder|decoder)\.(layers\.)?)?[0-9]{1,3}\.(weight|bias|(conv|skip)(\.[0-9])?\.(weight|bias))"
 )
@@ -58,11 +74,12 @@ FOREIGN = {
     "model.1.sub.0.RDB1.conv1.0.weight": "an upscaler",
     "body.0.rdb1.conv1.weight": "an upscaler",
 }
+XL_VECTOR = ("label_emb.0.0.weight", "add_embedding.linear_1.weight")
 PARTS = {  # the part of Stable Diffusion that tensors belong to, under the original and diffusers' names
     "unet": re.compile(r"(model\.diffusion_model\.|unet\.)?(input_blocks\.0\.0\.|time_embedding\.linear_1\.)"),
     "vae": re.compile(r"(first_stage_model\.|vae\.)?(encoder|decoder)\.(conv_in\.|mid\.|mid_block\.)"),
     "text": re.compile(
-        r"(cond_stage_model|conditioner\.embedders|te)\.|(text_model\.)?(encoder\.layers|embeddings\.token_embedding)\."
+        r"(cond_stage_model|conditioner\.embedders|te|text_encoders|clip_[lg])\.|(text_model\.)?(encoder\.layers|embeddings\.token_embedding)\."
         r"|(model\.)?transformer\.resblocks\."
     ),
 }
@@ -84,7 +101,17 @@ def what_is(shapes: Shapes) -> Kind | None:
         return EMBEDDING
     if shapes and all(TINY_NAME.fullmatch(name) for name in shapes):
         return TINY_VAE
-    return {"unet": UNET, "vae": VAE, "text": TEXT_ENCODER}[parts.pop()] if len(parts) == 1 else None
+    return _part(parts.pop(), shapes) if len(parts) == 1 else None
+
+
+def _part(part: str, shapes: Shapes) -> Kind:
+    if part == "vae":
+        return VAE
+    if part == "unet":
+        xl = any(name.endswith(XL_VECTOR) for name in shapes)
+        return Kind("a UNet alone", UNET_ADVICE.format("--clip-l, --clip-g" if xl else "--clip-l"), "unet")
+    widths = [shape[-1] for name, shape in shapes.items() if name.endswith("token_embedding.weight") and shape]
+    return TEXT_ENCODERS.get(widths[0], TEXT_ENCODER) if len(widths) == 1 else TEXT_ENCODER
 
 
 def _foreign(names: Iterable[str]) -> Kind | None:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gguf_sd.checkpoint.gguf_header import is_gguf
 from gguf_sd.cli.preflight import check_source, check_type
 from gguf_sd.errors import GgufSdError
 
@@ -24,13 +25,17 @@ def add_parser(subparsers: Any) -> None:
         "F16. The file holds all that painting takes, tokenizer included.",
     )
     add = parser.add_argument
-    add("source", type=Path, help=".safetensors or .ckpt file, or a diffusers folder")
+    add("source", type=Path, help=".safetensors, .ckpt or .gguf file, or a diffusers folder")
     add("-o", "--output", type=Path, required=True, help="the .gguf file to write")
-    add("--type", default="q8_0", help="f16, bf16, q8_0, q6_k, q5_k, q5_1, q5_0, q4_k, iq4_nl, q4_1, q4_0, or mixed: "
-        "by layer, see --target-size and --bpw (q8_0)")  # fmt: skip
+    add("--type", help="f16, bf16, q8_0, q6_k, q5_k, q5_1, q5_0, q4_k, iq4_nl, q4_1, q4_0 (q8_0); mixed: by layer, see "
+        "--target-size and --bpw; same: as a .gguf SOURCE has it, its default")  # fmt: skip
     add("--text-type", default="f16", help="of the text encoders: f16 or q8_0 (f16)")
-    add("--layout", default="native", help="who can read it: native (gguf-sd), comfy (ComfyUI-GGUF too) or linear "
-        "(sd.cpp and diffusers too, but larger: convolutions stay F16) (native)")  # fmt: skip
+    add("--layout", default="auto", help="who can read it: native (gguf-sd), comfy (ComfyUI-GGUF too) or linear "
+        "(sd.cpp and diffusers too, but larger: convolutions stay F16); auto: as a .gguf SOURCE, else native, with "
+        "--unet-only comfy (auto)")  # fmt: skip
+    add("--unet-only", action="store_true", help="write the UNet alone, as ComfyUI-GGUF takes it; SOURCE may be one")
+    add("--allow-requantize", action="store_true", help="make blocks of a .gguf SOURCE's blocks, whatever their type: "
+        "at a loss")  # fmt: skip
     add("--ema", action="store_true", help="take the averaged weights of a full checkpoint")
     add("--tokenizer", type=Path, help="tokenizer folder, tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz, for a "
         "source that has none")  # fmt: skip
@@ -57,14 +62,13 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Converts and reports; raises GgufSdError for bad input."""
-    check_source(args.source)
-    if args.type.lower() != "mixed":
-        check_type(args.type)
+    check_source(args.source, args.unet_only)
+    check_type(args.type)
     from gguf_sd.adapters.lora import as_loras
     from gguf_sd_convert.convert import ConvertOptions, convert
 
     options = ConvertOptions(
-        type=args.type,
+        type=args.type or ("same" if is_gguf(args.source) else "q8_0"),
         layout=args.layout,
         text_type=args.text_type,
         ema=args.ema,
@@ -75,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
         preset=args.preset,
         safety=args.safety,
         loras=as_loras(args.loras or ()),
+        unet_only=args.unet_only,
+        allow_requantize=args.allow_requantize,
         calibration=_calibration(args),
     )
     report = convert(args.source, args.output, options, quiet=args.quiet or args.json)
@@ -89,7 +95,7 @@ def _calibration(args: argparse.Namespace) -> Calibration | None:
     """What the arguments ask for; raises GgufSdError for those that have no effect."""
     from gguf_sd_convert.calibrate.options import Calibration
 
-    measures = args.calibrate or args.imatrix is not None or args.type.lower() == "mixed"
+    measures = args.calibrate or args.imatrix is not None or (args.type or "").lower() == "mixed"
     given = {"--prompts": args.prompts, "--samples": args.samples, "--save-imatrix": args.save_imatrix}
     given |= {"--target-size": args.target_size, "--bpw": args.bpw}
     if not measures:

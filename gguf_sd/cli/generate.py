@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     recorded |= recorded_adapters(args, recorded, model)
     request = make_request(args, recorded)
     vae = recorded_vae(args, recorded, model)
-    given = (args.settings, args.image, args.mask, args.tokenizer, model, vae)
+    given = (args.settings, args.image, args.mask, args.tokenizer, args.clip_l, args.clip_g, model, vae)
     outputs = Outputs(args.output, request.count, [path for path in given if path is not None], args.force)
     if args.preview:
         outputs.check_preview()
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     tuning = Tuning(seconds_of(args.tune), quiet=args.quiet)
     if not (args.model or args.model_option or args.quiet):
         print("no MODEL is given: the small built-in demo model paints", file=sys.stderr)
-    path = model_path(model, args.type, args.tokenizer, quiet=args.quiet)
+    path = model_path(model, args.type, args.tokenizer, quiet=args.quiet, **_unet_alone(model))
     pipeline = Pipeline.load(
         path,
         args.device,
@@ -81,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
         args.max_memory,
         args.placement,
         args.vae_tile,
+        args.clip_l,
+        args.clip_g,
     )
     pipeline.tuning = tuning
     warn_of_other_model(recorded, pipeline.model.source_hash)
@@ -100,8 +102,19 @@ def _model(args: argparse.Namespace) -> Path:
     model: Path | None = args.model or args.model_option
     if model is None:
         return model_folder()
-    check_model(model)
+    from gguf_sd.checkpoint.part_files import PartPaths
+
+    check_model(model, PartPaths(args.clip_l, args.clip_g, args.vae))
     return model
+
+
+def _unet_alone(model: Path) -> dict[str, Any]:
+    """The conversion that a UNet takes whose other parts come from other files."""
+    from gguf_sd.checkpoint.safetensors_header import is_safetensors
+    from gguf_sd.checkpoint.weights import open_weights
+
+    kind = open_weights(model).kind if is_safetensors(model) else None
+    return {"unet_only": True} if kind is not None and kind.part == "unet" else {}
 
 
 def _check_engine(args: argparse.Namespace, dtype: str, vae: Path | None) -> None:

@@ -19,7 +19,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "--seed": ("-s",),
     "--vae-tile": ("--vae-tile-size",),
     "--max-memory": ("--max-vram",),
-    "MODEL": ("-m", "--model"),
+    "--clip-l": ("--clip_l",),
+    "--clip-g": ("--clip_g",),
+    "MODEL": ("-m", "--model", "--diffusion-model"),
 }
 
 
@@ -39,17 +41,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("-n", "--negative-prompt", help="what to keep away from; needs guidance above 1")
     add("-o", "--output", type=Path, help="PNG to write; several get -1, -2, … (default: the next free out-0001.png)")
     add("--force", action="store_true", help="let --output replace a file that gguf-sd did not write")
-    _add_adapters(parser)
-    _add_sampling(parser)
+    add_adapters(parser)
+    add_sampling(parser)
     _add_picture(parser)
-    _add_engine(parser)
+    add_engine(parser)
     add("--quiet", action="store_true", help="no progress bars and notes: only the paths and seeds")
     add("--plan", action="store_true", help="show what would be where in memory, and paint nothing")
     add("--json", action="store_true", help="print settings, files and times as JSON")
     _add_aliases(parser)
 
 
-def _add_adapters(parser: argparse.ArgumentParser) -> None:
+def add_adapters(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--lora", action="append", dest="loras", metavar="FILE[:WEIGHT]", help="a LoRA, LoHa or LoKr to add, and how "
         "much of it (1); may be given several times")  # fmt: skip
@@ -58,7 +60,7 @@ def _add_adapters(parser: argparse.ArgumentParser) -> None:
         "NAME, or else the file's name, stands for it in the prompts; may be given several times")  # fmt: skip
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
+def add_sampling(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--steps", type=int, help="sampling steps")
     add("--guidance", type=float, help="classifier-free guidance scale; 1 or less does without (and is twice as fast)")
@@ -89,9 +91,12 @@ def _add_picture(parser: argparse.ArgumentParser) -> None:
     add("--preview", type=int, default=0, metavar="N", help="write OUTPUT.preview.png every N steps (0 = never)")
 
 
-def _add_engine(parser: argparse.ArgumentParser) -> None:
+def add_engine(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--vae", type=Path, help="another autoencoder: TAESD, or a full VAE file or folder")
+    add("--clip-l", type=Path, metavar="FILE", help="text encoder CLIP-L, for a MODEL that is a UNet alone: .gguf or "
+        ".safetensors, of it alone or of a whole model")  # fmt: skip
+    add("--clip-g", type=Path, metavar="FILE", help="SDXL's second text encoder, the same way")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
     add("--dtype", help="auto, float32, float16, bfloat16: what the UNet computes in (auto)")
     add("--weights", default="auto", help="auto, quantized (small) or resident (dequantised once: faster, larger)")

@@ -18,6 +18,7 @@ from gguf_sd.input_files import open_input
 if TYPE_CHECKING:
     from gguf_sd.checkpoint.model_file import ModelFile
     from gguf_sd.checkpoint.weights import Weights
+    from gguf_sd.checkpoint.what_is_it import Kind
 
 LONG_VALUE = 100  # characters of a metadata value that the table shows
 READS = ".gguf, .safetensors and .ckpt files, and diffusers folders"
@@ -64,12 +65,13 @@ def inspect(path: Path, tensors: bool = False) -> dict[str, Any]:
         raise GgufSdError(f"{path} is no weight file: it starts with {head!r}; inspect reads {READS}")
     file = GGUFFile(path)
     shapes = {name: file.shape(name) for name in file.tensors}
-    if (kind := what_is(shapes)) is not None:  # a UNet alone of ComfyUI's, a language model, …
+    kind = what_is(shapes)
+    if kind is not None and kind.part != "unet":  # a language model, a text encoder, …
         rows = ((info.name, info.type.name, info.shape, info.nbytes) for info in file.tensors.values())
         facts = {"file": str(path), "bytes": file.size, "format": "GGUF", "is": kind.name, "advice": kind.advice}
         facts |= {"parts": _parts(("tensors", t, prod(s), n) for _, t, s, n in rows), "metadata": file.metadata}
         return facts | ({"tensors": _gguf_tensors(file)} if tensors else {})
-    return describe(ModelFile.open(path), tensors)
+    return describe(ModelFile.open(path), tensors, kind)
 
 
 def _head(path: Path) -> bytes:
@@ -93,15 +95,17 @@ def _pickled(path: Path) -> Weights:
     return Weights(path, "pickled checkpoint", path.stat().st_size, {"": tensors})
 
 
-def describe(model: ModelFile, tensors: bool = False) -> dict[str, Any]:
-    """The facts of a ModelFile as a JSON object."""
+def describe(model: ModelFile, tensors: bool = False, kind: Kind | None = None) -> dict[str, Any]:
+    """The facts of a ModelFile as a JSON object; ``kind``: what it is, if it is a part."""
     from gguf_sd.checkpoint.model_file import part_of
+    from gguf_sd.checkpoint.part_files import missing_parts, missing_sentence
 
     file = model.file
     stored = [(part_of(canonical), file.tensors[name]) for canonical, name in model.names.items()]
     facts = {
         "file": str(file.path),
         "bytes": file.size,
+        **({"is": kind.name, "advice": kind.advice} if kind else {}),
         "architecture": model.config.name,
         "layout": file.metadata.get("gguf_sd.layout", "unknown (not written by gguf-sd)"),
         "type": file.metadata.get("gguf_sd.type", ""),
@@ -110,6 +114,8 @@ def describe(model: ModelFile, tensors: bool = False) -> dict[str, Any]:
         "config": asdict(model.config),
         "metadata": {key: value for key, value in file.metadata.items() if key != "gguf_sd.config"},
     }
+    if kind is None and (missing := missing_parts(model.config, model.names)):
+        facts["advice"] = missing_sentence(model.path, model.config, missing)
     return facts | ({"tensors": _gguf_tensors(file)} if tensors else {})
 
 

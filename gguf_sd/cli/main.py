@@ -18,7 +18,10 @@ from gguf_sd.errors import GgufSdError
 COMMANDS = {
     "demo": "convert the built-in model to four types and compare them",
     "convert": "make a GGUF file from a checkpoint",
+    "pack": "join a UNet and its other parts into one file",
     "generate": "paint pictures from a prompt",
+    "batch": "paint a file of prompts",
+    "serve": "serve models by HTTP and on a page",
     "inspect": "show what a model file or folder holds",
     "tune": "measure the GPU kernels for a model",
     "cache": "list or clear the models that generate has converted",

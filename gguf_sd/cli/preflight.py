@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gguf_sd.checkpoint.gguf_header import is_gguf
 from gguf_sd.checkpoint.weights import refuse_other_files
 from gguf_sd.errors import GgufSdError
 
+if TYPE_CHECKING:
+    from gguf_sd.checkpoint.part_files import PartPaths
 
-def check_model(path: Path) -> None:
-    """Raises GgufSdError for what `generate` cannot paint with."""
+
+def check_model(path: Path, parts: PartPaths | None = None) -> None:
+    """Raises GgufSdError for what `generate` cannot paint with: no model, or one that lacks what ``parts`` do not
+    give."""
     if not path.exists():
         raise GgufSdError(f"{path} does not exist; give a .gguf file, a checkpoint or a diffusers folder")
     if is_gguf(path) or path.suffix.lower() == ".gguf":
         from gguf_sd.checkpoint.model_file import ModelFile
 
-        ModelFile.open(path)
+        ModelFile.open(path, parts).check_whole(parts is not None and parts.vae is not None)
     else:
-        refuse_other_files(path)
+        refuse_other_files(path, unet=parts is not None and bool(parts.given))
 
 
 def check_type(name: str | None) -> None:
@@ -29,10 +34,9 @@ def check_type(name: str | None) -> None:
         type_name(name)
 
 
-def check_source(path: Path) -> None:
-    """Raises GgufSdError for what `convert` cannot take."""
+def check_source(path: Path, unet_only: bool = False) -> None:
+    """Raises GgufSdError for what `convert` cannot take; ``unet_only``: a UNet alone will do."""
     if not path.exists():
         raise GgufSdError(f"{path} does not exist")
-    if is_gguf(path):
-        raise GgufSdError(f"{path} is a GGUF file already; convert takes .safetensors, .ckpt or a diffusers folder")
-    refuse_other_files(path)
+    if not is_gguf(path):
+        refuse_other_files(path, unet=unet_only)

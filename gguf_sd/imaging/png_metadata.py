@@ -104,7 +104,7 @@ def _times(pair: tuple[int, int]) -> str:
 def read_parameters(path: Path) -> dict[str, Any]:
     """The settings in a picture, see :func:`parse_parameters`. Raises GgufSdError where it has none, or none that make
     sense."""
-    text = _text(open_image(path))
+    text = text_of(open_image(path))
     if not text.strip():
         raise GgufSdError(
             f"{path} carries no settings (no PNG text called {PARAMETERS!r}); was it saved by another program?"
@@ -115,7 +115,7 @@ def read_parameters(path: Path) -> dict[str, Any]:
         raise GgufSdError(f"{path} carries settings that cannot be read: {error}") from error
 
 
-def _text(image: Image.Image) -> str:
+def text_of(image: Image.Image) -> str:
     """PNG's text chunk, else the user comment of a JPEG's or WebP's EXIF data."""
     if isinstance(text := image.info.get(PARAMETERS), str):
         return text

@@ -20,7 +20,7 @@ from gguf_sd.config import VAEConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd.models import row_bands as stream
 from gguf_sd.models.row_bands import DerivedMap, Map, Moments, Operator, Rows, StoredMap
-from gguf_sd.models.unet import feature_map, tokens
+from gguf_sd.models.unet_blocks import feature_map, tokens
 from gguf_sd.models.vae import AttnBlock, Autoencoder, Downsample, Level, Mid, ResnetBlock, Upsample, query_chunks
 
 

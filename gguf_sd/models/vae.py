@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from gguf_sd.config import VAEConfig
 from gguf_sd.models.layers import Conv2d, GroupNorm, Linear, Pointwise
-from gguf_sd.models.unet import feature_map, tokens
+from gguf_sd.models.unet_blocks import feature_map, tokens
 from gguf_sd_kernels import ops
 
 EPS = 1e-6

@@ -81,6 +81,17 @@ def read_tokenizer(path: Path, vocab_size: int) -> ClipTokenizer:
         raise GgufSdError(f"cannot read the tokenizer {path}: {error}") from error
 
 
+def tokenizer_in_file(text: str, path: Path, encoder: TextConfig) -> ClipTokenizer:
+    """The tokenizer that a GGUF file carries as ``text``, with the token ids of its text encoder; raises
+    GgufSdError."""
+    what = f"the tokenizer in {path}"
+    bpe = read_clip_bpe(text, what)
+    ids = encoder.bos_token_id, encoder.eos_token_id, encoder.pad_token_id
+    if bpe.size > encoder.vocab_size:
+        raise GgufSdError(f"{what} has {bpe.size} tokens, the text encoder {encoder.vocab_size}")
+    return ClipTokenizer(build(bpe, START, END, what).to_str(), f"of {path}", bpe.size, *ids)
+
+
 def _text(path: Path) -> str:
     """A file's text, packed by gzip or not. Raises GgufSdError for more than a vocabulary has."""
     with open_input(path) as file:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gguf_sd.checkpoint.assign import Deferred
 from gguf_sd.checkpoint.finite import cast, check_blocks, is_finite
-from gguf_sd.checkpoint.gguf_file import GGUFFile
+from gguf_sd.checkpoint.mapped_file import MappedFile
 from gguf_sd.checkpoint.quant_tensor import QuantTensor
 from gguf_sd.runtime.lanes import Event, Lane
 
@@ -95,7 +95,7 @@ class Stream:
     """Brings the weights of each stage before it runs, and lets them go behind it. Stages may run in any order; what
     followed one last time is brought while it runs. ``drop``: whether the file's pages are given back too."""
 
-    def __init__(self, stages: Sequence[Stage], lane: Lane, file: GGUFFile, meter: Meter, drop: bool):
+    def __init__(self, stages: Sequence[Stage], lane: Lane, file: MappedFile, meter: Meter, drop: bool):
         self.lane, self.file, self.meter, self.drop = lane, file, meter, drop
         self._after = dict(zip(stages, [*stages[1:], *stages[:1]], strict=True))
         for weight in (weight for stage in stages for weight in stage.weights):

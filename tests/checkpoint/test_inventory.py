@@ -13,7 +13,8 @@ from gguf_sd.checkpoint.tensor_names import UNET, VAE
 from gguf_sd.config import SD15, SD15_INPAINT, SDXL, ModelConfig, SafetyConfig, TextConfig
 from gguf_sd.models.layers import Pointwise
 from gguf_sd.models.text import TextEncoder
-from gguf_sd.models.unet import SpatialTransformer, UNet
+from gguf_sd.models.unet import UNet
+from gguf_sd.models.unet_blocks import SpatialTransformer
 from gguf_sd.models.vae import AttnBlock, Autoencoder
 
 LEVELS = {"block_out_channels": (32, 32, 64), "transformer_layers": (0, 2, 1), "num_heads": (1, 2, 4)}

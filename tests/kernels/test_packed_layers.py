@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gguf_sd.checkpoint.quant_tensor import QuantTensor
 from gguf_sd.config import UNetConfig
 from gguf_sd.models.layers import GroupNorm, LayerNorm, Quantized, QuantLinear, quantized, resident
-from gguf_sd.models.unet import Attention, ResBlock, UNet
+from gguf_sd.models.unet import UNet
+from gguf_sd.models.unet_blocks import Attention, ResBlock
 from gguf_sd.runtime.kernel_modes import make_resident, use_kernels
 from gguf_sd_convert.quantize.quantizers import quantize
 

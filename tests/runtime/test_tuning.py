@@ -15,7 +15,8 @@ from torch import Tensor
 from benchmarks.lib.random_weights import random_unet, unet_inputs
 from gguf_sd.config import UNetConfig
 from gguf_sd.errors import GgufSdError
-from gguf_sd.models.unet import UNet, Upsample
+from gguf_sd.models.unet import UNet
+from gguf_sd.models.unet_blocks import Upsample
 from gguf_sd.runtime.cuda_graph import GraphedUNet
 from gguf_sd.runtime.kernel_modes import use_kernels
 from gguf_sd.runtime.step_kernels import step_kernels

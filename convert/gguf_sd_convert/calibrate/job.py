@@ -25,10 +25,9 @@ from gguf_sd_convert.calibrate.prompts import default_prompts, read_prompts
 from gguf_sd_convert.calibrate.samples import Samples, default_count, record
 from gguf_sd_convert.calibrate.sensitivity import sensitivities
 from gguf_sd_convert.progress import Progress
-from gguf_sd_convert.quantize.policy import Stored
+from gguf_sd_convert.quantize.policy import MIXED, Stored
 from gguf_sd_kernels.formats import row_bytes
 
-MIXED = "mixed"
 MIXED_TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0")
 MIXED_CALLS = 64  # of those recorded, on which each layer is measured: small models' are many
 MAX_SAMPLES = 1 << 14
@@ -62,7 +61,7 @@ def check_calibration(options: Calibration, qtype: str) -> None:
     for path in (options.imatrix,):
         if path is not None and not path.is_file():
             raise GgufSdError(f"{path} does not exist; --calibrate with --save-imatrix makes such a file")
-    if qtype in ("f16", "bf16") and options.compensate:
+    if qtype in ("f16", "bf16", "same") and options.compensate:
         raise GgufSdError(f"there is nothing to calibrate in {qtype}; choose a quantised type")
 
 

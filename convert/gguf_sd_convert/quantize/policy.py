@@ -6,9 +6,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 
+from gguf_sd.checkpoint.ggml_types import GGML_TYPES
 from gguf_sd.checkpoint.tensor_names import SAFETY, UNET
 from gguf_sd.errors import GgufSdError
-from gguf_sd_kernels.formats import FORMATS, row_bytes
+from gguf_sd_kernels.formats import FORMATS
 
 TYPES = ("f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "iq4_nl", "q4_1", "q4_0")
 TEXT_TYPES = ("f16", "q8_0")
@@ -16,12 +17,14 @@ TEXT_TYPES = ("f16", "q8_0")
 FALLBACKS = {"Q4_K": "Q4_1", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 LAYOUTS = ("native", "comfy", "linear")
 SMALL_BLOCK = 32  # values, of all types that are written but the K-quants
-PLAIN_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+MIXED = "mixed"  # each layer of the UNet has a type of its own
+SAME = "same"  # of a GGUF source: every tensor keeps its type
+KINDS = {kind.name: kind for kind in GGML_TYPES.values()}
 
 
 def type_name(name: str) -> str:
-    """The type called so in any case; raises GgufSdError for a name that is none of TYPES."""
-    if (found := str(name).lower()) not in TYPES:
+    """The type called so in any case, or SAME or MIXED; raises GgufSdError for a name that is none of TYPES."""
+    if (found := str(name).lower()) not in (*TYPES, SAME, MIXED):
         raise GgufSdError(f"no type {name!r}; choose from {', '.join(TYPES)}")
     return found
 
@@ -60,9 +63,8 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        if self.type in FORMATS:
-            return prod(self.shape[:-1]) * row_bytes(self.type, self.shape[-1])
-        return prod(self.shape) * PLAIN_BYTES[self.type]
+        kind = KINDS[self.type]
+        return prod(self.shape) // kind.block_size * kind.type_size
 
     @property
     def reshaped(self) -> bool:

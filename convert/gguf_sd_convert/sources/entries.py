@@ -14,12 +14,25 @@ from gguf_sd.errors import GgufSdError
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """How a quantised tensor lies in a GGUF file: its GGML type, its shape there in torch order, whether the rows of a
+    convolution hold (kh, kw, in), and what reads its bytes, uint8; None once its values were changed."""
+
+    type: str
+    shape: tuple[int, ...]
+    tap_major: bool
+    read: Callable[[], Tensor] | None
+
+
+@dataclass(frozen=True)
 class Entry:
-    """One tensor that can be read. ``load`` returns a contiguous tensor of this shape and dtype."""
+    """One tensor that can be read. ``load`` returns a contiguous tensor of this shape and dtype, decoded where it has
+    ``blocks``."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], Tensor]
+    blocks: Blocks | None = None
 
     @property
     def nbytes(self) -> int:

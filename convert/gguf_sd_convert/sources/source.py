@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gguf_sd.checkpoint.check_tensors import squeezed
+from gguf_sd.checkpoint.gguf_header import is_gguf
 from gguf_sd.checkpoint.identify import MARKERS, identify, marked
 from gguf_sd.checkpoint.inventory import Tensors
 from gguf_sd.checkpoint.tensor_names import (
@@ -31,6 +33,12 @@ from gguf_sd.errors import GgufSdError
 from gguf_sd.field_checks import shown
 from gguf_sd_convert.sources.checkpoints import Checkpoint, Entry, open_checkpoint, open_safetensors, open_sharded
 from gguf_sd_convert.sources.diffusers_config import read_model_config
+from gguf_sd_convert.sources.gguf_source import (
+    gguf_entries,
+    gguf_model,
+    second_text_encoder,
+    without_second_text_encoder,
+)
 from gguf_sd_convert.sources.json_settings import read_json
 from gguf_sd_convert.sources.safety_config import FOLDER as SAFETY_FOLDER
 
@@ -56,6 +64,12 @@ class Source:
     files: tuple[Path, ...]
     tokenizers: tuple[Path, ...]  # folders, one for each text encoder, of a diffusers source
     notes: tuple[str, ...]
+    metadata: Mapping[str, Any] | None = None  # of a GGUF source, where others have none
+
+    @property
+    def said(self) -> Mapping[str, Any]:
+        """The metadata of a GGUF source, which may be empty as well."""
+        return self.metadata or {}
 
 
 def open_source(path: Path, ema: bool = False, config: ModelConfig | None = None, safety: bool = True) -> Source:
@@ -67,6 +81,10 @@ def open_source(path: Path, ema: bool = False, config: ModelConfig | None = None
     """
     if not path.exists():
         raise GgufSdError(f"{path} does not exist")
+    if not path.is_dir() and is_gguf(path):
+        if ema:
+            raise GgufSdError(f"--ema is for checkpoints; {path} is a GGUF file, whose weights are what they are")
+        return _open_gguf(path, config, safety)
     if not path.is_dir():
         return _open_file(path, ema, config)
     if ema:
@@ -77,7 +95,8 @@ def open_source(path: Path, ema: bool = False, config: ModelConfig | None = None
 def _open_file(path: Path, ema: bool, config: ModelConfig | None) -> Source:
     checkpoint = open_checkpoint(path)
     averaged = {name for name in checkpoint.entries if name.startswith(EMA)}
-    names = canonical_names(name for name in checkpoint.entries if name not in averaged)
+    unet = config.unet if config else None
+    names = canonical_names((name for name in checkpoint.entries if name not in averaged), unet)
     notes = []
     if ema:
         names |= _ema_names(names, averaged, path)
@@ -91,6 +110,18 @@ def _open_file(path: Path, ema: bool, config: ModelConfig | None) -> Source:
     config, more = _said_of_itself(config, checkpoint, path)
     tensors = {name: entry for name, entry in tensors.items() if name not in MARKERS}
     return Source(path, config, tensors, checkpoint.files, (), (*notes, *more))
+
+
+def _open_gguf(path: Path, config: ModelConfig | None, safety: bool) -> Source:
+    """A GGUF file of ours or of another tool, whole or a UNet alone."""
+    model = gguf_model(path, config)
+    entries = gguf_entries(model)
+    if second := second_text_encoder(model, entries):
+        entries = without_second_text_encoder(entries) | _openclip(Checkpoint(second, (path,)), XL_TEXT[1])
+    config = model.config if safety else replace(model.config, safety=None)
+    if not safety:
+        entries = {name: entry for name, entry in entries.items() if not name.startswith(SAFETY)}
+    return Source(path, config, entries, (path,), (), (), model.file.metadata)
 
 
 def _ema_names(names: Mapping[str, str], averaged: set[str], path: Path) -> dict[str, str]:

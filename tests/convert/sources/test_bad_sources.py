@@ -47,7 +47,7 @@ def row(**changes: Any) -> dict[str, Any]:
     [
         (b"", "no checkpoint|truncated"),
         (b"hello, this is no checkpoint at all", "no checkpoint"),
-        (b"GGUF" + bytes(60), "GGUF file already"),
+        (b"GGUF" + bytes(60), "has GGUF version 0"),
         (struct.pack("<Q", 1 << 40) + b"{}", "truncated"),
         (struct.pack("<Q", 20) + b'{"a": ', "truncated"),
         (struct.pack("<Q", 9) + b'{"a": {]}', "no JSON"),

@@ -1,0 +1,1 @@
+"""A file of prompts to a folder of pictures: `gguf-sd batch`."""

@@ -1,0 +1,1 @@
+"""Many people at one device: `gguf-sd serve`."""
