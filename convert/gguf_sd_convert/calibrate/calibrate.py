@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gguf_sd.bench.calls import Samples
 from gguf_sd.checkpoint.tensor_names import UNET
 from gguf_sd.models.unet import UNet
 from gguf_sd_convert.calibrate.compensate import round_compensated
 from gguf_sd_convert.calibrate.moments import Moments, matrix
-from gguf_sd_convert.calibrate.samples import Samples
 from gguf_sd_convert.calibrate.walk import Walk
 from gguf_sd_convert.quantize.policy import Stored
 from gguf_sd_convert.quantize.quantizers import quantize

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from gguf_sd.atomic_write import put_in_place, temporary_beside
+from gguf_sd.bench.calls import Samples
 from gguf_sd.checkpoint.gguf_file import GGUFFile
 from gguf_sd.config import ModelConfig
 from gguf_sd.errors import GgufSdError
-from gguf_sd_convert.calibrate.samples import Samples
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 OWN = "gguf_sd.calibration."

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from gguf_sd.bench.calls import Samples, default_count, record
+from gguf_sd.bench.prompts import default_prompts, read_prompts
 from gguf_sd.checkpoint.metadata_keys import CALIBRATION
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.checkpoint.tensor_names import UNET
@@ -21,8 +23,6 @@ from gguf_sd_convert.calibrate.calibrate import Calibrated, calibrate, calibrate
 from gguf_sd_convert.calibrate.imatrix import Imatrix, read_imatrix, write_imatrix
 from gguf_sd_convert.calibrate.knapsack import Choice, solve
 from gguf_sd_convert.calibrate.options import Calibration
-from gguf_sd_convert.calibrate.prompts import default_prompts, read_prompts
-from gguf_sd_convert.calibrate.samples import Samples, default_count, record
 from gguf_sd_convert.calibrate.sensitivity import sensitivities
 from gguf_sd_convert.progress import Progress
 from gguf_sd_convert.quantize.policy import MIXED, Stored

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gguf_sd.bench.calls import Samples
+from gguf_sd.checkpoint.tensor_names import UNET
 from gguf_sd.models.unet import UNet
 from gguf_sd_convert.calibrate.moments import matrix, unmatrix
-from gguf_sd_convert.calibrate.samples import Samples
+from gguf_sd_convert.quantize.policy import plan
 from gguf_sd_convert.quantize.quantizers import quantize
 from gguf_sd_kernels import ops
 from gguf_sd_kernels.formats import FORMATS
@@ -46,6 +48,17 @@ def groups(names: Sequence[str]) -> list[tuple[str, ...]]:
         else:
             found[name] = [name]
     return [tuple(members) for members in found.values()]
+
+
+def measurable_layers(unet: UNet) -> list[str]:
+    """The modules of a UNet whose weights would be quantised."""
+    shapes = {
+        f"{UNET}{name}.weight": tuple(module.weight.shape)
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+    stored = plan(shapes, MEASURED.lower(), "native")
+    return [s.name.removeprefix(UNET).removesuffix(".weight") for s in stored if s.type == MEASURED]
 
 
 def usable_types(types: Sequence[str], cols: Sequence[int]) -> list[str]:

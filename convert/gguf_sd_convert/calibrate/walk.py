@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gguf_sd.bench.calls import Samples
 from gguf_sd.models.unet import Stage, UNet, timestep_embedding
 from gguf_sd_convert.calibrate.moments import Moments, columns, matrix, places, spans, unmatrix
-from gguf_sd_convert.calibrate.samples import Samples
 from gguf_sd_convert.calibrate.watch import Seen, in_order, watch
 
 BATCH_POSITIONS = 8192  # of latents, run at once

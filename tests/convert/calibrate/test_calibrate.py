@@ -12,14 +12,14 @@ import gguf
 import pytest
 import torch
 
+from gguf_sd.bench.calls import Samples, step_effects
+from gguf_sd.bench.prompts import default_prompts, read_prompts
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.cli.main import main
 from gguf_sd.errors import GgufSdError
 from gguf_sd_convert.calibrate import walk
 from gguf_sd_convert.calibrate.imatrix import read_imatrix
 from gguf_sd_convert.calibrate.options import Calibration
-from gguf_sd_convert.calibrate.prompts import default_prompts, read_prompts
-from gguf_sd_convert.calibrate.samples import Samples, step_effects
 from gguf_sd_convert.convert import ConvertOptions, convert
 
 PROMPTS = "a red cat\n\n# no prompt\na dog\n"

@@ -1,4 +1,4 @@
-"""What is painted for a calibration."""
+"""What is painted where nobody says: for calibrations and comparisons."""
 
 from __future__ import annotations
 
