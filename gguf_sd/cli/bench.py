@@ -8,6 +8,7 @@ import platform
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,8 +92,6 @@ def _check_output(args: argparse.Namespace) -> None:
 
 
 def _of_file(args: argparse.Namespace) -> Spec:
-    from dataclasses import replace
-
     from gguf_sd.bench.spec import Spec
 
     path = Path(args.models[0])
@@ -187,6 +186,10 @@ def _convert(source: Path, target: Path, options: dict[str, Any], args: argparse
     if args.resume and target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
+    if (calibration := options.get("calibration")) is not None:  # recorded once for all types
+        data = target.parent / f"{_name(source.stem)}.imatrix.gguf"
+        shared = replace(calibration, imatrix=data) if data.exists() else replace(calibration, save=data)
+        options = options | {"calibration": shared}
     convert(source, target, ConvertOptions(force=args.force or args.resume, **options), quiet=args.quiet)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gguf_sd.bench.calls import Samples
+from gguf_sd.checkpoint.assign import Deferred
 from gguf_sd.checkpoint.tensor_names import UNET
 from gguf_sd.models.unet import UNet
 from gguf_sd_convert.calibrate.compensate import round_compensated
@@ -41,9 +42,14 @@ class Calibrated:
 
 
 def calibrate(
-    unet: UNet, samples: Samples, plan: list[Stored], progress: Callable[[str], object] = lambda name: None
+    unet: UNet,
+    samples: Samples,
+    plan: list[Stored],
+    progress: Callable[[str], object] = lambda name: None,
+    deferred: Mapping[str, Deferred] | None = None,
 ) -> Calibrated:
-    """Rounds all layers of the plan whose type has blocks, for the calls recorded."""
+    """Rounds all layers of the plan whose type has blocks, for the calls recorded. ``deferred``: weights of the UNet
+    that are still to be read."""
     layers = calibrated_layers(plan)
     result = Calibrated()
 
@@ -62,7 +68,7 @@ def calibrate(
             result.biases[stored.name.removesuffix("weight") + "bias"] = bias
         return values, bias
 
-    full, rounded = Walk(unet, samples, layers, rounder, progress).run()
+    full, rounded = Walk(unet, samples, layers, rounder, progress, deferred).run()
     result.error = relative_error(rounded, full, samples.weights)
     return result
 

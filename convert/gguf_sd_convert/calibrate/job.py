@@ -12,6 +12,7 @@ import torch
 
 from gguf_sd.bench.calls import Samples, default_count, record
 from gguf_sd.bench.prompts import default_prompts, read_prompts
+from gguf_sd.checkpoint.assign import Deferred
 from gguf_sd.checkpoint.metadata_keys import CALIBRATION
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.checkpoint.tensor_names import UNET
@@ -81,14 +82,17 @@ def decide(
         decided.calibrated = _by_importance(model, plan({}), data)
         decided.notes.append(f"rounded by the importances of {options.imatrix}")
         return decided
-    unet = model.load_unet(torch.float32)
     if qtype == MIXED:
+        unet = model.load_unet(torch.float32)
         decided.types, note = _choose(unet, calls, plan({}), fixed_bytes, options, steps)
         decided.notes.append(note)
+        del unet
     if options.compensate:
         layers = plan(decided.types)
         steps.begin(len(calibrated_layers(layers)), "calibrating")
-        decided.calibrated = calibrate(unet, calls, layers, steps)
+        deferred: dict[str, Deferred] = {}
+        unet = model.load_unet(torch.float32, deferred)
+        decided.calibrated = calibrate(unet, calls, layers, steps, deferred)
         decided.notes.append(f"calibrated on {len(calls)} calls: UNet output error {decided.calibrated.error:.4f}")
         facts = {"calls": len(calls), "prompts": prompts, "error": round(decided.calibrated.error, 6)}
         decided.metadata[CALIBRATION] = json.dumps(facts)

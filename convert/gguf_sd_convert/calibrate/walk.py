@@ -11,20 +11,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gguf_sd.bench.calls import Samples
+from gguf_sd.checkpoint.assign import Deferred
 from gguf_sd.models.unet import Stage, UNet, timestep_embedding
 from gguf_sd_convert.calibrate.moments import Moments, columns, matrix, places, spans, unmatrix
 from gguf_sd_convert.calibrate.watch import Seen, in_order, watch
 
 BATCH_POSITIONS = 8192  # of latents, run at once
 MAX_PLACES = 32768  # of a layer's inputs, over all calls: more of them tell little that is new
+MANY = 256  # places of a feature map
 CROSS = ("attn2.to_k", "attn2.to_v")  # read the prompt alone, before all blocks
+
+T = TypeVar("T", bound=nn.Module)
 
 
 class Rounder(Protocol):
@@ -45,7 +49,8 @@ class _Stream:
 
 class Walk:
     """One walk. ``layers``: the names of the modules to be rounded, each by ``rounder``; ``progress`` is called after
-    each with its name. The UNet's weights may be of any dtype: each block is computed in float32."""
+    each with its name. Each block is computed in float32; its weights may be ``deferred``, and are then read when its
+    turn comes (:func:`gguf_sd.checkpoint.assign.assign`), so that no more than a block's are in memory."""
 
     def __init__(
         self,
@@ -54,7 +59,9 @@ class Walk:
         layers: Mapping[str, object],
         rounder: Rounder,
         progress: Callable[[str], object] = lambda name: None,
+        deferred: Mapping[str, Deferred] | None = None,
     ):
+        self.deferred = deferred or {}
         self.unet, self.samples, self.rounder, self.progress = unet, samples, rounder, progress
         self.layers = set(layers)
         positions = samples.latents.shape[2] * samples.latents.shape[3]
@@ -65,21 +72,21 @@ class Walk:
     def run(self) -> tuple[Tensor, Tensor]:
         """Rounds all layers; returns the predictions of the full and of the rounded UNet, [N, out_channels, h, w]."""
         s = self.samples
-        self.emb = F.silu(_embedding(self.unet, s))
+        self.emb = F.silu(self._embedding())
         full, rounded = self._project()
         latents = s.latents.float().contiguous(memory_format=torch.channels_last)
         self.streams = [_Stream([latents[part] for part in self.parts], p) for p in (full, rounded)]
         for i, block in enumerate(self.unet.input_blocks):
             self._stage(f"input_blocks.{i}", block)
             for stream in self.streams:
-                stream.skips.append(list(stream.h))
+                stream.skips.append([kept(h) for h in stream.h])
         self._stage("middle_block", self.unet.middle_block)
         for i, block in enumerate(self.unet.output_blocks):
             for stream in self.streams:
                 skip = stream.skips.pop()
-                stream.h = [torch.cat([h, x], 1) for h, x in zip(stream.h, skip, strict=True)]
+                stream.h = [torch.cat([h, x.float()], 1) for h, x in zip(stream.h, skip, strict=True)]
             self._stage(f"output_blocks.{i}", block)
-        out = copy.deepcopy(self.unet.out).float()
+        out = self._full(self.unet.out, "out")
         first, second = (torch.cat([out(h) for h in stream.h]) for stream in self.streams)
         return first, second
 
@@ -92,9 +99,10 @@ class Walk:
         full, rounded = [], []
         for attention in self.unet.cross_attentions:
             for layer in (attention.to_k, attention.to_v):
-                weight = layer.weight.float()
+                name = names[layer]
+                weight: Tensor = self._full(layer, name).weight
                 full.append(s.contexts.float() @ weight.T)
-                if (name := names[layer]) in self.layers:
+                if name in self.layers:
                     moments = Moments(len(weight), spans(layer, weight.shape[1]))
                     moments.add(x, None, weights)
                     weight, _ = self.rounder(name, weight, None, moments)
@@ -110,7 +118,8 @@ class Walk:
 
     def _unit(self, name: str, unit: nn.Module, size: tuple[int, int]) -> None:
         """One residual block, transformer or resampling."""
-        modules = [Stage([copy.deepcopy(unit).float()]) for _ in self.streams]
+        loaded = self._full(unit, name)
+        modules = [Stage([loaded]), Stage([copy.deepcopy(loaded)])]
 
         def call(which: int, i: int) -> Tensor:
             stream, part = self.streams[which], self.parts[i]
@@ -124,6 +133,27 @@ class Walk:
         for i in range(len(self.parts)):
             for which, stream in enumerate(self.streams):
                 stream.h[i] = call(which, i)
+
+    def _full(self, module: T, name: str) -> T:
+        """A copy of a module of the UNet, in float32."""
+        copied = copy.deepcopy(module).float()
+        for inner, layer in copied.named_modules():
+            weight = self.deferred.get(f"{name}.{inner}" if inner else name)
+            if weight is not None:
+                stored = weight.stored()
+                full = stored.float() if isinstance(stored, Tensor) else stored.dequantize()
+                layer.weight = nn.Parameter(full, requires_grad=False)
+        return copied
+
+    def _embedding(self) -> Tensor:
+        """Of the timesteps, and of SDXL's vectors, before the SiLU, [N, time_dim]."""
+        s, unet = self.samples, self.unet
+        emb: Tensor = self._full(unet.time_embed, "time_embed")(
+            timestep_embedding(s.timesteps, unet.config.block_out_channels[0])
+        )
+        if s.vectors is not None:
+            emb = emb + self._full(unet.label_emb, "label_emb")(s.vectors[s.prompt].float())
+        return emb
 
     def _group(self, unit: str, group: list[str], modules: list[Stage], call: Callable[[int, int], Tensor]) -> None:
         """Layers that are given the same input."""
@@ -157,11 +187,9 @@ class Walk:
         return slice(None) if rows <= share else torch.randperm(rows, generator=_seeded(part.start))[:share]
 
 
-def _embedding(unet: UNet, s: Samples) -> Tensor:
-    emb = copy.deepcopy(unet.time_embed).float()(timestep_embedding(s.timesteps, unet.config.block_out_channels[0]))
-    if s.vectors is not None:
-        emb = emb + copy.deepcopy(unet.label_emb).float()(s.vectors[s.prompt].float())
-    return emb
+def kept(h: Tensor) -> Tensor:
+    """Features as they wait for the way up: in float16 where they are many."""
+    return h.half() if h.shape[2] * h.shape[3] >= MANY else h
 
 
 def _lacking(layer: nn.Module, x: Tensor, wanted: Seen, got: Seen) -> Tensor:
