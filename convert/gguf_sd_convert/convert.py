@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gguf
-import torch
 from torch import Tensor
 
 from gguf_sd.adapters.lora import Lora, as_loras, requested
@@ -39,11 +38,11 @@ from gguf_sd_convert.merge_lora import merged
 from gguf_sd_convert.progress import Progress, progress_bar
 from gguf_sd_convert.quantize.policy import LAYOUTS, MIXED, SAME, TYPES, Stored, plan, text_type_name, type_name
 from gguf_sd_convert.quantize.requantize import AUTO, file_type, own_layout, settled, type_label
-from gguf_sd_convert.sources.checkpoints import Entry
 from gguf_sd_convert.sources.diffusers_config import checked_config, read_model_config
+from gguf_sd_convert.sources.entries import Entry, in_memory
 from gguf_sd_convert.sources.source import Source, fitted, open_source
 from gguf_sd_convert.workers import in_order, workers
-from gguf_sd_convert.writer import GGUFSink, check_target
+from gguf_sd_convert.writer import GGUFSink, check_target, terminable
 from gguf_sd_kernels.formats import FORMATS
 
 if TYPE_CHECKING:
@@ -258,10 +257,10 @@ def _decide(job: _Job, source: Path, output: Path, progress: Progress | None) ->
         raise GgufSdError(f"{source} is quantised already; calibrate the original")
     whole = replace(options, type="f16", layout="native", text_type="f16", unet_only=False)
     whole = replace(whole, calibration=None, force=True, shared=True)
-    with temporary_beside(output) as full:
+    with terminable(), temporary_beside(output) as full:
         convert(source, full, whole, progress)
-        found = GGUFFile(full)
-        wide = {name for name, info in found.tensors.items() if info.type.name == "F32" and len(info.shape) > 1}
+        infos = GGUFFile(full).tensors.items()
+        wide = {name for name, info in infos if info.type.name == "F32" and len(info.shape) > 1}
 
         def planned(own: dict[str, str]) -> list[Stored]:
             return _plan(job, wide, own)
@@ -281,7 +280,7 @@ def _write(
 ) -> tuple[list[Stored], int, str]:
     """Writes the file; returns what is in it, its size and the source's hash, taken on the side."""
     options, stop = job.options, threading.Event()
-    tensors = job.tensors if decided is None else job.tensors | _in_memory(decided.calibrated.biases)
+    tensors = job.tensors if decided is None else job.tensors | in_memory(decided.calibrated.biases)
     blocks = {} if decided is None else decided.calibrated.blocks
     known = known_hash(job.source, job.options.loras)
     with ThreadPoolExecutor(1) as hashing, workers(options.threads) as pool, ExitStack() as stack:
@@ -311,10 +310,6 @@ def _write(
                     progress(done, total, "converting")
             sink.patch(PENDING_HASH, known or digest.result())
         return stored, sink.nbytes, known or digest.result()
-
-
-def _in_memory(values: Mapping[str, Tensor]) -> dict[str, Entry]:
-    return {name: Entry(tuple(x.shape), x.dtype, partial(torch.clone, x)) for name, x in values.items()}
 
 
 def _shapes(tensors: dict[str, Entry]) -> dict[str, tuple[int, ...]]:

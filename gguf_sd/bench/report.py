@@ -66,7 +66,7 @@ def write_report(spec: Spec, rows: Sequence[Row], folder: Path, timed: bool = Tr
     _write(folder / "report.csv", _csv(rows, columns).encode())
     _write(folder / "report.md", _markdown(spec, rows, columns, list(images)).encode())
     _write(folder / "report.html", _html(spec, rows, columns, images).encode())
-    _write(folder / "bench.toml", spec.to_toml().encode())
+    _write(folder / "bench.toml", spec.to_toml(folder).encode())
     return folder / "report.html"
 
 

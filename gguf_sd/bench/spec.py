@@ -73,9 +73,13 @@ class Spec:
         """The pictures that are painted in a round: every ``rounds``-th."""
         return list(range(len(self.prompts)))[number :: self.rounds]
 
-    def to_toml(self) -> str:
-        """The text of ``bench.toml``."""
+    def to_toml(self, folder: Path | None = None) -> str:
+        """The text of ``bench.toml``; models inside ``folder`` are named from there, so that it can be moved."""
         plain = asdict(self)
+        for contestant in plain["contestants"]:
+            path = Path(contestant["model"])
+            if folder is not None and path.is_relative_to(folder.resolve()):
+                contestant["model"] = path.relative_to(folder.resolve()).as_posix()
         lines = ["# gguf-sd bench FILE makes this comparison again.", ""]
         for name in ("seed", "rounds", "device", "dtype", "weights", "clip"):
             lines.append(f"{name} = {_value(plain[name])}")

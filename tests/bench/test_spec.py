@@ -25,6 +25,8 @@ def test_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "bench.toml"
     path.write_text(SPEC.to_toml())
     assert Spec.from_toml(path) == SPEC
+    moved = Spec((Contestant("a", str(tmp_path / "models" / "a.gguf")),), ("p",))
+    assert 'model = "models/a.gguf"' in moved.to_toml(tmp_path)
 
 
 def test_every_picture_is_painted_once_and_has_its_own_seed() -> None:
