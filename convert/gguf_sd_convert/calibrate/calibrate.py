@@ -18,6 +18,7 @@ from gguf_sd.checkpoint.assign import Deferred
 from gguf_sd.checkpoint.tensor_names import UNET
 from gguf_sd.models.unet import UNet
 from gguf_sd_convert.calibrate.compensate import round_compensated
+from gguf_sd_convert.calibrate.fixed_grid import round_on_grid
 from gguf_sd_convert.calibrate.moments import Moments, matrix
 from gguf_sd_convert.calibrate.walk import Walk
 from gguf_sd_convert.quantize.policy import Stored
@@ -112,18 +113,17 @@ def _making_good(xx: list[Tensor], dx: Tensor) -> Tensor:
 def _rounded(weight: Tensor, xx: list[Tensor], spans: list[slice], stored: Stored) -> tuple[Tensor, Tensor]:
     """Blocks in the order of the file, and values in tap-major order, of a weight [rows, cols] in the latter."""
     order = _file_order(stored)
-    fmt = FORMATS[stored.type]
-    if not isinstance(fmt, BlockFormat):  # scales in two levels: to the nearest
+    blocked = isinstance(FORMATS[stored.type], BlockFormat)
+    whole = len(spans) == 1
+    if not whole and (order is not None or not blocked):  # a block mixes columns that were not seen together
         blocks = quantize(weight if order is None else weight[:, order], stored.type)
-        values = ops.dequantize(blocks, stored.type)
-        return blocks, values if order is None else _put_back(values, order)
-    if order is not None:  # a block then mixes taps: all columns are rounded together where they were taken together
-        if len(spans) > 1:
-            blocks = quantize(weight[:, order], stored.type)
-            return blocks, _put_back(ops.dequantize(blocks, stored.type), order)
-        rounded = round_compensated(weight[:, order], xx[0][order][:, order], stored.type)
+        return blocks, _put_back(ops.dequantize(blocks, stored.type), order)
+    round_ = round_compensated if blocked else round_on_grid
+    if whole:
+        moments = xx[0] if order is None else xx[0][order][:, order]
+        rounded = round_(weight if order is None else weight[:, order], moments, stored.type)
         return rounded.blocks, _put_back(rounded.values, order)
-    parts = [round_compensated(weight[:, s], h, stored.type) for s, h in zip(spans, xx, strict=True)]
+    parts = [round_(weight[:, s], h, stored.type) for s, h in zip(spans, xx, strict=True)]
     return torch.cat([p.blocks for p in parts], 1), torch.cat([p.values for p in parts], 1)
 
 
@@ -135,7 +135,9 @@ def _file_order(stored: Stored) -> Tensor | None:
     return torch.arange(kh * kw * channels).view(kh * kw, channels).T.flatten() if kh * kw > 1 else None
 
 
-def _put_back(values: Tensor, order: Tensor) -> Tensor:
+def _put_back(values: Tensor, order: Tensor | None) -> Tensor:
+    if order is None:
+        return values
     back = torch.empty_like(values)
     back[:, order] = values
     return back

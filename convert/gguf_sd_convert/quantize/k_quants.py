@@ -34,7 +34,7 @@ def q4_k(x: Tensor, out: Tensor) -> None:
     codes, d, dmin, scales, minima = _with_minima(x, 15)
     out[:, :2], out[:, 2:4] = _half(d), _half(dmin)
     out[:, 4:16] = _packed_scales(scales, minima)
-    out[:, 16:] = _pack_runs(codes, 4, 32)
+    put_codes(out, codes, "Q4_K")
 
 
 def q5_k(x: Tensor, out: Tensor) -> None:
@@ -42,8 +42,7 @@ def q5_k(x: Tensor, out: Tensor) -> None:
     codes, d, dmin, scales, minima = _with_minima(x, 31)
     out[:, :2], out[:, 2:4] = _half(d), _half(dmin)
     out[:, 4:16] = _packed_scales(scales, minima)
-    out[:, 16:48] = _pack_runs(codes >> 4, 1, 32)
-    out[:, 48:] = _pack_runs(codes & 15, 4, 32)
+    put_codes(out, codes, "Q5_K")
 
 
 def q6_k(x: Tensor, out: Tensor) -> None:
@@ -68,9 +67,7 @@ def q6_k(x: Tensor, out: Tensor) -> None:
         )
         d = _better(groups, codes, sc, d, to_f16(fitted))
         codes, sc = _try_scales(groups, d, sc)
-    code = (codes.flatten(1) + 32).to(torch.uint8)
-    out[:, :128] = _pack_runs(code & 15, 4, 64)
-    out[:, 128:192] = _pack_runs(code >> 4, 2, 32)
+    put_codes(out, (codes.flatten(1) + 32).to(torch.uint8), "Q6_K")
     out[:, 192:208] = sc[:, :, 0].to(torch.int8).view(torch.uint8)
     out[:, 208:] = _half(d[:, :, 0])
 
@@ -98,7 +95,19 @@ def iq4_nl(x: Tensor, out: Tensor) -> None:
         for _ in range(2):
             best, scale, index, d = attempt(d, best, scale, index)
     out[:, :2] = _half(scale)
-    out[:, 2:] = _pack_runs(index.to(torch.uint8), 4, 16)
+    put_codes(out, index.to(torch.uint8), "IQ4_NL")
+
+
+def put_codes(out: Tensor, codes: Tensor, qtype: str) -> None:
+    """Writes codes uint8 [n, values], counted from 0, into blocks [n, bytes], whose other fields stay."""
+    if qtype == "Q4_K":
+        out[:, 16:] = _pack_runs(codes, 4, 32)
+    elif qtype == "Q5_K":
+        out[:, 16:48], out[:, 48:] = _pack_runs(codes >> 4, 1, 32), _pack_runs(codes & 15, 4, 32)
+    elif qtype == "Q6_K":
+        out[:, :128], out[:, 128:192] = _pack_runs(codes & 15, 4, 64), _pack_runs(codes >> 4, 2, 32)
+    else:
+        out[:, 2:] = _pack_runs(codes, 4, 16)
 
 
 ENCODERS: dict[str, Callable[[Tensor, Tensor], None]] = {"Q4_K": q4_k, "Q5_K": q5_k, "Q6_K": q6_k, "IQ4_NL": iq4_nl}

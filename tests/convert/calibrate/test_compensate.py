@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from gguf_sd_convert.calibrate.compensate import DAMPING, inverse_factor, round_compensated
+from gguf_sd_convert.calibrate.fixed_grid import round_on_grid
 from gguf_sd_convert.quantize.quantizers import quantize
 
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+GRIDS = ("Q4_K", "Q5_K", "Q6_K", "IQ4_NL")
 
 
 def layer(rows: int = 24, cols: int = 96, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,6 +58,16 @@ def test_costs_a_fraction_of_rounding_to_the_nearest(qtype: str) -> None:
     weight, moments = layer()
     nearest = cost(decode(quantize(weight, qtype), qtype), weight, moments).sum()
     assert cost(round_compensated(weight, moments, qtype).values, weight, moments).sum() < 0.3 * nearest
+
+
+@pytest.mark.parametrize("qtype", GRIDS)
+def test_on_a_fixed_grid(qtype: str) -> None:
+    weight, moments = layer(cols=512)
+    rounded = round_on_grid(weight, moments, qtype)
+    assert torch.equal(decode(rounded.blocks, qtype), rounded.values)
+    assert torch.allclose(rounded.cost.double(), cost(rounded.values, weight, damped(moments)), rtol=2e-2)
+    nearest = cost(decode(quantize(weight, qtype), qtype), weight, moments).sum()
+    assert cost(rounded.values, weight, moments).sum() < 0.4 * nearest
 
 
 def test_what_follows_is_the_dense_least_squares_optimum() -> None:
