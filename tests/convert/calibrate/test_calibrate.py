@@ -84,7 +84,7 @@ def test_saved_data_serves_another_type_and_layout(made: Path, model: Path, tmp_
         assert output_error(target, made) < 0.9 * output_error(tmp_path / "plain.gguf", made)
 
 
-def test_the_file_is_an_importance_matrix_as_llama_cpp_writes_it(made: Path, model: Path, tmp_path: Path) -> None:
+def test_the_file_is_an_importance_matrix_as_llama_cpp_writes_it(made: Path) -> None:
     reader = gguf.GGUFReader(made / "data.gguf")
     assert reader.fields["general.type"].contents() == "imatrix"
     assert {"imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"} <= reader.fields.keys()
@@ -92,7 +92,12 @@ def test_the_file_is_an_importance_matrix_as_llama_cpp_writes_it(made: Path, mod
     name = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
     assert list(tensors[f"{name}.in_sum2"].shape) == [288]
     assert float(tensors[f"{name}.counts"].data[0]) > 0
-    # A file with the squares alone, as other programs write it, still chooses scales.
+
+
+@pytest.mark.slow
+def test_the_squares_alone_choose_scales(made: Path, model: Path, tmp_path: Path) -> None:
+    """In a file as other programs write it."""
+    tensors = {t.name: t for t in gguf.GGUFReader(made / "data.gguf").tensors}
     bare = tmp_path / "bare.gguf"
     writer = gguf.GGUFWriter(bare, "imatrix")
     for key, tensor in tensors.items():
