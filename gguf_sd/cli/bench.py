@@ -119,6 +119,8 @@ def _of_arguments(args: argparse.Namespace) -> Spec:
     for path in paths:
         if not path.exists():
             raise GgufSdError(f"{path} does not exist; give .gguf files, checkpoints or diffusers folders")
+    if peers and not any(path.is_dir() for path in paths):
+        raise GgufSdError(f"{peers[0]} reads diffusers folders; name one beside the .gguf files")
     ways = [_way(word) for word in args.types.split(",")]
     prompts = read_prompts(args.prompts) if args.prompts else _prompts(paths[0], args.count or 16)
     prompts = prompts[: args.count] if args.count else prompts

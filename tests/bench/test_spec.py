@@ -67,6 +67,7 @@ def test_what_is_wrong_is_told(text: str, complaint: str, tmp_path: Path) -> Non
         ([".", "--types", "f16,q9"], "no type 'q9'"),
         ([".", "--types", "mixed"], "bits a weight go with mixed"),
         ([".", "--count", "0"], "--count is 0"),
+        ([__file__, "--peers", "diffusers"], "diffusers reads diffusers folders"),
         (["layers"], "takes one MODEL"),
     ],
 )
