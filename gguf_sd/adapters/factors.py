@@ -2,7 +2,8 @@
 
 LoRA (Hu et al. 2021, arXiv:2106.09685) adds ``up @ down``; for convolutions ``down`` has the kernel. LoHa (FedPara,
 arXiv:2108.06098) adds the elementwise product of two such, which is one of rank r * r: rows and columns of its factors
-are products of theirs. LoKr adds a Kronecker product. Both as in LyCORIS (arXiv:2309.14859).
+are products of theirs. LoKr adds a Kronecker product. Both as in LyCORIS (arXiv:2309.14859), as is the difference in
+full.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ Factors = LowRank | Kronecker | Dense
 def factors(kind: str, tensors: Mapping[str, Tensor], shape: Shape, scale: float) -> Factors:
     """What the tensors of a layer, by leaf and in float32, add to a weight of ``shape``; ``scale`` is alpha / rank
     where no alpha is among them."""
-    make = {"LoRA": _lora, "LoHa": _loha, "LoKr": _lokr}[kind]
+    make = {"LoRA": _lora, "LoHa": _loha, "LoKr": _lokr, "full": _full}[kind]
     made, rank = make(tensors, shape)
     if rank and "alpha" in tensors:
         scale = tensors["alpha"].item() / rank
@@ -95,6 +96,10 @@ def _lokr(tensors: Mapping[str, Tensor], shape: Shape) -> tuple[Factors, int]:
     right = tensors["lokr_w2"] if "lokr_w2" in tensors else _tucker(tensors, "lokr_w2_a", "lokr_w2_b", "lokr_t2")
     kernel = shape[2:]
     return Kronecker(left, right.reshape(len(right), shape[1] // left.shape[1], *kernel)), rank
+
+
+def _full(tensors: Mapping[str, Tensor], shape: Shape) -> tuple[Factors, int]:
+    return Dense(tensors["diff"].reshape(shape)), 0
 
 
 def _tucker(tensors: Mapping[str, Tensor], a: str, b: str, core: str) -> Tensor:

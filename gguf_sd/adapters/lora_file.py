@@ -30,8 +30,9 @@ WHOLE: dict[str, tuple[set[str], ...]] = {
         {"lokr_w1", "lokr_w2_a", "lokr_w2_b"},
         {"lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"},
     ),
+    "full": ({"diff"},),
 }
-EXTRA = {"LoRA": {"mid"}, "LoHa": {"hada_t1", "hada_t2"}, "LoKr": {"lokr_t2"}}
+EXTRA = {"LoRA": {"mid"}, "LoHa": {"hada_t1", "hada_t2"}, "LoKr": {"lokr_t2"}, "full": set[str]()}
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}  # by the prompt's width
 OTHERS = ("lora_transformer_", "transformer.", "lora_unet_double_blocks", "lora_unet_joint_blocks")
 
@@ -89,8 +90,9 @@ def lora_table(path: Path) -> Table:
     if not is_safetensors(path):
         raise GgufSdError(f"{path} is no safetensors file; a LoRA is taken as .safetensors alone")
     table = read_table(path)
-    if kind := next((kind for key in table.tensors if (kind := refused(key))), None):
-        raise GgufSdError(f"{path} is a {kind}; gguf-sd takes LoRA, LoHa and LoKr")
+    if found := next(((kind, key) for key in table.tensors if (kind := refused(key))), None):
+        kind, key = found
+        raise GgufSdError(f"{path} is a {kind} ({key}); gguf-sd takes LoRA, LoHa, LoKr and differences of weights")
     if not any(split(key) for key in table.tensors):
         what_it_is = what_is({name: stored.shape for name, stored in table.tensors.items()})
         named = f" but {what_it_is.name}" if what_it_is not in (None, LORA) and what_it_is else ""

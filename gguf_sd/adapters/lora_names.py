@@ -1,9 +1,9 @@
 """The names of a LoRA's tensors: which layer of the model one is for, and what of it.
 
 Read are the names of kohya's sd-scripts (``lora_unet_down_blocks_0_….lora_down.weight``, and for SDXL those with the
-original checkpoint's blocks), of LyCORIS (``….hada_w1_a``, ``….lokr_w2``), of diffusers and peft
-(``unet.down_blocks.0.….lora_A.weight``), and those that diffusers wrote earlier (``….processor.to_q_lora.down.weight``,
-``….lora_linear_layer.up.weight``).
+original checkpoint's blocks), of LyCORIS (``….hada_w1_a``, ``….lokr_w2``, and ``….diff``, a difference in full, which
+ComfyUI writes too), of diffusers and peft (``unet.down_blocks.0.….lora_A.weight``), and those that diffusers wrote
+earlier (``….processor.to_q_lora.down.weight``, ``….lora_linear_layer.up.weight``).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PREFIXES = {
 }
 LEAF = re.compile(
     r"(?:\.lora_(?P<kohya>down|up|mid)|\.lora_(?P<peft>[AB])(?:\.[^.]+)?|[._]lora(?:_linear_layer)?\.(?P<old>down|up))"
-    r"\.weight$|\.(?P<other>alpha|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2)$"
+    r"\.weight$|\.(?P<other>alpha|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2|diff)$"
 )
 PEFT = {"A": "down", "B": "up"}
 ATTENTION_OLD = re.compile(r"(?<=self_attn_)to_(q|k|v|out)$")
@@ -37,6 +37,7 @@ REFUSED = {
     "DoRA": re.compile(r"\.(dora_scale|lora_magnitude_vector(\..*)?)$"),
     "OFT": re.compile(r"\.(oft_blocks|oft_diag|oft_r(\..*)?)$"),
     "IA3": re.compile(r"\.(on_input|ia3_l(\..*)?)$"),
+    "LoRA that changes biases or norms": re.compile(r"\.(diff_b|w_norm|b_norm)$"),
     "GLoRA": re.compile(r"\.(a1|a2|b1|b2)\.weight$"),
 }
 
@@ -50,7 +51,7 @@ class Name(NamedTuple):
 
 
 def split(key: str) -> Name | None:
-    """None for a tensor that is none of a LoRA's, a LoHa's or a LoKr's."""
+    """None for a tensor that is none of a LoRA's, a LoHa's or a LoKr's, and no difference."""
     match = LEAF.search(key)
     if match is None:
         return None

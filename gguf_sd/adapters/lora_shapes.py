@@ -38,6 +38,8 @@ def made(kind: str, shapes: Shapes) -> Made:
 def held_values(kind: str, shapes: Shapes, weight: Shape) -> int:
     """How many values lie beside a layer for its change, see :mod:`gguf_sd.adapters.factors`."""
     out, inputs = weight[0], prod(weight[1:])
+    if kind == "full":
+        return out * inputs
     if kind == "LoRA":
         return shapes["up"][1] * (out + inputs)
     if kind == "LoHa":
@@ -99,4 +101,9 @@ def _same(leaf: str, got: object, wanted: object, what: str) -> None:
         raise ValueError(f"{leaf} has {what} {shown[0]} where the others have {shown[1]}")
 
 
-MAKERS: dict[str, Callable[[Shapes], Made]] = {"LoRA": _lora, "LoHa": _loha, "LoKr": _lokr}
+def _full(shapes: Shapes) -> Made:
+    diff = shapes["diff"]
+    return Made(diff[0], prod(diff[1:]), diff[2:] or (1, 1))
+
+
+MAKERS: dict[str, Callable[[Shapes], Made]] = {"LoRA": _lora, "LoHa": _loha, "LoKr": _lokr, "full": _full}

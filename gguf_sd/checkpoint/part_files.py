@@ -65,7 +65,8 @@ def missing_sentence(path: Path, config: ModelConfig, missing: Iterable[str]) ->
     listed = [f"its {PARTS[part][0]} with {PARTS[part][1]}" for part in missing]
     wanted = ", ".join(listed[:-1]) + (" and " if listed[:-1] else "") + listed[-1]
     lacks = " and no ".join(PARTS[part][0] for part in missing)
-    return f"{path} holds {'a UNet alone' if alone else f'no {lacks}'}; give {wanted}"
+    holds = "a UNet alone" if alone else f"no {lacks}"
+    return f"{path} holds {holds}; give {wanted}, or join them by `gguf-sd pack`"
 
 
 def open_part(path: Path, option: str) -> MappedFile:

@@ -42,8 +42,15 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "integers": ({UP: torch.ones(640, 3, dtype=torch.int32)}, "is I32; floating-point numbers are needed"),
     "dimensions": ({UP: torch.ones(640)}, r"up has shape \[640\]"),
     "empty": ({UP: torch.ones(640, 0), DOWN: torch.ones(0, 768)}, r"(up|down) has shape"),
-    "DoRA": ({f"{NAME}.dora_scale": torch.ones(640, 1)}, "is a DoRA; gguf-sd takes LoRA, LoHa and LoKr"),
-    "OFT": ({f"{NAME}.oft_blocks": torch.ones(4, 4, 4)}, "is a OFT; gguf-sd takes LoRA"),
+    "DoRA": ({f"{NAME}.dora_scale": torch.ones(640, 1)}, r"is a DoRA \(.*dora_scale\); gguf-sd takes LoRA, LoHa"),
+    "OFT": ({f"{NAME}.oft_blocks": torch.ones(4, 4, 4)}, r"is a OFT \(.*oft_blocks\); gguf-sd takes LoRA"),
+    "biases": ({f"{NAME}.diff_b": torch.ones(640)}, r"is a LoRA that changes biases or norms \(.*diff_b\)"),
+    "norms": ({f"{NAME}.w_norm": torch.ones(640)}, "is a LoRA that changes biases or norms"),
+    "difference and LoRA": ({f"{NAME}.diff": torch.ones(640, 768)}, "is incomplete"),
+    "difference of another shape": (
+        {f"{NAME}.diff": torch.ones(640, 7), DOWN: None, UP: None, f"{NAME}.alpha": None},
+        "another model",
+    ),
     "two kinds": ({f"{NAME}.hada_w1_a": torch.ones(640, 3)}, "is incomplete"),
     "twice": ({f"{NAME.replace('attn2_to_k', 'attn2.processor.to_k')}_lora.up.weight": torch.ones(640, 3)}, "twice"),
 }

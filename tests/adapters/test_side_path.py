@@ -23,7 +23,7 @@ from tests.kernels.test_packed_layers import CONFIG, inputs, unet
 
 MODEL = replace(SD15, unet=CONFIG)
 CPU = torch.device("cpu")
-KINDS = ("lora", "mid", "loha", "loha full", "loha tucker", "lokr", "lokr low", "lokr tucker")
+KINDS = ("lora", "mid", "loha", "loha full", "loha tucker", "lokr", "lokr low", "lokr tucker", "full")
 
 
 def change(kind: str, target: Target, seed: int) -> tuple[dict[str, Tensor], np.ndarray]:
@@ -46,6 +46,9 @@ def change(kind: str, target: Target, seed: int) -> tuple[dict[str, Tensor], np.
         down, up = normal(r, channels, *kernel), normal(out, r, *(1 for _ in kernel))
         tensors |= {"lora_down.weight": down, "lora_up.weight": up}
         delta = up.reshape(out, r) @ down.reshape(r, -1)
+    elif kind == "full":
+        delta, scale = normal(out, flat), 1.0
+        tensors = {"diff": delta.reshape(target.shape)}
     elif kind == "mid":
         down, mid, up = normal(r, channels, 1, 1), normal(4, r, *kernel), normal(out, 4, 1, 1)
         tensors |= {"lora_down.weight": down, "lora_mid.weight": mid, "lora_up.weight": up}
@@ -76,7 +79,7 @@ def change(kind: str, target: Target, seed: int) -> tuple[dict[str, Tensor], np.
             left, right = one @ two, (a @ b).reshape(out // 4, channels // 2, *kernel)
         delta = np.kron(left[(..., *(None for _ in right.shape[2:]))], right)
     size = 0.2 / (np.sqrt(flat) * delta.std() * scale)
-    first = next(leaf for leaf in tensors if leaf.endswith(("up.weight", "_a", "w1")))
+    first = next(leaf for leaf in tensors if leaf.endswith(("up.weight", "_a", "w1", "diff")))
     tensors[first] = tensors[first] * size
     stored = {leaf: torch.from_numpy(value).float() for leaf, value in tensors.items()}
     return stored, (delta * scale * size).reshape(target.shape)

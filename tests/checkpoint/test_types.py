@@ -46,10 +46,7 @@ def test_decoded(tmp_path: Path, kind: GGMLQuantizationType) -> None:
     file = GGUFFile(tmp_path / "a.gguf")
     tensor = file.tensor("w")
     assert isinstance(tensor, QuantTensor) == (kind.name in FORMATS)
-    if isinstance(tensor, QuantTensor):
-        got = tensor.dequantize(torch.float32)
-    else:
-        got = tensor.float()
+    got = tensor.dequantize(torch.float32) if isinstance(tensor, QuantTensor) else tensor.float()
     rounded = expected if isinstance(tensor, QuantTensor) else expected.to(tensor.dtype).float()
     assert equal(got, rounded)
     assert equal(gguf_entry(file, "w").load().float(), expected), "the converter rounds nothing"

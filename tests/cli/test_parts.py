@@ -183,6 +183,8 @@ def test_pack_of_sdxl_from_folders(tiny_pipeline: Make, tmp_path: Path) -> None:
     assert json.loads(ours.metadata["gguf_sd.config"])["defaults"]["steps"] == 1
     assert all(np.array_equal(ours.data[n], theirs.data[n]) for n in theirs.data if n.startswith(UNET))
     assert ours.metadata["gguf_sd.shapes"] == theirs.metadata["gguf_sd.shapes"]
+    vae = [name for name in theirs.shapes if name.startswith("first_stage_model.")]
+    assert {name: ours.shapes[name] for name in vae} == {name: theirs.shapes[name] for name in vae}, "1x1 convolutions"
     pictures = [
         np.frombuffer(painted(model, tmp_path / "a.png", "--guidance", "5", *TURBO), np.uint8).astype(int)
         for model in (packed, whole)

@@ -157,7 +157,7 @@ def test_the_unet_alone(made: Any, tiny_pipeline: Make, tmp_path: Path, capsys: 
     assert same_tensors(unet, direct)
     assert unet.metadata["gguf_sd.config"] == direct.metadata["gguf_sd.config"]
     error = refused(capsys, target, tmp_path / "x.gguf", "--type", "q4_0")
-    assert "holds a UNet alone; convert its UNet with --unet-only, or join it with `gguf-sd pack`" in error
+    assert "holds a UNet alone; convert its UNet with --unet-only, or complete it by `gguf-sd pack` first" in error
     again = cli(cli_unet(tiny_pipeline(), tmp_path / "f16.gguf"), tmp_path / "e.gguf", "--unet-only", "--type", "q4_0")
     assert again.types == direct.types
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 
 from gguf_sd.checkpoint.model_file import ModelFile
+from gguf_sd.checkpoint.part_files import PartPaths
+from gguf_sd.checkpoint.vae_file import VAEFile
 from gguf_sd.cli.inspect import inspect, table
 from gguf_sd.errors import GgufSdError
 from gguf_sd.imaging.images import open_image
@@ -69,7 +71,7 @@ class Cases:
         self.table = files.instructions(self.members["m/data.pkl"])
         self.kinds: dict[str, Case] = {
             "gguf": self.gguf, "safetensors": self.safetensors, "ckpt": self.ckpt, "folder": self.settings,
-            "tokenizer": self.own_tokenizer, "picture": self.picture, "text": self.texts,
+            "tokenizer": self.own_tokenizer, "picture": self.picture, "text": self.texts, "parts": self.borrowed,
         }  # fmt: skip
 
     def run(self, kind: str, seed: int) -> Outcome:
@@ -89,6 +91,18 @@ class Cases:
         ModelFile.open(path).tokenizer().encode("a (red:1.2) cat", self.text)
         if rng.random() < 0.1:
             table(inspect(path, tensors=True))
+
+    def borrowed(self, rng: random.Random) -> None:
+        """Parts of a whole model out of a file, and the file as a source."""
+        path = self.work / "m.gguf"
+        path.write_bytes(mutated(self.parts, rng))
+        use = rng.randrange(3)
+        if use == 0:
+            ModelFile.open(self.work / "whole.gguf", PartPaths(clip_l=path)).check_whole()
+        elif use == 1:
+            VAEFile.open(path)
+        else:
+            source_config(path, ConvertOptions(type="same", layout="auto"))
 
     def safetensors(self, rng: random.Random) -> None:
         path = self.work / "m.safetensors"

@@ -18,10 +18,19 @@ from gguf_sd.checkpoint.model_file import ModelFile
 from tests.fuzz.cases import Cases
 from tests.fuzz.gguf_mutator import mutated
 
-KINDS = ("gguf", "safetensors", "ckpt", "folder", "tokenizer", "picture", "text")
+KINDS = ("gguf", "safetensors", "ckpt", "folder", "tokenizer", "picture", "text", "parts")
 SECONDS = 1.0  # of the processor's time, for any case
 MEGABYTES = 300  # that the largest case may add to the process
-SHARE = {"gguf": 100, "safetensors": 150, "ckpt": 200, "folder": 50, "tokenizer": 80, "picture": 200, "text": 25}
+SHARE = {
+    "gguf": 100,
+    "safetensors": 150,
+    "ckpt": 200,
+    "folder": 50,
+    "tokenizer": 80,
+    "picture": 200,
+    "text": 25,
+    "parts": 60,
+}
 
 
 @pytest.fixture(scope="module")
