@@ -254,7 +254,7 @@ class Pipeline:
         if job.picture is None and config.unet.in_channels == vae.latent_channels:
             return init_latents.text_only(config, shape, noise, None)
         plan = plan or self.memory_plan(job)
-        with self.parts.vae(self.vae_dtype, plan.placement["vae"]) as autoencoder:
+        with self.parts.vae(self.vae_dtype, plan.placement["vae"], plan.vae_weights) as autoencoder:
             encoder = Encoder(autoencoder, self.device, self.dtype, plan.vae_tile)
             if job.picture is None:
                 start = init_latents.text_only(config, shape, noise, encoder)
@@ -315,7 +315,7 @@ class Pipeline:
         if not latents.isfinite().all():
             raise GgufSdError("the latents to decode hold values that are not finite")
         plan = plan or self._plan(latents)
-        with self.parts.vae(self.vae_dtype, plan.placement["vae"]) as vae:
+        with self.parts.vae(self.vae_dtype, plan.placement["vae"], plan.vae_weights) as vae:
             decoded = [tiled_vae.decode(vae, latent[None], plan.vae_tile) for latent in latents.to(self.vae_dtype)]
         pixels = torch.cat(decoded).float() / 2 + 0.5
         del decoded
@@ -330,7 +330,7 @@ class Pipeline:
         plan, config = self._plan(step.latents), self.model.config.vae
         tiny = self.vae_file is not None and self.vae_config == tiny_config(self.vae_config.latent_channels)
         if tiny or family(config) is None:
-            with self.parts.vae(self.vae_dtype, plan.placement["vae"]) as vae:
+            with self.parts.vae(self.vae_dtype, plan.placement["vae"], plan.vae_weights) as vae:
                 look = previews(step.denoised[:1], config, vae, plan.vae_tile)
         else:
             look = previews(step.denoised[:1], config, None)

@@ -35,7 +35,7 @@ class _Flat(nn.Module):
 
 
 def unet_arguments(config: UNetConfig, batch: int, size: int, seed: int = 0) -> list[Tensor]:
-    """Random latents [batch, C, size, size], timesteps, prompt and, for a UNet that takes them, pooled text and sizes."""
+    """Random latents [batch, C, size, size], timesteps, prompt and, where they are taken, pooled text and sizes."""
     random = torch.Generator().manual_seed(seed)
     arguments = [
         torch.randn(batch, config.in_channels, size, size, generator=random),

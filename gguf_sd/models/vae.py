@@ -25,8 +25,8 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if same else Pointwise(in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(self.norm1(x))
-        return self.conv2(self.norm2(h), residual=self.nin_shortcut(x))
+        h = self.conv1.normed(self.norm1, x)
+        return self.conv2.normed(self.norm2, h, residual=self.nin_shortcut(x))
 
 
 def query_chunks(q: Tensor, k: Tensor, v: Tensor, scores: int = SCORES) -> Tensor:

@@ -307,6 +307,18 @@ def safety_check(config: SafetyConfig, engine: Engine) -> int:
     return (values + 3 * config.image_size**2) * engine.itemsize
 
 
+def finest_values(config: VAEConfig, size: tuple[int, int]) -> int:
+    """Values of the largest map that a residual block of a decoder takes, for latents of ``size``."""
+    channels = config.block_out_channels
+    return channels[min(1, len(channels) - 1)] * size[0] * size[1] * config.downscale**2
+
+
+def joined_values(config: UNetConfig, images: int, size: tuple[int, int]) -> int:
+    """Values of the largest map that a residual block of a UNet takes: with its skip, at full size."""
+    channels = config.block_out_channels
+    return images * size[0] * size[1] * (channels[0] + channels[min(1, len(channels) - 1)])
+
+
 def finished_pixels(pictures: int, size: tuple[int, int], downscale: int) -> int:
     """Bytes of decoded pictures on their way to 8 bits, all of a batch at once."""
     return 4 * 3 * FLOAT32 * pictures * size[0] * size[1] * downscale**2

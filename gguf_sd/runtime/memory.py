@@ -152,6 +152,7 @@ class MemoryPlan:
     attention_bytes: int | None = None  # at most so much for the scores of a chunk; None = the kernel's own measure
     peak: int = 0  # bytes that this takes, as modelled
     budget: int = 0  # bytes that it may take
+    vae_weights: str = ""  # "int8" where the VAE's decoder computes in 8 bits
 
     @property
     def keep(self) -> frozenset[str]:

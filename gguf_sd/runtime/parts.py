@@ -24,7 +24,7 @@ from gguf_sd.checkpoint.control_file import ControlFile
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.checkpoint.vae_file import VAEFile
 from gguf_sd.models.controlnet import ControlNet
-from gguf_sd.models.int8 import use_int8
+from gguf_sd.models.int8 import use_int8, use_int8_decoder
 from gguf_sd.models.safety import SafetyChecker
 from gguf_sd.models.text import TextEncoder
 from gguf_sd.models.tiny_vae import TinyAutoencoder
@@ -90,9 +90,12 @@ class Parts:
             yield cast(TextEncoder, loaded.part)
 
     @contextmanager
-    def vae(self, dtype: torch.dtype, placement: str = "resident") -> Iterator[Autoencoder | TinyAutoencoder]:
-        """Lends the VAE: that of ``vae_file`` where one was given, else the model's."""
-        with self._borrowed("vae", LoadedAs(dtype, placement=placement)) as loaded:
+    def vae(
+        self, dtype: torch.dtype, placement: str = "resident", weights: str = ""
+    ) -> Iterator[Autoencoder | TinyAutoencoder]:
+        """Lends the VAE: that of ``vae_file`` where one was given, else the model's; with ``weights`` int8 its decoder
+        computes in 8 bits, whole pictures alone."""
+        with self._borrowed("vae", LoadedAs(dtype, weights, placement=placement)) as loaded:
             yield cast(Autoencoder | TinyAutoencoder, loaded.part)
 
     @contextmanager
@@ -212,6 +215,8 @@ class Parts:
             return self._load_unet(how)
         if name == "vae":
             part = self.vae_file.load(how.dtype) if self.vae_file else self.model.load_vae(how.dtype)
+            if how.weights == "int8" and isinstance(part, Autoencoder):
+                use_int8_decoder(part)
         elif name == "safety":
             part = self.model.load_safety(how.dtype)
         else:

@@ -105,6 +105,7 @@ class Planner:
     placement: str = "auto"
     vae_tile: int | str = "auto"  # kept to, see gguf_sd.runtime.execution.Execution
     int8: bool = False  # whether auto weights may be int8
+    vae_int8: bool = False  # whether the VAE decodes in 8 bits: whole pictures, it does not in bands
 
     def __post_init__(self) -> None:
         for what, value, known in (
@@ -168,9 +169,9 @@ class Planner:
         return _Choice(plan.weights, placement, plan.batch_guidance, plan.vae_tile)
 
     def _named(self, choice: _Choice, peak: int, budget: int) -> MemoryPlan:
-        return MemoryPlan(
-            choice.weights, self._placement(choice), choice.batch_guidance, choice.tile, None, peak, budget
-        )
+        in_vae = "int8" if self.vae_int8 and choice.tile is None else ""
+        placement, batched = self._placement(choice), choice.batch_guidance
+        return MemoryPlan(choice.weights, placement, batched, choice.tile, None, peak, budget, in_vae)
 
     @cached_property
     def _ranked(self) -> list[_Choice]:
@@ -282,7 +283,8 @@ class Planner:
         if choice.tile is not None:
             return activations.vae_banded(self.vae, load.size, choice.tile, machine.vae_engine, self.tiny) + pixels
         run = activations.vae_encode if stage == "vae encode" else activations.vae_decode
-        return run(self.vae, load.size, machine.vae_engine, self.tiny) + pixels
+        codes = activations.finest_values(self.vae, load.size) if self.vae_int8 else 0
+        return run(self.vae, load.size, machine.vae_engine, self.tiny) + pixels + codes
 
     def _unet_work(self, choice: _Choice) -> int:
         load, machine = self.workload, self.machine
@@ -295,6 +297,8 @@ class Planner:
         if not machine.gpu and self._placed(choice, "unet") != "streamed":  # see gguf_sd.runtime.host_heap
             step += min(step, HOLES)
         step += load.adapters * machine.itemsize
+        if choice.weights == "int8":
+            step += activations.joined_values(self.config.unet, load.pictures * halves, load.size)
         if quantized and not machine.gpu:
             step += largest * machine.itemsize  # the buffer for decoded weights
             step += DECODING * min(largest, CHUNK_VALUES)

@@ -62,6 +62,7 @@ class Planning:
             onednn=execution.dtype == torch.float32 or memory.wide_dtype(execution.device) == execution.dtype,
         )
         weights, placement = execution.weights, execution.placement
+        may_be_int8 = execution.int8 and bool(self._bytes["unet"].blocks)  # who left weights whole asked for exactness
         parts = self._bytes | {name: replace(self._bytes[name], beside=n) for name, n in (beside or {}).items()}
         parts |= control_bytes(controls)
         workload = replace(workload, controls=tuple(file.config for file in controls))
@@ -75,7 +76,8 @@ class Planning:
             weights,
             placement,
             execution.vae_tile,
-            execution.int8 and workload.lasting and bool(parts["unet"].blocks),
+            int8=may_be_int8 and workload.lasting,
+            vae_int8=(may_be_int8 or weights == "int8") and not self._tiny,
         )
 
     def workload(self, jobs: Sequence[Job], chunks: Callable[[Job], int]) -> Workload:

@@ -152,3 +152,26 @@ def test_an_embedding_of_several_times() -> None:
     same = emb[:1].expand(2, 8)
     torch.testing.assert_close(conv(x, emb=same), plain + same[:, :, None, None], rtol=1e-5, atol=1e-5)
     assert isinstance(Int8Linear(int8.Codes.of(torch.randn(3, 8)), None), Int8Layer)
+
+
+@fast
+def test_the_vae_decodes_in_8_bits(models: dict[str, Path]) -> None:
+    """Where the plan has it, and it does so whole; the encoder, and a decoder in bands, stay as they are."""
+    pipeline = Pipeline.load(models["q8_0"], "cpu", "float32", kernels="int8")
+    job = pipeline.prepare(Request("a cat", **SETTINGS))
+    whole = pipeline.memory_plan(job)
+    assert whole.vae_weights == "int8"
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    exact = Pipeline.load(models["q8_0"], "cpu", "float32", kernels="torch")
+    got, want = pipeline.decode(latents, whole), exact.decode(latents)
+    vae = pipeline.parts._loaded["vae"].part
+    layers = {name for name, layer in vae.named_modules() if isinstance(layer, Int8Layer)}
+    assert layers
+    assert all(name.startswith("decoder.") and name.endswith((".conv1", ".conv2")) for name in layers)
+    assert not torch.equal(got, want)
+    assert psnr(got[0].numpy(), want[0].numpy()) > 35
+    tiled = Pipeline.load(models["q8_0"], "cpu", "float32", kernels="int8", vae_tile=4)
+    assert tiled.memory_plan(job).vae_weights == ""
+    assert torch.equal(
+        tiled.decode(latents), Pipeline.load(models["q8_0"], "cpu", "float32", vae_tile=4).decode(latents)
+    )
