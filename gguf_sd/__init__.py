@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gguf_sd.api import convert as convert
     from gguf_sd.api import inspect as inspect
+    from gguf_sd.control import Control as Control
     from gguf_sd.errors import GgufSdError as GgufSdError
     from gguf_sd.pipeline import Pipeline as Pipeline
     from gguf_sd.request import Request as Request
@@ -27,8 +28,15 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["GgufSdError", "Pipeline", "Request", "__version__", "convert", "inspect"]
-_HOMES = {"GgufSdError": "errors", "Pipeline": "pipeline", "Request": "request", "convert": "api", "inspect": "api"}
+__all__ = ["Control", "GgufSdError", "Pipeline", "Request", "__version__", "convert", "inspect"]
+_HOMES = {
+    "Control": "control",
+    "GgufSdError": "errors",
+    "Pipeline": "pipeline",
+    "Request": "request",
+    "convert": "api",
+    "inspect": "api",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -186,6 +186,32 @@ class SafetyConfig(_Config):
 
 
 @dataclass(frozen=True)
+class ControlConfig(_Config):
+    """A ControlNet: a copy of a UNet's way down and middle, and the convolutions that a picture comes in through."""
+
+    name: Annotated[str, OneOf("sd1", "sdxl")] = "sd1"  # of the models that it is for
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    picture_channels: Channels = 3
+    hint_channels: Annotated[tuple[Annotated[int, Between(1, 4096)], ...], Items(1, 8)] = (16, 32, 96, 256)
+
+    @property
+    def downscale(self) -> int:
+        """Pixels of the picture that a latent stands for along each side."""
+        return 2 ** (len(self.hint_channels) - 1)
+
+    def misfit(self, model: ModelConfig) -> str:
+        """Why this is no ControlNet for a model; empty where it is one."""
+        for what in ("block_out_channels", "layers_per_block", "context_dim", "vector_dim"):
+            own, wanted = getattr(self.unet, what), getattr(model.unet, what)
+            if own != wanted:
+                shown = [list(x) if isinstance(x, tuple) else x for x in (own, wanted)]
+                return f"its {what} is {shown[0]}, the model's {shown[1]}"
+        if (self.unet.in_channels, self.downscale) != (model.vae.latent_channels, model.vae.downscale):
+            return f"it takes {self.unet.in_channels} channels and shrinks pictures by {self.downscale}"
+        return ""
+
+
+@dataclass(frozen=True)
 class ModelConfig(_Config):
     """A whole text-to-image model."""
 

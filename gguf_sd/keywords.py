@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from gguf_sd.checkpoint.hub_names import hub_name
 from gguf_sd.errors import GgufSdError
 from gguf_sd.imaging.images import open_image
 from gguf_sd.request import MAX_SEED, Job, Request, requested_loras
@@ -40,9 +41,20 @@ def path(name: str, value: Any) -> Path:
     return Path(value)
 
 
+def hub_path(name: str, value: Any) -> Path:
+    """As :func:`path`, of what lies on the disk or, fetched now, on the Hub."""
+    given = path(name, value)
+    if hub_name(given) is None:
+        return given
+    from gguf_sd.checkpoint.hub import fetched
+
+    return fetched(given)
+
+
 def gguf_path(value: Any) -> Path:
-    """The path of a model to open. Raises GgufSdError for what is to be converted first."""
-    model = path("the model", value)
+    """The path of a model to open; what lies on the Hub is fetched, see :func:`gguf_sd.checkpoint.hub.fetched`. Raises
+    GgufSdError for what is to be converted first."""
+    model = hub_path("the model", value)
     if model.is_dir() or (model.is_file() and model.suffix.lower() in CHECKPOINTS):
         raise GgufSdError(
             f"{model} is no GGUF file; convert it first, with gguf_sd.convert({str(model)!r}, 'model.gguf') or "

@@ -6,8 +6,8 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -27,6 +27,7 @@ from gguf_sd.checkpoint.part_files import PartPaths
 from gguf_sd.checkpoint.vae_file import VAEFile
 from gguf_sd.errors import GgufSdError, not_finite
 from gguf_sd.imaging import masks
+from gguf_sd.imaging.images import to_tensor
 from gguf_sd.imaging.png_metadata import PARAMETERS, parameters
 from gguf_sd.imaging.preview import family, previews
 from gguf_sd.models import tiled_vae
@@ -45,6 +46,7 @@ from gguf_sd.runtime.plan_text import changes
 from gguf_sd.runtime.planning import Attempt, Planning
 from gguf_sd.runtime.tuning import Tuning
 from gguf_sd.sampling import NoiseSource, Step, init_latents, sample
+from gguf_sd.sampling.controlled import Controlled, Controller
 from gguf_sd.sampling.guidance import Conditioning, Predictor
 from gguf_sd.sampling.init_latents import Encoder, InitLatents
 
@@ -62,7 +64,7 @@ class Picture:
     seed: int
     job: Job
     flagged: bool = False  # by the safety checker
-    weights: str = ""  # quantized or resident, as the UNet's were
+    weights: str = ""  # quantized, resident or int8, as the UNet's were
     graph_bytes: int = 0  # device memory that CUDA graphs held meanwhile
     plan: MemoryPlan | None = None
 
@@ -169,6 +171,8 @@ class Pipeline:
             return
         planner = self.planner(*jobs)
         attempt = Attempt(planner, self.planning.plan(planner))
+        for job in jobs:
+            self.planning.painted(job)
         conditionings = self._in_turn(jobs[0], attempt, lambda plan: self._encode(jobs, plan))
         planned = list(batches(jobs, conditionings))
         for batch in planned:
@@ -233,6 +237,7 @@ class Pipeline:
         return self._encode([job], plan or self.memory_plan(job))[0]
 
     def _encode(self, jobs: Sequence[Job], plan: MemoryPlan) -> list[Conditioning]:
+        self.parts.drop_controls(max(len(job.controls) for job in jobs))
         conditionings: list[Conditioning] = []
         for loras, group in groupby(jobs, key=lambda job: job.loras):
             conditionings += self._encoder(list(group), partial(self._lent_text, plan, loras))
@@ -275,16 +280,34 @@ class Pipeline:
         graphing = graphing or self._graphing(job.steps_run, len(list(job.batches())), plan)
         loras = active(job.loras, UNET_PART)
         how = LoadedAs(self.dtype, plan.weights, self.kernels, plan.placement[UNET_PART], loras)
-        with self.parts.unet(how, graphing) as unet:
+        with self.parts.unet(how, graphing) as unet, self._controllers(job, how) as controllers:
             guided = conditioning.negative is not None and plan.batch_guidance
             self.tuning.before_steps(unet, start.latents, guided)
-            predict = Predictor(unet, conditioning, job.guidance, plan.batch_guidance, start.extra)
+            passes = 2 if conditioning.negative is not None and not plan.batch_guidance else 1
+            evaluations = job.schedule.evaluations(start.start_step or 0)
+            denoise = Controlled(unet, controllers, evaluations, passes) if controllers else unet
+            predict = Predictor(denoise, conditioning, job.guidance, plan.batch_guidance, start.extra)
             for step in sample(predict, start.latents, job.schedule, noise, start.start_step, start.blend):
                 last = step.index + 1 == step.total
                 if (last or self.device.type == "cpu") and not step.latents.isfinite().all():  # waits for a GPU
                     when = " by" if self.device.type == "cuda" else " at"
                     raise GgufSdError(not_finite("UNet", self.dtype, f"{when} step {step.index + 1} of {step.total}"))
                 yield step
+
+    @contextmanager
+    def _controllers(self, job: Job, unet: LoadedAs) -> Iterator[list[Controller]]:
+        """A job's ControlNets, loaded as the UNet is."""
+        with ExitStack() as stack:
+            yield [
+                Controller(
+                    stack.enter_context(self.parts.control(index, replace(unet, loras=(), control=control.file))),
+                    (to_tensor(control.picture) + 1) / 2,
+                    control.scale,
+                    control.start,
+                    control.end,
+                )
+                for index, control in enumerate(job.controls)
+            ]
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, plan: MemoryPlan | None = None) -> Tensor:
@@ -342,7 +365,9 @@ class Pipeline:
         beside: Counter[str] = Counter()
         for job in jobs:
             beside |= lora_values(job.loras, self.model.config)  # the larger of both
-        return self.planning.planner(self.planning.workload(jobs, self._encoder.chunks), beside)
+        controls = max((job.controls for job in jobs), key=len)
+        workload = self.planning.workload(jobs, self._encoder.chunks)
+        return self.planning.planner(workload, beside, [control.file for control in controls])
 
     def _plan(self, latents: Tensor) -> MemoryPlan:
         """That of the batch that is painted, else one for latents [B, 4, h, w]."""

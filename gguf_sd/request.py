@@ -17,6 +17,7 @@ from gguf_sd.adapters.embedding_files import EmbeddingFile, as_embeddings, check
 from gguf_sd.adapters.lora import Lora, as_loras, requested, without_tags
 from gguf_sd.adapters.lora_file import lora_table
 from gguf_sd.config import Defaults, ModelConfig
+from gguf_sd.control import Control, ControlJob, as_controls, control_jobs
 from gguf_sd.errors import GgufSdError
 from gguf_sd.imaging import images
 from gguf_sd.prompt.prompts import unsupported
@@ -67,6 +68,7 @@ class Request:
     loras: Sequence[Lora | StrPath | tuple[StrPath, float]] = ()  # files, each with its weight: "style.safetensors:0.8"
     lora_dir: StrPath | None = None  # where the LoRAs are that the prompt names: <lora:name:weight>
     embeddings: Sequence[EmbeddingFile | StrPath | tuple[str, StrPath]] = ()  # textual inversion: files, "name=file"
+    controls: Sequence[Control | tuple[StrPath, Image.Image | StrPath]] = ()  # ControlNets: GGUF files with pictures
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Job:
     schedule: Schedule = field(repr=False, compare=False)
     loras: tuple[Lora, ...]
     embeddings: tuple[Embedding, ...]
+    controls: tuple[ControlJob, ...] = field(repr=False)
     picture: InitImage | None = field(repr=False, compare=False)
     paste: bool = field(repr=False, compare=False)
     safety: str = field(repr=False, compare=False)
@@ -123,7 +126,9 @@ def prepare(request: Request, config: ModelConfig) -> Job:
     from gguf_sd.sampling.schedules import make_schedule  # late, as is all that imports torch: see checked
 
     request = checked(request)
-    values = _filled(request, config)
+    controls = as_controls(request.controls)
+    seen = [control.picture() for control in controls]
+    values = _filled(request, config, seen)
     _check(values, request, config)
     sampler, implied = resolve_sampler(request.sampler or values.sampler)
     own_schedule = values.schedule if request.sampler is None else SAMPLERS[sampler].schedule
@@ -152,6 +157,7 @@ def prepare(request: Request, config: ModelConfig) -> Job:
         mask_blur=request.mask_blur,
         loras=loras,
         embeddings=load_embeddings(as_embeddings(request.embeddings), config),
+        controls=control_jobs(controls, seen, (values.width, values.height), request.resize, config),
         schedule=make_schedule(config.scheduler, sampler, schedule_name, values.steps, config.name),
         picture=picture,
         paste=request.paste,
@@ -187,6 +193,8 @@ def checked(request: Request) -> Request:
     for lora in requested_loras(request):
         lora_table(lora.path)
     check_embedding_files(as_embeddings(request.embeddings))
+    for control in as_controls(request.controls):
+        control.picture()
     if request.mask is not None and request.image is None:
         raise GgufSdError("a mask needs a picture to repaint: give it with --init-image")
     return request
@@ -206,21 +214,25 @@ def _check_names(request: Request) -> None:
         resolve_schedule(request.schedule, sampler)
 
 
-def _filled(request: Request, config: ModelConfig) -> Defaults:
-    """The model's defaults under the request's values; the size is that of the picture to start from, cut to whole
-    latents as diffusers does, unless one is asked for."""
+def _filled(request: Request, config: ModelConfig, seen: Sequence[Image.Image]) -> Defaults:
+    """The model's defaults under the request's values; the size is that of the picture to start from, else of the first
+    that a ControlNet sees, cut to whole latents as diffusers does, unless one is asked for."""
     names = ("steps", "guidance", "width", "height")
     given = {name: value for name in names if (value := getattr(request, name)) is not None}
     unit = config.vae.downscale
-    if request.image is not None:
-        if min(request.image.size) < unit:
+    if (picture := _giving_the_size(request.image, seen)) is not None:
+        if min(picture.size) < unit:
+            what = "the picture to start from" if request.image is not None else "the picture of a ControlNet"
             raise GgufSdError(
-                f"the picture to start from has {request.image.width} x {request.image.height} pixels; it needs at "
-                f"least {unit} along each side"
+                f"{what} has {picture.width} x {picture.height} pixels; it needs at least {unit} along each side"
             )
-        width, height = (side - side % unit for side in request.image.size)
+        width, height = (side - side % unit for side in picture.size)
         given = {"width": width, "height": height} | given
     return replace(config.defaults, **given)
+
+
+def _giving_the_size(image: Image.Image | None, seen: Sequence[Image.Image]) -> Image.Image | None:
+    return image if image is not None or not seen else seen[0]
 
 
 def _picture(request: Request, values: Defaults) -> tuple[InitImage | None, float | None]:
@@ -260,10 +272,10 @@ def _without_effect(request: Request, values: Defaults, config: ModelConfig) -> 
     """What is asked for and does nothing here, or something unexpected: a sentence each."""
     standard = Request()
     if request.image is None:
-        for name in ("strength", "resize"):
+        for name in ("strength", *(["resize"] if not request.controls else [])):
             if getattr(request, name) != getattr(standard, name):
                 yield f"{name} has no effect without a picture to start from (--init-image)"
-    elif request.width is None and request.height is None:
+    if (request.image is not None or request.controls) and request.width is None and request.height is None:
         usual = config.defaults.width * config.defaults.height
         if values.width * values.height > LARGE * usual:
             yield (

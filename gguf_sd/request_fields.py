@@ -15,6 +15,7 @@ from PIL import Image
 
 from gguf_sd.adapters.embedding_files import as_embeddings
 from gguf_sd.adapters.lora import as_loras
+from gguf_sd.control import as_controls
 from gguf_sd.errors import GgufSdError
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "loras": ("a file, file:weight, (file, weight), or a list of these", as_loras),
     "lora_dir": ("a folder", _folder),
     "embeddings": ("a file, name=file, (name, file), or a list of these", as_embeddings),
+    "controls": ("a Control, (file, picture), or a list of these", as_controls),
     "paste": TRUTH,
 }
 

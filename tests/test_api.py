@@ -43,7 +43,7 @@ def pipeline(model: Path) -> gguf_sd.Pipeline:
 
 
 def test_exports_are_shown_and_loaded_late() -> None:
-    names = {"Pipeline", "Request", "convert", "inspect", "GgufSdError", "__version__"}
+    names = {"Control", "Pipeline", "Request", "convert", "inspect", "GgufSdError", "__version__"}
     assert names <= set(dir(gguf_sd))
     assert names == set(gguf_sd.__all__)
     assert all(getattr(gguf_sd, name) for name in names)

@@ -16,14 +16,15 @@ from torch.nn import functional as F
 
 from gguf_sd.adapters.factors import Dense, Factors, Kronecker, LowRank
 from gguf_sd.adapters.targets import Target
-from gguf_sd.models.layers import AroundNorm, Quantized
+from gguf_sd.models.int8 import Int8Linear
+from gguf_sd.models.layers import AfterGroupNorm, AroundNorm, Quantized
 from gguf_sd.models.unet_blocks import Attention, ResBlock
 from gguf_sd_kernels import ops
 
 WHOLE = slice(None)
 
 
-class Adapted(AroundNorm, nn.Module):
+class Adapted(AfterGroupNorm, AroundNorm, nn.Module):
     """``base``, a linear or convolution of :mod:`gguf_sd.models.layers`, with what is added to its result."""
 
     def __init__(self, base: nn.Module, paths: Iterable[nn.Module]):
@@ -213,7 +214,7 @@ def _stacks(model: nn.Module) -> dict[str, tuple[str, slice]]:
     for name, module in model.named_modules():
         if isinstance(module, Attention) and module.to_qkv is not None:
             (out,) = module.to_out
-            dim = out.shape[1] if isinstance(out, Quantized) else cast(nn.Linear, out).in_features
+            dim = out.shape[1] if isinstance(out, Quantized | Int8Linear) else cast(nn.Linear, out).in_features
             for index, leaf in enumerate(("to_q", "to_k", "to_v")):
                 places[f"{name}.{leaf}"] = (f"{name}.to_qkv", slice(index * dim, (index + 1) * dim))
         elif isinstance(module, ResBlock) and module.place is not None:

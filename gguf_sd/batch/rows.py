@@ -21,8 +21,8 @@ MAX_BYTES = 256 << 20
 MAX_ROWS = 1_000_000
 MAX_LINE = 1 << 20  # characters
 SUFFIXES = (".txt", ".csv", ".jsonl")
-# Settings that are of the run, not of a row.
-OF_THE_RUN = {"batch", "lora_dir", "embeddings"}
+# Settings that are of the run, or of other commands, not of a row.
+OF_THE_RUN = {"batch", "lora_dir", "embeddings", "controls"}
 COLUMNS = [f.name for f in fields(Request) if f.name not in OF_THE_RUN] + ["name"]
 PATHS = ("image", "mask")
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf_sd.atomic_write import put_in_place, temporary_beside
+from gguf_sd.checkpoint.hub_names import plain_name
 from gguf_sd.errors import GgufSdError
 from gguf_sd.json_text import read_json_object
 
@@ -87,7 +88,8 @@ def conversion_path(
     folder = made_folder()
     contents = [content_hash(path, folder, reading) for path in (model, *inputs)]
     key = json.dumps([contents, dict(settings), converter_version()], sort_keys=True, default=str)
-    return folder / f"{model.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}-{settings['type']}.gguf"
+    stem, digest = Path(plain_name(model)).stem, hashlib.sha256(key.encode()).hexdigest()[:16]
+    return folder / f"{stem}-{digest}-{settings['type']}.gguf"
 
 
 def is_whole(path: Path) -> bool:

@@ -40,7 +40,7 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, Shape], where: str) 
     """
     known: set[str] = set()
     for names, expected in _parts(config, shapes):
-        known |= _check_part(names, expected, shapes, where)
+        known |= check_part(names, expected, shapes, where)
     return [name for name in shapes if name not in known]
 
 
@@ -68,7 +68,9 @@ def _one_level(name: str) -> str:
     return name.replace(VISION_LEVEL * 2, VISION_LEVEL, 1)
 
 
-def _check_part(names: Mapping[str, str], expected: Tensors, shapes: Mapping[str, Shape], where: str) -> set[str]:
+def check_part(names: Mapping[str, str], expected: Tensors, shapes: Mapping[str, Shape], where: str) -> set[str]:
+    """Compares a part, by name inside it -> canonical name, with the tensors it takes; returns the canonical names of
+    those, none where the part is not there at all. Raises GgufSdError as :func:`check_tensors`."""
     most = 2 * len(names)
     drawn = list(islice(expected, most))
     missing = [name for name, _ in drawn if name not in names]

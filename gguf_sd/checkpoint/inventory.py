@@ -7,9 +7,10 @@ that a configuration that claims millions of tensors costs no more than the call
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 from gguf_sd.checkpoint.tensor_names import SAFETY, TEXT, UNET, VAE, XL_TEXT
-from gguf_sd.config import ModelConfig, SafetyConfig, TextConfig, UNetConfig, VAEConfig
+from gguf_sd.config import ControlConfig, ModelConfig, SafetyConfig, TextConfig, UNetConfig, VAEConfig
 
 Shape = tuple[int, ...]
 Tensors = Iterator[tuple[str, Shape]]
@@ -55,30 +56,9 @@ def _conv(name: str, out: int, channels: int, kernel: int = 3) -> Tensors:
 
 def unet(config: UNetConfig) -> Tensors:
     """The UNet's, without ``model.diffusion_model.``."""
-    channels, time = config.block_out_channels, config.time_dim
-    yield from _affine("time_embed.0", time, channels[0])
-    yield from _affine("time_embed.2", time, time)
-    if config.vector_dim:
-        yield from _affine("label_emb.0.0", time, config.vector_dim)
-        yield from _affine("label_emb.0.2", time, time)
-
-    yield from _conv("input_blocks.0.0", channels[0], config.in_channels)
-    width, skips, block = channels[0], [channels[0]], 1
-    for level, out in enumerate(channels):
-        for _ in range(config.layers_per_block):
-            yield from _unet_stage(config, f"input_blocks.{block}", level, width)
-            width, block = out, block + 1
-            skips.append(width)
-        if level < len(channels) - 1:
-            yield from _conv(f"input_blocks.{block}.0.op", width, width)
-            skips.append(width)
-            block += 1
-
-    yield from _unet_resnet("middle_block.0", width, width, time)
-    yield from _transformer("middle_block.1", config, width, config.mid_transformer_layers)
-    yield from _unet_resnet("middle_block.2", width, width, time)
-
-    block = 0
+    channels, skips = config.block_out_channels, skip_widths(config)
+    yield from _unet_encoder(config)
+    width, block = channels[-1], 0
     for level, out in reversed(list(enumerate(channels))):
         for i in range(config.layers_per_block + 1):
             yield from _unet_stage(config, f"output_blocks.{block}", level, width + skips.pop())
@@ -89,6 +69,54 @@ def unet(config: UNetConfig) -> Tensors:
             block += 1
     yield from _affine("out.0", width)
     yield from _conv("out.2", config.out_channels, width)
+
+
+def controlnet(config: ControlConfig) -> Tensors:
+    """A ControlNet's, without ``control_model.``."""
+    yield from _unet_encoder(config.unet)
+    hints, width = config.hint_channels, config.unet.block_out_channels[0]
+    yield from _conv("input_hint_block.0", hints[0], config.picture_channels)
+    for i, (channels, out) in enumerate(pairwise(hints)):
+        yield from _conv(f"input_hint_block.{4 * i + 2}", channels, channels)
+        yield from _conv(f"input_hint_block.{4 * i + 4}", out, channels)
+    yield from _conv(f"input_hint_block.{4 * len(hints) - 2}", width, hints[-1])
+    for i, skip in enumerate(skip_widths(config.unet)):
+        yield from _conv(f"zero_convs.{i}.0", skip, skip, 1)
+    last = config.unet.block_out_channels[-1]
+    yield from _conv("middle_block_out.0", last, last, 1)
+
+
+def skip_widths(config: UNetConfig) -> list[int]:
+    """Channels of what each block of a UNet's way down gives."""
+    widths = [config.block_out_channels[0]]
+    for level, width in enumerate(config.block_out_channels):
+        last = level == len(config.block_out_channels) - 1
+        widths += [width] * (config.layers_per_block + (0 if last else 1))
+    return widths
+
+
+def _unet_encoder(config: UNetConfig) -> Tensors:
+    """Of the way down and the middle."""
+    channels, time = config.block_out_channels, config.time_dim
+    yield from _affine("time_embed.0", time, channels[0])
+    yield from _affine("time_embed.2", time, time)
+    if config.vector_dim:
+        yield from _affine("label_emb.0.0", time, config.vector_dim)
+        yield from _affine("label_emb.0.2", time, time)
+
+    yield from _conv("input_blocks.0.0", channels[0], config.in_channels)
+    width, block = channels[0], 1
+    for level, out in enumerate(channels):
+        for _ in range(config.layers_per_block):
+            yield from _unet_stage(config, f"input_blocks.{block}", level, width)
+            width, block = out, block + 1
+        if level < len(channels) - 1:
+            yield from _conv(f"input_blocks.{block}.0.op", width, width)
+            block += 1
+
+    yield from _unet_resnet("middle_block.0", width, width, time)
+    yield from _transformer("middle_block.1", config, width, config.mid_transformer_layers)
+    yield from _unet_resnet("middle_block.2", width, width, time)
 
 
 def _unet_stage(config: UNetConfig, name: str, level: int, channels: int) -> Tensors:

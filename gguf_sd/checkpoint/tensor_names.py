@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from gguf_sd.config import SD15, SDXL, UNetConfig, VAEConfig
+from gguf_sd.config import SD15, SDXL, ControlConfig, UNetConfig, VAEConfig
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 TEXT = "cond_stage_model.transformer."
 XL_TEXT = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
+CONTROL = "control_model."
 SAFETY = "safety_checker."  # behind it: the names of diffusers' checkpoints, as transformers 4 wrote them
 
 # OpenCLIP's names of what transformers calls otherwise; attention's queries, keys and values are one tensor there.
@@ -130,6 +131,19 @@ def unet_modules(config: UNetConfig) -> dict[str, str]:
     paths["mid_block.attentions.0"] = "middle_block.1"
     resnet("mid_block.resnets.1", "middle_block.2")
     return paths
+
+
+def control_modules(config: ControlConfig) -> dict[str, str]:
+    """diffusers' module paths of a ControlNet -> LDM's."""
+    paths = {old: new for old, new in unet_modules(config.unet).items() if not old.startswith("up_blocks.")}
+    hint, blocks = "controlnet_cond_embedding", 2 * (len(config.hint_channels) - 1)
+    paths |= {f"{hint}.conv_in": "input_hint_block.0"}
+    paths |= {f"{hint}.blocks.{i}": f"input_hint_block.{2 * i + 2}" for i in range(blocks)}
+    paths |= {f"{hint}.conv_out": f"input_hint_block.{2 * blocks + 2}"}
+    levels, layers = len(config.unet.block_out_channels), config.unet.layers_per_block
+    skips = levels * (layers + 1)
+    paths |= {f"controlnet_down_blocks.{i}": f"zero_convs.{i}.0" for i in range(skips)}
+    return paths | {"controlnet_mid_block": "middle_block_out.0"}
 
 
 def vae_modules(config: VAEConfig) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf_sd.checkpoint.safetensors_header import Stored, is_safetensors, read_table
-from gguf_sd.checkpoint.what_is_it import Kind, what_is
+from gguf_sd.checkpoint.what_is_it import CONTROLNET, Kind, what_is
 from gguf_sd.errors import GgufSdError
 from gguf_sd.json_text import read_json_object
 
@@ -77,11 +77,14 @@ def _json(path: Path) -> dict[str, Any]:
         raise GgufSdError(f"cannot read {path}: {error.strerror}") from error
 
 
-def refuse_other_files(path: Path, unet: bool = False) -> None:
+def refuse_other_files(path: Path, unet: bool = False, control: bool = False) -> None:
     """Raises GgufSdError, which says what ``path`` is and what to do with it, for a safetensors file or a folder that
-    is known to be no Stable Diffusion model, or not a whole one; ``unet``: a file of a UNet alone will do. It is found
-    out from headers, before torch is imported and anything is read."""
+    is known to be no Stable Diffusion model, or not a whole one; ``unet``: a file of a UNet alone will do; ``control``:
+    so will a ControlNet. It is found out from headers, before torch is imported and anything is read."""
     if path.is_dir() or is_safetensors(path):
         weights = open_weights(path)
-        if (kind := weights.kind) is not None and not (unet and kind.part == "unet" and not path.is_dir()):
+        kind = weights.kind
+        if (unet and kind and kind.part == "unet" and not path.is_dir()) or (control and kind is CONTROLNET):
+            return
+        if kind is not None:
             raise GgufSdError(f"{path} is {kind.name}; {kind.advice}")

@@ -21,7 +21,8 @@ class Kind(NamedTuple):
 MODELS = "gguf-sd takes Stable Diffusion 1.x and XL"
 WHOLE = "a whole model is needed: UNet, autoencoder and text encoder in one checkpoint, or a diffusers folder"
 LORA = Kind("a LoRA", "give it to generate or convert as --lora, beside the model that it was made for")
-CONTROLNET = Kind("a ControlNet", f"gguf-sd does not run these; {WHOLE}")
+CONTROLNET = Kind("a ControlNet", "give it to generate as --control, with --control-image, beside a model")
+OTHER_CONTROL = Kind("a T2I-Adapter, ControlNet-LLLite or Control-LoRA", "gguf-sd runs ControlNets proper instead")
 EMBEDDING = Kind("a textual-inversion embedding", "give it to generate as --embedding, beside a model")
 TINY_VAE = Kind("a tiny autoencoder (TAESD)", "give it to generate as --vae, beside a model")
 VAE = Kind("a VAE alone", "give it to generate or pack as --vae, beside a model", "vae")
@@ -30,8 +31,9 @@ LORA_NAME = re.compile(
     r"(^|\.)lora_(unet|te\d?|transformer)_|[._]lora[._](A|B|a|b|down|up)([._]|$)|\.(hada_w1_a|lokr_w1|oft_blocks|diff)$"
 )
 CONTROLNET_NAME = re.compile(
-    r"^(control_model|controlnet_cond_embedding|controlnet_down_blocks|lllite_unet|adapter\.body)[._]"
+    r"^(control_model|controlnet_cond_embedding|controlnet_down_blocks|input_hint_block|zero_convs)[._]"
 )
+OTHER_CONTROL_NAME = re.compile(r"^(lllite_unet|adapter\.body|lora_controlnet)([._]|$)")
 EMBEDDING_WIDTHS = (768, 1024, 1280)
 EMBEDDING_NAME = re.compile(r"emb_params|clip_[lg]|<[^>]*>|\*|string_to_param\..*|[^.]*")
 UNET_ADVICE = "give it to generate or pack with {} and --vae, or to convert with --unet-only"
@@ -91,6 +93,8 @@ def what_is(shapes: Shapes) -> Kind | None:
     parts = {part for part, pattern in PARTS.items() if any(pattern.match(name) for name in shapes)}
     if len(parts) == len(PARTS):
         return None  # whatever else there is
+    if any(OTHER_CONTROL_NAME.match(name) for name in shapes):
+        return OTHER_CONTROL
     if any(LORA_NAME.search(name) for name in shapes):
         return LORA
     if any(CONTROLNET_NAME.match(name) for name in shapes):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gguf_sd.cli.generate_options import add_adapters, add_engine, add_sampling
+from gguf_sd.cli.hub_models import add_revision, local_model
 from gguf_sd.cli.preflight import check_model, check_type
 from gguf_sd.errors import GgufSdError
 from gguf_sd.loading import LoadOptions
@@ -38,7 +39,9 @@ def add_parser(subparsers: Any) -> None:
     add = parser.add_argument
     add("prompts", type=Path, help="file of prompts: .txt, .csv or .jsonl")
     add("-m", "--model", type=Path, help="a .gguf file; or a checkpoint or diffusers folder, converted into the cache "
-        "first (default: the built-in demo model)")  # fmt: skip
+        "first; or org/repo, org/repo/file.gguf or a link of the Hugging Face Hub (default: the built-in demo "
+        "model)")  # fmt: skip
+    add_revision(parser)
     add("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for the pictures and manifest.jsonl")
     add("--resume", action="store_true", help="go on where an earlier run stopped: paint what is not there and whole")
     add("-n", "--negative-prompt", help="what to keep away from; needs guidance above 1")
@@ -63,9 +66,10 @@ def run(args: argparse.Namespace) -> int:
     from gguf_sd.demo import model_folder
 
     rows = read_rows(args.prompts)
-    if args.model is not None:
-        check_model(args.model)
     check_type(args.type)
+    if args.model is not None:
+        args.model = local_model(args.model, args.revision, args.quiet)
+        check_model(args.model)
     parse_memory(args.max_memory)
     size = _at_least_one("--batch", DEFAULT_BATCH if args.batch is None else args.batch)
     _at_least_one("--ray-cores", args.ray_cores)

@@ -8,11 +8,12 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gguf_sd.cli.generate_options import add_options
+from gguf_sd.cli.hub_models import fetch_arguments, is_on_hub, local_model
 from gguf_sd.cli.once import first_time
 from gguf_sd.cli.preflight import check_model, check_type
 from gguf_sd.errors import GgufSdError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from gguf_sd.sampling import Step
 
 log = logging.getLogger(__name__)
+ON_HUB = ("vae", "clip_l", "clip_g", "loras", "control_models")  # arguments that may name files of the Hub too
 
 
 def add_parser(subparsers: Any) -> None:
@@ -39,12 +41,14 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """What can be wrong with the arguments is found out first: a model that is no GGUF takes minutes to convert."""
-    model = _model(args)
     check_type(args.type)
     parse_memory(args.max_memory)
     if args.preview < 0:
         raise GgufSdError(f"--preview is {args.preview}; it takes a number of steps, or 0 for none")
 
+    _fetch(args)
+    model = _model(args)
+    from gguf_sd.cli.controls import given_controls, ready_controls
     from gguf_sd.cli.recorded import make_request, recorded_vae, warn_of_other_model
     from gguf_sd.cli.recorded_adapters import recorded_adapters
     from gguf_sd.imaging.outputs import Outputs
@@ -52,15 +56,18 @@ def run(args: argparse.Namespace) -> int:
 
     recorded = read_parameters(args.settings) if args.settings else {}
     recorded |= recorded_adapters(args, recorded, model)
+    args.controls = given_controls(args, recorded.get("controls_used", ()), model)
     request = make_request(args, recorded)
     vae = recorded_vae(args, recorded, model)
-    given = (args.settings, args.image, args.mask, args.tokenizer, args.clip_l, args.clip_g, model, vae)
+    seen = [path for control in args.controls or () for path in (control.path, control.image)]
+    given = (*seen, args.settings, args.image, args.mask, args.tokenizer, args.clip_l, args.clip_g, model, vae)
     outputs = Outputs(args.output, request.count, [path for path in given if path is not None], args.force)
     if args.preview:
         outputs.check_preview()
     dtype = args.dtype or recorded.get("dtype", "auto")
     _check_engine(args, dtype, vae)
 
+    from gguf_sd.checkpoint.metadata_keys import TYPE
     from gguf_sd.cli.cache import model_path
     from gguf_sd.pipeline import Pipeline
     from gguf_sd.runtime.tuning import Tuning, seconds_of
@@ -86,6 +93,9 @@ def run(args: argparse.Namespace) -> int:
     )
     pipeline.tuning = tuning
     warn_of_other_model(recorded, pipeline.model.source_hash)
+    if args.controls:
+        kind = args.type or pipeline.model.file.metadata.get(TYPE)
+        request = replace(request, controls=ready_controls(args.controls, kind, args.quiet))
     job = pipeline.prepare(request)
     if args.plan:
         show_plan(pipeline, job, args.json)
@@ -106,6 +116,23 @@ def _model(args: argparse.Namespace) -> Path:
 
     check_model(model, PartPaths(args.clip_l, args.clip_g, args.vae))
     return model
+
+
+def _fetch(args: argparse.Namespace) -> None:
+    """What lies on the Hub, once the other settings are known to be sound, as far as they are without it."""
+    if not is_on_hub(args.model, args.model_option, *(getattr(args, name) for name in ON_HUB)):
+        if args.revision is not None and (model := args.model or args.model_option) is not None:
+            local_model(model, args.revision)  # raises
+        return
+    from gguf_sd.cli.recorded import make_request
+
+    if args.settings is None:
+        make_request(argparse.Namespace(**vars(args) | {"loras": None}), {})
+    _check_engine(args, args.dtype or "auto", None)
+    for name in ("model", "model_option"):
+        if (model := getattr(args, name)) is not None:
+            setattr(args, name, local_model(model, args.revision, args.quiet))
+    fetch_arguments(args, ON_HUB)
 
 
 def _unet_alone(model: Path) -> dict[str, Any]:

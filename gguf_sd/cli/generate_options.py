@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from gguf_sd.cli.controls import add_control_options
+from gguf_sd.cli.hub_models import add_revision
+
 # Other programs' spellings of the same thing; --help lists them once, below the options.
 ALIASES: dict[str, tuple[str, ...]] = {
     "--guidance": ("--cfg-scale", "--guidance-scale"),
@@ -33,7 +36,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Options that may come from a picture (--from) or from the model are None where they are not given."""
     add = parser.add_argument
     add("model", nargs="?", type=Path, help="a .gguf file; or a checkpoint or diffusers folder, converted into the "
-        "cache first (default: the built-in demo model)")  # fmt: skip
+        "cache first; or org/repo, org/repo/file.gguf or a link of the Hugging Face Hub, fetched first (default: the "
+        "built-in demo model)")  # fmt: skip
+    add_revision(parser)
     add("--from", type=Path, dest="settings", metavar="PNG", help="take the settings from a picture; others given here "
         "override them")  # fmt: skip
     add("-p", "--prompt", help="what to paint; (x:1.2) weighs x, BREAK starts a new chunk, <lora:name:0.8> adds a LoRA "
@@ -44,6 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_adapters(parser)
     add_sampling(parser)
     _add_picture(parser)
+    add_control_options(parser)
     add_engine(parser)
     add("--quiet", action="store_true", help="no progress bars and notes: only the paths and seeds")
     add("--plan", action="store_true", help="show what would be where in memory, and paint nothing")

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gguf_sd.checkpoint.gguf_header import is_gguf
-from gguf_sd.checkpoint.weights import refuse_other_files
+from gguf_sd.checkpoint.safetensors_header import is_safetensors
+from gguf_sd.checkpoint.weights import open_weights, refuse_other_files
+from gguf_sd.checkpoint.what_is_it import CONTROLNET
 from gguf_sd.errors import GgufSdError
 
 if TYPE_CHECKING:
@@ -39,4 +41,19 @@ def check_source(path: Path, unet_only: bool = False) -> None:
     if not path.exists():
         raise GgufSdError(f"{path} does not exist")
     if not is_gguf(path):
-        refuse_other_files(path, unet=unet_only)
+        refuse_other_files(path, unet=unet_only, control=True)
+
+
+def check_control(path: Path) -> None:
+    """Raises GgufSdError for what is known to be no ControlNet."""
+    from gguf_sd.checkpoint.control_file import TAKES, ControlFile
+
+    if not path.exists():
+        raise GgufSdError(f"the ControlNet {path} does not exist; {TAKES}")
+    if is_gguf(path) or path.suffix.lower() == ".gguf":
+        ControlFile.open(path)
+    elif path.is_dir() or is_safetensors(path):
+        kind = open_weights(path).kind
+        if kind is not CONTROLNET:
+            what = kind.name if kind is not None else "no ControlNet"
+            raise GgufSdError(f"{path} is {what}; {TAKES}")

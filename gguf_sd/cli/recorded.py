@@ -82,13 +82,16 @@ def recorded_vae(args: argparse.Namespace, recorded: dict[str, Any], model: Path
 
 def vae_hash(path: Path | None) -> str:
     """SHA-256 of a VAE's file; of folders and GGUF models, which hold more than that, it is empty."""
-    if path is None or not path.is_file() or path.suffix.lower() == ".gguf":
-        return ""
+    return "" if path is None or not path.is_file() or path.suffix.lower() == ".gguf" else file_hash(path)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file. Raises GgufSdError where it cannot be read."""
     try:
         with open_input(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise GgufSdError(f"cannot read the VAE {path}: {error.strerror}") from error
+        raise GgufSdError(f"cannot read {path}: {error.strerror}") from error
 
 
 def warn_of_other_model(recorded: dict[str, Any], source_hash: str) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gguf_sd.cli.generate_options import add_engine
+from gguf_sd.cli.hub_models import local_model
 from gguf_sd.cli.preflight import check_model, check_type
 from gguf_sd.errors import GgufSdError
 from gguf_sd.loading import LoadOptions
@@ -30,7 +32,8 @@ def add_parser(subparsers: Any) -> None:
     )
     add = parser.add_argument
     add("models", nargs="*", type=Path, metavar="MODEL", help=".gguf files; or checkpoints or diffusers folders, "
-        "converted into the cache first (default: the built-in demo model)")  # fmt: skip
+        "converted into the cache first; or org/repo, org/repo/file.gguf of the Hugging Face Hub (default: the "
+        "built-in demo model)")  # fmt: skip
     add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
     add("--port", type=int, default=7860, help="port to listen on, 0 for any (7860)")
     add("--api-key", metavar="KEY", help=f"what callers must send (default: {KEY}, else none)")
@@ -71,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
     from gguf_sd.server.shelf import Shelf
 
     shelf = Shelf(_models(sources, args), options, args.quiet)
+    if args.host not in LOCAL and settings.rules.key is None and not args.quiet:
+        print("anybody who reaches this machine may paint: --api-key asks for a key", file=sys.stderr)
     tell = "" if args.quiet else f"gguf-sd serves {', '.join(shelf.models)}"
     if args.ray is None:
         serve(Server(shelf, settings), args.host, args.port, tell)
@@ -90,6 +95,7 @@ def _sources(args: argparse.Namespace) -> Iterator[tuple[Path, str | None]]:
     kinds: list[str | None] = [*args.type.split(",")] if args.type else [None]
     for kind in kinds:
         check_type(kind)
+    args.models = [local_model(model, None, args.quiet) for model in args.models]
     for model in args.models:
         check_model(model)
     for model in args.models or [model_folder()]:
@@ -99,12 +105,13 @@ def _sources(args: argparse.Namespace) -> Iterator[tuple[Path, str | None]]:
 
 def _models(sources: list[tuple[Path, str | None]], args: argparse.Namespace) -> dict[str, Path]:
     """Files by the names that callers use: those of the sources, with the type where it is one of several."""
+    from gguf_sd.checkpoint.hub_names import plain_name
     from gguf_sd.cli.cache import model_path
     from gguf_sd.demo import model_folder
 
     found: dict[str, Path] = {}
     for source, kind in sources:
-        stem = "demo" if source == model_folder() else source.stem
+        stem = "demo" if source == model_folder() else Path(plain_name(source)).stem
         several = sum(other == source for other, _ in sources) > 1
         name = f"{stem}-{kind}" if several else stem
         if name in found:

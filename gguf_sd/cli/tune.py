@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gguf_sd.cli.hub_models import add_revision, local_model
 from gguf_sd.errors import GgufSdError
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ def add_parser(subparsers: Any) -> None:
     )
     add = parser.add_argument
     add("model", nargs="?", type=Path, help="a .gguf file; or a checkpoint or diffusers folder, converted into the "
-        "cache first (default: the built-in demo model)")  # fmt: skip
+        "cache first; or org/repo, org/repo/file.gguf of the Hugging Face Hub (default: the built-in demo "
+        "model)")  # fmt: skip
+    add_revision(parser)
     add("--size", metavar="WxH", help="pixels of the pictures to come (the model's own)")
     add("--batch", type=int, help="pictures that go through the UNet at once, guidance counts twice (2 for models with "
         "guidance, else 1)")  # fmt: skip
@@ -49,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"  # to try this command
     if choose_kernels("auto", "quantized", device)[0] != "auto" and not interpreted:
         raise GgufSdError(f"tuning is for a GPU with Triton, and the device is {device}; CPUs have nothing to tune")
-    model = ModelFile.open(model_path(args.model or model_folder(), args.type, quiet=args.quiet))
+    source = model_folder() if args.model is None else local_model(args.model, args.revision, args.quiet)
+    model = ModelFile.open(model_path(source, args.type, quiet=args.quiet))
     width, height = _size(args.size, model.config)
     batch = args.batch if args.batch is not None else 2 if model.config.defaults.guidance > 1 else 1
     if batch < 1:

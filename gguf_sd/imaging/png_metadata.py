@@ -11,6 +11,7 @@ from PIL import Image
 import gguf_sd
 from gguf_sd.adapters.embedding_files import short_hash as embedding_hash
 from gguf_sd.adapters.lora import short_hash, tag_names
+from gguf_sd.control import MAX_CONTROLS, ControlJob
 from gguf_sd.errors import GgufSdError
 from gguf_sd.imaging.images import check_size, open_image
 from gguf_sd.imaging.infotext import compose, decompose, read_pairs
@@ -63,10 +64,41 @@ def parameters(
         "Resize mode": job.resize if begun else None,
         "Mask blur": job.mask_blur if masked else None,
         "Paste original": job.paste if masked else None,
+        **{f"ControlNet {i}": _control(control) for i, control in enumerate(job.controls)},
         "Precision": dtype,
         "Version": version(),
     }
     return compose(_with_tags(job), job.negative_prompt, pairs)
+
+
+def _control(control: ControlJob) -> str:
+    """As AUTOMATIC1111's extension for ControlNets writes them, and the picture's name behind it."""
+    name, digest = Path(control.file.name).stem, control.file.source_hash[:8]
+    pairs = {
+        "Module": "none",
+        "Model": f"{name} [{digest}]" if digest else name,
+        "Weight": _shortest(control.scale),
+        "Guidance Start": _shortest(control.start),
+        "Guidance End": _shortest(control.end),
+        "Image": control.image_name,
+    }
+    return ", ".join(f"{key}: {re.sub('[,:]', '', value)}" for key, value in pairs.items() if value)
+
+
+def _read_controls(pairs: dict[str, str]) -> list[dict[str, Any]]:
+    """Model, hash, scale, start, end and image of each ControlNet. Raises ValueError for numbers that are none."""
+    found = []
+    for index in range(MAX_CONTROLS):
+        if (text := pairs.get(f"ControlNet {index}")) is None:
+            break
+        own = read_pairs(text)
+        name, _, digest = own.get("Model", "").partition(" [")
+        numbers = {"scale": "Weight", "start": "Guidance Start", "end": "Guidance End"}
+        values = {
+            word: _value(key, own.get(key, "0" if word == "start" else "1"), float) for word, key in numbers.items()
+        }
+        found.append({"model": name, "hash": digest.rstrip("]"), "image": own.get("Image", ""), **values})
+    return found
 
 
 def _with_tags(job: Job) -> str:
@@ -131,8 +163,9 @@ def parse_parameters(text: str) -> dict[str, Any]:
 
     Sampler and schedule are as the text names them, ours or not. Besides: ``dtype``, ``model``, ``model_hash``,
     ``vae``, ``vae_hash``, ``lora_hashes`` and ``embedding_hashes`` (see :func:`read_hashes`); ``masked`` is true where
-    a mask was in use, ``hires`` where a larger picture was painted from a first one, whose settings these are. Raises
-    ValueError for values of the wrong kind.
+    a mask was in use, ``controls_used`` lists ControlNets (see :func:`_read_controls`), ``hires`` is true where a
+    larger picture was painted from a first one, whose settings these are. Raises ValueError for values of the wrong
+    kind.
     """
     prompt, negative, pairs = decompose(text)
     ours = pairs.get("Version", "").startswith(PROGRAM)
@@ -152,6 +185,8 @@ def parse_parameters(text: str) -> dict[str, Any]:
         settings.pop("dtype", None)
     if "Mask blur" in pairs:
         settings["masked"] = True
+    if controls := _read_controls(pairs):
+        settings["controls_used"] = controls
     return settings | _first_pass(pairs, settings)
 
 

@@ -39,6 +39,15 @@ class AroundNorm:
         return self.geglu(rows) if geglu else self(rows)  # type: ignore[attr-defined,operator]
 
 
+class AfterGroupNorm:
+    """Mixin for convolutions behind a group norm, which is a module of its own here."""
+
+    def normed(self, norm: GroupNorm, x: Tensor, emb: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """The layer of norm(x)."""
+        y: Tensor = self(norm(x), emb=emb, residual=residual)  # type: ignore[operator]
+        return y
+
+
 class Linear(AroundNorm, nn.Linear):
     """y = x W^T + b, and what is to be added to it."""
 
@@ -60,7 +69,7 @@ class Pointwise(PointwiseForward, Linear):
     """A 1x1 convolution, weight [out, in]."""
 
 
-class Conv2d(nn.Conv2d):
+class Conv2d(AfterGroupNorm, nn.Conv2d):
     """A convolution with a square kernel, the same stride and padding both ways, and what is to be added to it."""
 
     weight: nn.Parameter = parameter()
@@ -69,14 +78,15 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor, emb: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """x [B, C, H, W], emb [B, out] for every pixel, residual [B, out, H', W'] -> [B, out, H', W']."""
         assert not isinstance(self.padding, str)
-        return _added(ops.convolve(x, self.weight, self.bias, self.stride[0], self.padding[0]), emb, residual)
+        return added(ops.convolve(x, self.weight, self.bias, self.stride[0], self.padding[0]), emb, residual)
 
     def enlarged(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """The layer of x enlarged to ``size`` (H, W), by its nearest neighbours."""
         return self(nn.functional.interpolate(x, size=size))
 
 
-def _added(y: Tensor, emb: Tensor | None, residual: Tensor | None) -> Tensor:
+def added(y: Tensor, emb: Tensor | None, residual: Tensor | None) -> Tensor:
+    """y [B, C, H, W] with ``emb`` [B, C] added to every pixel, and ``residual`` [B, C, H, W]; in place."""
     if emb is not None:
         y = y.add_(emb[:, :, None, None])
     return y if residual is None else y.add_(residual)
@@ -98,6 +108,10 @@ class GroupNorm(nn.GroupNorm):
             norm = custom_ops.group_norm_silu if is_compiling() else dispatch.group_norm_silu
             return norm(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
         return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
+
+    def without_silu(self, x: Tensor) -> Tensor:
+        """The normalisation alone, on a CPU."""
+        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, silu=False)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -190,7 +204,7 @@ class QuantPointwise(PointwiseForward, QuantLinear):
     """A 1x1 convolution with its weight in blocks."""
 
 
-class QuantConv2d(Quantized):
+class QuantConv2d(AfterGroupNorm, Quantized):
     """A convolution with W [out, in, kh, kw] in blocks, and what is to be added to it."""
 
     def __init__(self, weight: QuantTensor, bias: Tensor | None, stride: int, padding: int):
@@ -214,7 +228,7 @@ class QuantConv2d(Quantized):
             padding=self.padding,
             tap_major=self.tap_major,
         )
-        return _added(y, emb, residual)
+        return added(y, emb, residual)
 
     def enlarged(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """The layer of x enlarged to ``size`` (H, W), by its nearest neighbours; in one launch where the kernels have

@@ -5,9 +5,6 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import io
-import socket
-import urllib.parse
-import urllib.request
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +17,6 @@ from gguf_sd.prompt.clip_bpe import END, START, ClipBPE, Merges, build, checked,
 
 OPEN_CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
 HUB_REPOSITORY = "openai/clip-vit-large-patch14"
-HUB_SECONDS = 5  # to take a connection
 WAYS = (
     "give --tokenizer with a diffusers tokenizer folder, a tokenizer.json or CLIP's bpe_simple_vocab_16e6.txt.gz; "
     "or convert a diffusers folder that has a tokenizer; or pip install open-clip-torch; "
@@ -166,24 +162,11 @@ def _from_hub() -> Path | None:
     try:
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
+        from gguf_sd.checkpoint.hub import hub_answers
+
         cached = try_to_load_from_cache(HUB_REPOSITORY, "tokenizer.json")
         if isinstance(cached, str):
             return Path(cached)
-        return Path(hf_hub_download(HUB_REPOSITORY, "tokenizer.json")) if _hub_answers() else None
+        return Path(hf_hub_download(HUB_REPOSITORY, "tokenizer.json")) if hub_answers() else None
     except Exception:  # offline, a proxy, no such file: for the caller all the same, and one error names the ways out
         return None
-
-
-def _hub_answers() -> bool:
-    """Whether the Hub takes connections: its client retries for long where it does not. Behind a proxy only
-    trying tells."""
-    from huggingface_hub.constants import ENDPOINT
-
-    address = urllib.parse.urlsplit(ENDPOINT)
-    if address.scheme in urllib.request.getproxies() or address.hostname is None:
-        return True
-    try:
-        socket.create_connection((address.hostname, address.port or 443), timeout=HUB_SECONDS).close()
-    except OSError:
-        return False
-    return True

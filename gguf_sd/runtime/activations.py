@@ -8,10 +8,11 @@ for what it imports.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from gguf_sd.config import SafetyConfig, TextConfig, UNetConfig, VAEConfig
+from gguf_sd.config import ControlConfig, SafetyConfig, TextConfig, UNetConfig, VAEConfig
 from gguf_sd.models.kl_bands import Limits
 from gguf_sd_kernels.cpu.conv import MAX_PIXELS, MIN_WEIGHTS
 from gguf_sd_kernels.cpu.linear import GEGLU_ROWS
@@ -69,31 +70,29 @@ class _Live:
 
 
 def unet_step(
-    config: UNetConfig, pictures: int, halves: int, size: tuple[int, int], tokens: int, engine: Engine
+    config: UNetConfig,
+    pictures: int,
+    halves: int,
+    size: tuple[int, int],
+    tokens: int,
+    engine: Engine,
+    controls: Sequence[ControlConfig] = (),
 ) -> int:
-    """Bytes of a step with ``halves`` of guidance in one call, 1 or 2, of latents of ``size`` (height, width)."""
+    """Bytes of a step with ``halves`` of guidance in one call, 1 or 2, of latents of ``size`` (height, width), under
+    ControlNets, which run before it one by one."""
     images = pictures * halves
-    live = _Live(images * tokens * projected_width(config))
+    held = images * tokens * (projected_width(config) + sum(_taken(x.unet, True) for x in controls))
     pixels = list(_areas(size, len(config.block_out_channels), images))
     channels, latents = config.block_out_channels, images * size[0] * size[1] * config.in_channels
-    live.hold(3 * latents)
-    width, level = channels[0], 0
-    skips = [(width, 0)]
-    live.touch(pixels[0] * width + engine.conv(config.in_channels, width, 3, pixels[0], pixels[0]))
-    live.hold(pixels[0] * width)
-    for level, out in enumerate(channels):
-        for _ in range(config.layers_per_block):
-            _stage(live, pixels[level], width, out, config.transformer_layers[level], engine)
-            live.hold(pixels[level] * out)
-            width = out
-            skips.append((width, level))
-        if level < len(channels) - 1:
-            after = pixels[level + 1]
-            live.touch(after * width + engine.conv(width, width, 3, pixels[level], after))
-            live.hold(after * width)
-            skips.append((width, level + 1))
-    _middle(live, pixels[-1], width, config.mid_transformer_layers, engine)
-    live.hold(pixels[-1] * width)
+    live = _Live(held + 3 * latents + sum(size[0] * size[1] * x.unet.block_out_channels[0] for x in controls))
+    for number, control in enumerate(controls):
+        live.hold(_control(live, control, size, images, engine))
+        if number:  # what the nets add is summed
+            live.hold(-_residuals(control, size, images))
+    skips = _down(live, config, pixels, engine)
+    width = channels[-1]
+    if controls:  # one sum after another: all those of the skips, then the UNet's own go
+        live.touch(_residuals(controls[0], size, images))
     for level, out in reversed(list(enumerate(channels))):
         n = pixels[level]
         for i in range(config.layers_per_block + 1):
@@ -114,12 +113,69 @@ def unet_step(
     return live.most * engine.itemsize
 
 
+def _down(live: _Live, config: UNetConfig, pixels: Sequence[int], engine: Engine) -> list[tuple[int, int]]:
+    """The way down and the middle, whose results are held; the width and the level of each but the middle's."""
+    channels = config.block_out_channels
+    width = channels[0]
+    skips = [(width, 0)]
+    live.touch(pixels[0] * width + engine.conv(config.in_channels, width, 3, pixels[0], pixels[0]))
+    live.hold(pixels[0] * width)
+    for level, out in enumerate(channels):
+        for _ in range(config.layers_per_block):
+            _stage(live, pixels[level], width, out, config.transformer_layers[level], engine)
+            live.hold(pixels[level] * out)
+            width = out
+            skips.append((width, level))
+        if level < len(channels) - 1:
+            after = pixels[level + 1]
+            live.touch(after * width + engine.conv(width, width, 3, pixels[level], after))
+            live.hold(after * width)
+            skips.append((width, level + 1))
+    _middle(live, pixels[-1], width, config.mid_transformer_layers, engine)
+    live.hold(pixels[-1] * width)
+    return skips
+
+
+def _control(live: _Live, config: ControlConfig, size: tuple[int, int], images: int, engine: Engine) -> int:
+    """A ControlNet's step, and once before all steps its picture's way in; the values of what it gives."""
+    hints, width = config.hint_channels, config.unet.block_out_channels[0]
+    n = size[0] * size[1] * config.downscale**2
+    picture = 2 * n * config.picture_channels
+    live.touch(picture + n * hints[0] + engine.conv(config.picture_channels, hints[0], 3, n, n))
+    for channels, out in pairwise(hints):
+        live.touch(picture + 2 * n * channels + engine.conv(channels, channels, 3, n, n))
+        live.touch(picture + n * channels + n // 4 * out + engine.conv(channels, out, 3, n, n // 4))
+        n //= 4
+    live.touch(picture + n * (hints[-1] + width) + engine.conv(hints[-1], width, 3, n, n))
+    before, given = live.held, _residuals(config, size, images)
+    _down(live, config.unet, list(_areas(size, len(config.unet.block_out_channels), images)), engine)
+    live.hold(given)
+    live.hold(before - live.held)  # all of it
+    return given
+
+
+def _residuals(config: ControlConfig, size: tuple[int, int], images: int) -> int:
+    """Values that a ControlNet gives: as many as the results of the way down and the middle."""
+    channels, layers = config.unet.block_out_channels, config.unet.layers_per_block
+    pixels = list(_areas(size, len(channels), images))
+    total = pixels[0] * channels[0] + pixels[-1] * channels[-1]
+    for level, width in enumerate(channels):
+        total += layers * pixels[level] * width
+        total += pixels[level + 1] * width if level < len(channels) - 1 else 0
+    return total
+
+
 def projected_width(config: UNetConfig) -> int:
     """Keys and values that all cross-attentions take of a token."""
+    return _taken(config, False)
+
+
+def _taken(config: UNetConfig, down: bool) -> int:
+    """The same; of the way ``down`` and the middle alone."""
     layers, channels = config.transformer_layers, config.block_out_channels
     total = config.mid_transformer_layers * channels[-1]
     for depth, width in zip(layers, channels, strict=True):
-        total += depth * width * (2 * config.layers_per_block + 1)
+        total += depth * width * (config.layers_per_block if down else 2 * config.layers_per_block + 1)
     return 2 * total
 
 

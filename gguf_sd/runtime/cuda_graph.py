@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -144,23 +144,31 @@ class GraphedUNet:
         """As :meth:`gguf_sd.models.unet.UNet.project`; once a prompt, without a graph."""
         return self.unet.project(context)
 
-    def step(self, latents: Tensor, timesteps: Tensor, projected: Tensor, vector: Tensor | None = None) -> Tensor:
+    def step(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        projected: Tensor,
+        vector: Tensor | None = None,
+        control: Sequence[Tensor] = (),
+    ) -> Tensor:
         """As :meth:`gguf_sd.models.unet.UNet.step`."""
-        inputs = [latents, timesteps, projected] + ([] if vector is None else [vector])
-        captured = self._graph_of(tuple((tuple(x.shape), x.dtype, x.device) for x in inputs), inputs)
+        inputs = [latents, timesteps, projected, *([] if vector is None else [vector]), *control]
+        captured = self._graph_of(tuple((tuple(x.shape), x.dtype, x.device) for x in inputs), inputs, len(control))
         if captured is None:
-            return self.unet.step(*inputs)
+            return self.unet.step(latents, timesteps, projected, vector, control)
         for own, given in zip(captured.inputs, inputs, strict=True):
             own.copy_(given)
         return captured.replay().clone()
 
-    def _graph_of(self, shapes: Shapes, inputs: list[Tensor]) -> _Captured | None:
-        """The graph for such inputs; None where there is none, because it does not pay yet or cannot be."""
+    def _graph_of(self, shapes: Shapes, inputs: list[Tensor], controls: int) -> _Captured | None:
+        """The graph for such inputs, the last ``controls`` of which are ControlNets'; None where there is none, because
+        it does not pay yet or cannot be."""
         strict = self.graphing.mode == "on"
         if shapes not in self._known or (self._known[shapes] is None and strict):
             if not (strict or self._pays(shapes)):
                 return None
-            self._known[shapes] = self._captured(inputs)
+            self._known[shapes] = self._captured(inputs, controls)
         self._known.move_to_end(shapes)
         return self._known[shapes]
 
@@ -171,15 +179,20 @@ class GraphedUNet:
             self._met.popitem(last=False)
         return self.graphing.passes >= WORTH_PASSES or first < self._loan
 
-    def _captured(self, inputs: list[Tensor]) -> _Captured | None:
+    def _captured(self, inputs: list[Tensor], controls: int) -> _Captured | None:
         before = self.capture.reserved()
         while len(self._known) >= self.limit:
             self._known.popitem(last=False)  # first, so that its memory serves the new one
         # Copies that can be written to: timesteps come expanded.
         own = [x.clone(memory_format=torch.contiguous_format) for x in inputs]
-        captured = None
+        first, captured = len(own) - controls, None
+        latents, timesteps, projected, *vector = own[:first]
+
+        def run() -> Tensor:
+            return self.unet.step(latents, timesteps, projected, vector[0] if vector else None, own[first:])
+
         try:
-            captured = _Captured(own, self.capture(lambda: self.unet.step(*own)))
+            captured = _Captured(own, self.capture(run))
         except RuntimeError as error:  # out of memory included
             reason = str(error).splitlines()[0]
             if self.graphing.mode == "on":

@@ -10,7 +10,7 @@ import torch
 from gguf_sd.errors import GgufSdError
 from gguf_sd.memory_size import parse_memory
 from gguf_sd.runtime.cuda_graph import use_graphs
-from gguf_sd.runtime.kernel_modes import choose_kernels
+from gguf_sd.runtime.kernel_modes import choose_kernels, may_take_int8
 from gguf_sd.runtime.memory import PLACEMENTS, WEIGHT_MODES, choose_device, choose_dtype
 
 VAE_TILING = ("auto", "on", "off")  # as memory allows; always, in tiles as large as it allows; never
@@ -23,12 +23,13 @@ class Execution:
 
     device: torch.device
     dtype: torch.dtype  # that the UNet and the text encoders compute in
-    weights: str = "auto"  # quantized, resident, or auto: as memory allows, see gguf_sd.runtime.memory.MemoryPlan
+    weights: str = "auto"  # quantized, resident, int8, or auto: as memory allows, see gguf_sd.runtime.memory.MemoryPlan
     kernels: str = "torch"  # see gguf_sd.runtime.kernel_modes.choose_kernels
     cuda_graph: str = "auto"  # see gguf_sd.runtime.cuda_graph.use_graphs
     max_memory: int | None = None  # bytes, see gguf_sd.runtime.planning; None = what is free less a margin
     placement: str = "auto"  # of all parts, see gguf_sd.runtime.memory.PLACEMENTS; auto: as memory allows
     vae_tile: int | str = "auto"  # edge in latent pixels, or one of VAE_TILING
+    int8: bool = False  # whether auto weights may be int8
 
     @classmethod
     def choose(
@@ -54,9 +55,16 @@ class Execution:
         budget = parse_memory(max_memory, "max_memory")
         if max_memory is None:
             budget = parse_memory(os.environ.get(MAX_MEMORY), MAX_MEMORY)
+        may_be_int8 = may_take_int8(kernels or "auto", weights, where)
         chosen, weights = choose_kernels(kernels or "auto", weights, where)
+        if placed == "streamed" and weights == "int8":
+            raise GgufSdError("streamed weights (--lowvram) stay as the file has them; leave --kernels int8 out")
         use_graphs(graph, where, chosen, passes=0)  # raises for what cannot be
-        return cls(where, choose_dtype(dtype, where), weights, chosen, graph, budget, placed, checked_tile(vae_tile))
+        number, tile = choose_dtype(dtype, where), checked_tile(vae_tile)
+        if weights == "int8" and number == torch.float16:
+            raise GgufSdError("kernels 'int8' compute with bfloat16 or float32 on a CPU; leave --dtype float16 out")
+        may_be_int8 = may_be_int8 and number != torch.float16
+        return cls(where, number, weights, chosen, graph, budget, placed, tile, may_be_int8)
 
 
 def checked_tile(tile: int | str | None) -> int | str:

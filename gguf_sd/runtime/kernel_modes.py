@@ -14,7 +14,8 @@ import gguf_sd_kernels
 from gguf_sd.checkpoint.cache import cache_folder
 from gguf_sd.errors import GgufSdError
 from gguf_sd.models.layers import GroupNorm, LayerNorm, Quantized, resident
-from gguf_sd.models.unet import UNet
+from gguf_sd.models.unet import UNetEncoder
+from gguf_sd_kernels.cpu import int8
 from gguf_sd_kernels.devices import emulated, gpu_of
 from gguf_sd_kernels.tuning.launch import load_measured, table_name
 from gguf_sd_kernels.tuning.verdicts import keep_verdicts
@@ -26,7 +27,9 @@ KERNEL_MODES = ("auto", "fused", "dequantize", "int8", "resident", "torch")
 TABLES = Path(gguf_sd_kernels.__file__).parent / "tuning" / "tables"
 # Not in 8 bits: the prompt's first token has outliers that would drown the others' values, and the first and last
 # convolution meet the latents themselves.
-SIXTEEN_BITS = re.compile(r"\.attn2\.to_[kv]$|^input_blocks\.0\.|^out\.")
+SIXTEEN_BITS = re.compile(
+    r"\.attn2\.to_[kv]$|^input_blocks\.0\.|^out\.|^input_hint_block\.|^zero_convs\.|^middle_block_out\."
+)
 
 
 def choose_kernels(name: str, weights: str, device: torch.device) -> tuple[str, str]:
@@ -37,7 +40,8 @@ def choose_kernels(name: str, weights: str, device: torch.device) -> tuple[str, 
     ``resident`` decodes once at load; these run in Triton on a GPU. ``torch`` is plain torch, anywhere. ``auto`` takes
     the fastest of fused and dequantize for each layer, by what was measured on this GPU, see
     :mod:`gguf_sd.runtime.tuning`. In any mode, what a kernel does wrongly on this GPU is left to the next:
-    fused -> dequantize -> torch.
+    fused -> dequantize -> torch. On a CPU ``int8`` is torch with weights of that name, see
+    :mod:`gguf_sd.models.int8`; ``auto`` leaves them to the memory plan, see :func:`may_take_int8`.
     Raises GgufSdError for an unknown name, and what device or weights do not allow.
     """
     if name not in KERNEL_MODES:
@@ -45,13 +49,36 @@ def choose_kernels(name: str, weights: str, device: torch.device) -> tuple[str, 
     if name in ("auto", "torch"):
         return ("auto" if name == "auto" and device.type != "cpu" and _has_triton() else "torch"), weights
     if device.type == "cpu" and not emulated(device):
-        raise GgufSdError(f"kernels {name!r} run on a GPU, the device is {device}; choose torch or auto")
+        if name == "int8":
+            return "torch", _int8_weights(weights)
+        raise GgufSdError(f"kernels {name!r} run on a GPU, the device is {device}; choose torch, int8 or auto")
     if not _has_triton():
         raise GgufSdError(f"kernels {name!r} need Triton, which is not installed; choose torch or auto")
     needs = "resident" if name == "resident" else "quantized"
     if weights not in ("auto", needs):
         raise GgufSdError(f"kernels {name!r} work on {needs} weights, and {weights} are asked for; leave one out")
     return name, needs
+
+
+def may_take_int8(kernels: str, weights: str, device: torch.device) -> bool:
+    """Whether a plan for so chosen kernels and weights may have the UNet compute in 8 bits: on a processor with
+    instructions for it, unless something else is asked for."""
+    return kernels == "auto" and weights == "auto" and device.type == "cpu" and not emulated(device) and int8.is_fast()
+
+
+def _int8_weights(weights: str) -> str:
+    if not int8.has_operators():
+        raise GgufSdError(
+            "kernels 'int8' need oneDNN's operators in 8 bits, which this torch lacks; choose torch or auto"
+        )
+    if not int8.is_fast():
+        raise GgufSdError(
+            "kernels 'int8' need a processor with AVX512-VNNI, AVX-VNNI or AMX on a CPU, which this one lacks; "
+            "choose torch or auto"
+        )
+    if weights != "auto":
+        raise GgufSdError(f"kernels 'int8' keep weights in 8 bits on a CPU, and {weights} are asked for; leave one out")
+    return "int8"
 
 
 def _has_triton() -> bool:
@@ -72,7 +99,7 @@ def load_tables(device: torch.device) -> int:
     return count
 
 
-def use_kernels(model: UNet, mode: str, device: torch.device | None = None) -> None:
+def use_kernels(model: UNetEncoder, mode: str, device: torch.device | None = None) -> None:
     """Hands quantised layers and norms to the Triton kernels, in place; the model is on its GPU already, or without
     values and will run on ``device``.
 

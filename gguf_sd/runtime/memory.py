@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from gguf_sd.errors import GgufSdError
+from gguf_sd.models.int8 import Int8Layer
 from gguf_sd.models.layers import Quantized
 from gguf_sd.runtime import host_heap
 from gguf_sd_kernels.cpu import scratch
@@ -142,7 +143,9 @@ def peak_memory(device: torch.device) -> int | None:
 class MemoryPlan:
     """How a job makes do with the memory there is."""
 
-    weights: str  # "quantized": the UNet's blocks, dequantised a layer at a time; "resident": dequantised at load
+    # "quantized": the UNet's blocks, dequantised a layer at a time; "resident": dequantised at load; "int8": encoded in
+    # 8 bits at load, see gguf_sd.models.int8
+    weights: str
     placement: Mapping[str, str]  # of PLACEMENTS, by the name of the part: text 0, text 1, unet, vae, safety
     batch_guidance: bool  # both halves of guidance in one UNet call
     vae_tile: int | None = None  # edge of a VAE tile in latent pixels; None = the whole picture at once
@@ -165,6 +168,7 @@ def held_bytes(model: nn.Module, device: torch.device) -> int:
     """Bytes of a model's weights that count as used on its device: on a CPU quantised blocks do not, they are pages of
     the file that the system takes back when it needs them."""
     count = sum(p.nbytes for p in model.parameters())
+    count += sum(m.nbytes for m in model.modules() if isinstance(m, Int8Layer))
     if device.type == "cuda":
         count += sum(b.nbytes for b in model.buffers())
         count += sum(m.packed.nbytes for m in model.modules() if isinstance(m, Quantized) and m.packed)
@@ -182,7 +186,7 @@ def out_of_memory_advice(device: torch.device, weights: str, batch: int, size: t
     """One sentence for who ran out of memory, with what would take less. ``size`` is width and height."""
     ways = [f"a smaller --batch than {batch}"] if batch > 1 else []
     ways.append(f"a smaller size than {size[0]}x{size[1]}")
-    if weights == "resident":
+    if weights != "quantized":
         ways.append("--weights quantized")
     if device.type != "cpu":
         ways.append("--device cpu")

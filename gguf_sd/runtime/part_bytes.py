@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from gguf_sd.checkpoint import inventory
 from gguf_sd.checkpoint.check_tensors import text_names
+from gguf_sd.checkpoint.control_file import ControlFile
 from gguf_sd.checkpoint.model_file import ModelFile
+from gguf_sd.checkpoint.tensor_names import CONTROL as CONTROL_NET
 from gguf_sd.checkpoint.tensor_names import SAFETY, UNET, VAE
 from gguf_sd.checkpoint.vae_file import VAEFile
+from gguf_sd.models.int8 import stays_wide
 from gguf_sd.models.tiny_vae import tiny_config
 from gguf_sd_kernels.formats import FORMATS
 
@@ -21,6 +24,7 @@ STAGE = re.compile(
     r"(?:transformer_blocks\.\d+\.)?|.*\b(?:layers|resblocks)\.\d+\."
 )
 LOOKED_UP = re.compile(r"token_embedding\.weight$")  # rows are, the table is never streamed
+CONTROL = "control"  # kind of the parts that are ControlNets
 TINY_VALUES = 2_450_000  # of a tiny autoencoder, both halves
 
 
@@ -38,10 +42,15 @@ class PartBytes:
     stage_blocks: int = 0  # and the largest stage that comes and goes
     stage_plain: int = 0
     beside: int = 0  # values of LoRAs beside the weights
+    narrow: int = 0  # weights that take a byte each in a UNet that computes in 8 bits
 
-    def loaded(self, itemsize: int, quantized: bool) -> int:
-        """Bytes of the part in memory, ``itemsize`` a value that is not in blocks."""
-        own = self.blocks + self.plain * itemsize if quantized else self.values * itemsize
+    def loaded(self, itemsize: int, weights: str = "resident") -> int:
+        """Bytes of the part in memory with ``weights`` as in :class:`gguf_sd.runtime.memory.MemoryPlan`, ``itemsize`` a
+        value that is neither in blocks nor in 8 bits."""
+        if weights == "int8":
+            own = self.narrow + (self.values - self.narrow) * itemsize
+        else:
+            own = self.blocks + self.plain * itemsize if weights == "quantized" else self.values * itemsize
         return own + self.beside * itemsize
 
     def streamed(self, itemsize: int) -> int:
@@ -65,9 +74,17 @@ def part_bytes(model: ModelFile, vae_file: VAEFile | None = None) -> dict[str, P
     return parts
 
 
-def _count(model: ModelFile, names: Iterable[str], quantized: bool) -> PartBytes:
+def control_bytes(files: Sequence[ControlFile]) -> dict[str, PartBytes]:
+    """Of a job's ControlNets, by part: control 0, control 1, …."""
+    return {
+        f"{CONTROL} {index}": _count(file, [name for name in file.names if name not in file.strays], quantized=True)
+        for index, file in enumerate(files)
+    }
+
+
+def _count(model: ModelFile | ControlFile, names: Iterable[str], quantized: bool) -> PartBytes:
     """``quantized``: whether matrices in blocks stay so."""
-    stored = values = blocks = plain = largest = held = 0
+    stored = values = blocks = plain = largest = held = narrow = 0
     stages: dict[str, list[int]] = {}
     for canonical in names:
         name = model.names[canonical]
@@ -80,6 +97,8 @@ def _count(model: ModelFile, names: Iterable[str], quantized: bool) -> PartBytes
             blocks, largest = blocks + info.nbytes, max(largest, count)
         else:
             plain += count
+        if quantized and len(shape) > 1 and not stays_wide(_module(canonical)):
+            narrow += count
         if len(shape) < 2:
             held += count
         elif not LOOKED_UP.search(canonical):
@@ -87,8 +106,13 @@ def _count(model: ModelFile, names: Iterable[str], quantized: bool) -> PartBytes
             stage = stages.setdefault(found[0] if found else canonical, [0, 0])
             stage[0] += info.nbytes if in_blocks else 0
             stage[1] += 0 if in_blocks else count
-    both = max(stages.values(), key=lambda stage: stage[0] + 4 * stage[1], default=[0, 0])
-    return PartBytes(stored, values, blocks, plain, largest, held, *both)
+    some, others = max(stages.values(), key=lambda stage: stage[0] + 4 * stage[1], default=[0, 0])
+    return PartBytes(stored, values, blocks, plain, largest, held, some, others, narrow=narrow)
+
+
+def _module(name: str) -> str:
+    """Of a weight, in the names of the UNet or the ControlNet that it is of."""
+    return name.removeprefix(UNET).removeprefix(CONTROL_NET).removesuffix(".weight")
 
 
 def _other_vae(file: VAEFile) -> PartBytes:

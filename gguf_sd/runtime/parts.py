@@ -1,4 +1,4 @@
-"""What of a model is loaded: text encoders, UNet, VAE and safety checker, and the UNet's CUDA graphs.
+"""What of a model is loaded: text encoders, UNet, VAE and safety checker, the UNet's CUDA graphs, and ControlNets.
 
 Nothing else loads parts or lets them go. A part is loaded when it is first asked for. It stays or goes afterwards as
 its placement says, and is loaded anew when it is asked for in another way (another dtype, weights dequantised or
@@ -20,12 +20,15 @@ from torch import nn
 from gguf_sd.adapters.lora import Active
 from gguf_sd.adapters.read_lora import layer_factors
 from gguf_sd.adapters.side_path import attach, detach, side_bytes
+from gguf_sd.checkpoint.control_file import ControlFile
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.checkpoint.vae_file import VAEFile
+from gguf_sd.models.controlnet import ControlNet
+from gguf_sd.models.int8 import use_int8
 from gguf_sd.models.safety import SafetyChecker
 from gguf_sd.models.text import TextEncoder
 from gguf_sd.models.tiny_vae import TinyAutoencoder
-from gguf_sd.models.unet import UNet
+from gguf_sd.models.unet import UNet, UNetEncoder
 from gguf_sd.models.vae import Autoencoder
 from gguf_sd.runtime.cuda_graph import NO_GRAPHS, CudaCapture, GraphedUNet, Graphing
 from gguf_sd.runtime.host_heap import be_frugal
@@ -38,13 +41,15 @@ from gguf_sd.sampling.guidance import Denoise
 
 @dataclass(frozen=True)
 class LoadedAs:
-    """The decisions that a part was loaded by; ``weights`` and ``kernels`` concern the UNet alone."""
+    """The decisions that a part was loaded by; ``weights`` and ``kernels`` concern the UNet and
+    ControlNets alone."""
 
     dtype: torch.dtype
-    weights: str = ""  # quantized or resident
+    weights: str = ""  # quantized, resident or int8
     kernels: str = ""  # see gguf_sd.runtime.kernel_modes.choose_kernels
     placement: str = "resident"  # of gguf_sd.runtime.memory.PLACEMENTS
     loras: tuple[Active, ...] = ()  # beside the weights: they come and go without loading anew
+    control: ControlFile | None = None  # where a ControlNet lies
 
     def fits(self, wanted: LoadedAs) -> bool:
         """Whether what was loaded by these serves ``wanted``, once its LoRAs are exchanged: a staged part differs from
@@ -111,6 +116,12 @@ class Parts:
                 loaded.graphs = GraphedUNet(unet, CudaCapture(self.device))
             yield loaded.graphs.lend(graphing)
 
+    @contextmanager
+    def control(self, index: int, how: LoadedAs) -> Iterator[ControlNet]:
+        """Lends ControlNet number ``index`` of a job, ``how.control``."""
+        with self._borrowed(f"control {index}", how) as loaded:
+            yield cast(ControlNet, loaded.part)
+
     @property
     def nbytes(self) -> int:
         """Bytes that loaded parts and graphs take on the device, see :func:`gguf_sd.runtime.memory.held_bytes`."""
@@ -125,22 +136,30 @@ class Parts:
 
     @property
     def names(self) -> set[str]:
-        """What is loaded now: text 0, text 1, unet, vae, safety."""
+        """What is loaded now: text 0, text 1, unet, vae, safety, control 0, …."""
         with self._lock:
             return set(self._loaded)
 
     def drop(self, name: str) -> None:
         """Lets a part go, with its graphs; nothing happens where it is not loaded."""
         with self._lock:
-            if self._loaded.pop(name, None) is None:
+            if (loaded := self._loaded.pop(name, None)) is None:
                 return
-            self.model.file.forget_pages()
+            (loaded.how.control or self.model).file.forget_pages()
+            del loaded
         give_back(self.device)
 
     def drop_all(self, but: frozenset[str] = frozenset()) -> None:
-        """Lets every part go but those of the kinds given (text, unet, vae, safety)."""
+        """Lets every part go but those of the kinds given (text, unet, vae, safety, control)."""
         for name in self.names:
             if name.partition(" ")[0] not in but:
+                self.drop(name)
+
+    def drop_controls(self, count: int) -> None:
+        """Lets ControlNets go beyond the first ``count``, which a plan does not know of."""
+        for name in self.names:
+            kind, _, index = name.partition(" ")
+            if kind == "control" and int(index) >= count:
                 self.drop(name)
 
     @contextmanager
@@ -171,7 +190,7 @@ class Parts:
         if how.placement != "streamed" or name == "vae":  # whose weights are few, and read for every tile
             return _Loaded(self._load(name, how), how)
         meter = self.streamed.setdefault(name, Meter())
-        streamed = load_streamed(self.model, name, self.device, how.dtype, how.kernels, meter)
+        streamed = load_streamed(how.control or self.model, name, self.device, how.dtype, how.kernels, meter)
         return _Loaded(streamed.part, how, streamed)
 
     def _adapt(self, loaded: _Loaded, name: str, how: LoadedAs) -> None:
@@ -189,7 +208,7 @@ class Parts:
 
     def _load(self, name: str, how: LoadedAs) -> nn.Module:
         part: nn.Module
-        if name == "unet":
+        if name == "unet" or how.control is not None:
             return self._load_unet(how)
         if name == "vae":
             part = self.vae_file.load(how.dtype) if self.vae_file else self.model.load_vae(how.dtype)
@@ -199,11 +218,16 @@ class Parts:
             part = self.model.load_text(int(name.removeprefix("text ")), how.dtype)
         return part.to(self.device)
 
-    def _load_unet(self, how: LoadedAs) -> UNet:
-        unet = self.model.load_unet(how.dtype).to(self.device)
+    def _load_unet(self, how: LoadedAs) -> UNetEncoder:
+        """The UNet, or a ControlNet."""
+        file = (how.control or self.model).file
+        unet = (how.control.load(how.dtype) if how.control else self.model.load_unet(how.dtype)).to(self.device)
         if how.weights == "resident":
             make_resident(unet, how.dtype, how.kernels)
-            self.model.file.forget_pages()
+        elif how.weights == "int8":
+            use_int8(unet, how.dtype)
+        if how.weights != "quantized":
+            file.forget_pages()
         if how.kernels != "torch":
             use_kernels(unet, how.kernels)
         if self.device.type == "cuda":

@@ -5,9 +5,9 @@ see :mod:`gguf_sd.runtime.activations`. Nothing is measured, read or allocated: 
 
 A job runs in stages: each text encoder, the VAE's encoder where a picture is started from, the UNet, the VAE's decoder,
 the safety checker. A stage takes its own part and its work, beside what the process takes anyway and all parts that
-stay loaded. Ways are compared by the seconds they add to a picture of STEPS steps on a nominal machine, see
-:class:`gguf_sd.runtime.plan_cost.Speed`; how many steps and pictures are really asked for does not count, so that a
-pipeline that paints on keeps its parts as they are.
+stay loaded. ControlNets run in the UNet's stage, and are placed as it is. Ways are compared by the seconds they add to
+a picture of STEPS steps on a nominal machine, see :class:`gguf_sd.runtime.plan_cost.Speed`; how many steps and pictures
+are really asked for does not count, so that a pipeline that paints on keeps its parts as they are.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from functools import cached_property
 from itertools import product
 from typing import NamedTuple
 
-from gguf_sd.config import ModelConfig, VAEConfig
+from gguf_sd.config import ControlConfig, ModelConfig, VAEConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd.memory_size import memory_text
 from gguf_sd.runtime import activations, plan_cost
 from gguf_sd.runtime.activations import Engine
-from gguf_sd.runtime.memory import PLACEMENTS, WEIGHT_MODES, MemoryPlan
-from gguf_sd.runtime.part_bytes import PartBytes
+from gguf_sd.runtime.memory import PLACEMENTS, MemoryPlan
+from gguf_sd.runtime.part_bytes import CONTROL, PartBytes
 from gguf_sd_kernels.reference.products import CHUNK_VALUES
 
 TILES = (64, 48, 32, 24, 16, 12, 8, 4)  # edges in latent pixels
@@ -34,6 +34,7 @@ DECODING = 8  # bytes a value that decoding blocks takes besides the weight, on 
 HOLES = 160 << 20
 SLACK = 0.04  # share of what is allocated that lies idle in allocators
 STEP_DOWN = 0.7  # of the peak that ran out of memory
+HELD = ("resident", "int8")  # of weights, those that are in memory as a whole
 NAMES = {"sd1": "Stable Diffusion 1.x", "sdxl": "SDXL"}
 
 
@@ -47,6 +48,8 @@ class Workload:
     chunks: int = 1  # of 75 tokens that the prompts have
     encodes: bool = False  # a picture, to start from
     adapters: int = 0  # values of LoRAs beside the UNet's weights
+    lasting: bool = False  # so many steps that it pays to encode the UNet's weights in 8 bits
+    controls: tuple[ControlConfig, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Stage(NamedTuple):
 
 class _Choice(NamedTuple):
     weights: str
-    placement: tuple[str, ...]  # in the order of Planner.parts
+    placement: tuple[str, ...]  # in the order of Planner.own
     batch_guidance: bool
     tile: int | None
 
@@ -101,10 +104,11 @@ class Planner:
     weights: str = "auto"
     placement: str = "auto"
     vae_tile: int | str = "auto"  # kept to, see gguf_sd.runtime.execution.Execution
+    int8: bool = False  # whether auto weights may be int8
 
     def __post_init__(self) -> None:
         for what, value, known in (
-            ("weights mode", self.weights, WEIGHT_MODES),
+            ("weights mode", self.weights, ("auto", "quantized", *HELD)),
             ("placement", self.placement, ("auto", *PLACEMENTS)),
         ):
             if value not in known:
@@ -145,13 +149,28 @@ class Planner:
         """Bytes of the whole process in each stage."""
         return self._peaks(self._choice(plan))
 
+    @cached_property
+    def own(self) -> list[str]:
+        """The parts that are placed by themselves."""
+        return [name for name in self.parts if not name.startswith(CONTROL)]
+
+    @cached_property
+    def _controls(self) -> list[str]:
+        return [name for name in self.parts if name.startswith(CONTROL)]
+
+    def _placement(self, choice: _Choice) -> dict[str, str]:
+        """Of all parts."""
+        placement = dict(zip(self.own, choice.placement, strict=True))
+        return placement | dict.fromkeys(self._controls, placement["unet"])
+
     def _choice(self, plan: MemoryPlan) -> _Choice:
-        placement = tuple(plan.placement[name] for name in self.parts)
+        placement = tuple(plan.placement[name] for name in self.own)
         return _Choice(plan.weights, placement, plan.batch_guidance, plan.vae_tile)
 
     def _named(self, choice: _Choice, peak: int, budget: int) -> MemoryPlan:
-        placement = dict(zip(self.parts, choice.placement, strict=True))
-        return MemoryPlan(choice.weights, placement, choice.batch_guidance, choice.tile, None, peak, budget)
+        return MemoryPlan(
+            choice.weights, self._placement(choice), choice.batch_guidance, choice.tile, None, peak, budget
+        )
 
     @cached_property
     def _ranked(self) -> list[_Choice]:
@@ -160,9 +179,9 @@ class Planner:
         return sorted(costs, key=lambda choice: (costs[choice], self._peak(choice), choice.placement))
 
     def _choices(self) -> Iterator[_Choice]:
-        modes = [self.weights] if self.weights != "auto" else ["quantized", "resident"]
+        modes = [self.weights] if self.weights != "auto" else ["quantized", "resident", *["int8"] * self.int8]
         guidance = (True, False) if self.workload.guided else (True,)
-        placements = [self._placements(name) for name in self.parts]
+        placements = [self._placements(name) for name in self.own]
         for weights, placement, batched, tile in product(modes, product(*placements), guidance, self._tiles()):
             choice = _Choice(weights, placement, batched, tile)
             if weights == "quantized" or self._placed(choice, "unet") != "streamed":
@@ -179,13 +198,13 @@ class Planner:
 
     def _placements(self, part: str) -> tuple[str, ...]:
         """The VAE's weights are few, and read again for every band: it is not streamed."""
-        able = PLACEMENTS[:2] if part == "vae" or (part == "unet" and self.weights == "resident") else PLACEMENTS
+        able = PLACEMENTS[:2] if part == "vae" or (part == "unet" and self.weights in HELD) else PLACEMENTS
         if self.placement == "auto":
             return able
         return (self.placement,) if self.placement in able else ("staged",)
 
     def _placed(self, choice: _Choice, part: str) -> str:
-        return choice.placement[list(self.parts).index(part)]
+        return choice.placement[self.own.index(part)]
 
     def _peak(self, choice: _Choice) -> int:
         return max(self._peaks(choice).values())
@@ -193,14 +212,15 @@ class Planner:
     def _peaks(self, choice: _Choice) -> dict[str, int]:
         resident = {
             name: self._weights(name, "resident", choice.weights)
-            for name, placement in zip(self.parts, choice.placement, strict=True)
+            for name, placement in self._placement(choice).items()
             if placement == "resident"
         }
         total, base = sum(resident.values()), self.machine.base
         peaks = {}
         for name, part in self._order:
             stage = self._stage(name, part, choice)
-            peaks[name] = base + int((total - resident.get(part, 0) + stage.nbytes) * (1 + SLACK))
+            used = sum(resident.get(other, 0) for other in self._used(part))
+            peaks[name] = base + int((total - used + stage.nbytes) * (1 + SLACK))
         return peaks
 
     @cached_property
@@ -215,11 +235,15 @@ class Planner:
     def _inpaints(self) -> bool:
         return self.config.unet.in_channels != self.config.vae.latent_channels
 
+    def _used(self, part: str) -> list[str]:
+        """The parts that run in the stage of one."""
+        return [part, *(self._controls if part == "unet" else ())]
+
     def _stage(self, name: str, part: str, choice: _Choice) -> Stage:
         placement, quantized = self._placed(choice, part), choice.weights == "quantized"
         key = name, placement, *self._matters(name, choice)
         if key not in self._stages:
-            weights = self._weights(part, placement, choice.weights)
+            weights = sum(self._weights(other, placement, choice.weights) for other in self._used(part))
             loading = weights
             if part == "unet" and not quantized and not self.machine.gpu:
                 loading += self.parts[part].stored  # the file's pages, until all of it is dequantised
@@ -242,7 +266,8 @@ class Planner:
         itemsize = self.machine.vae_itemsize if part == "vae" else self.machine.itemsize
         if placement == "streamed":
             return counts.streamed(itemsize)
-        return counts.loaded(itemsize, part == "unet" and weights == "quantized")
+        in_blocks = part == "unet" or part.startswith(CONTROL)
+        return counts.loaded(itemsize, weights if in_blocks else "resident")
 
     def _work(self, stage: str, choice: _Choice) -> int:
         load, machine = self.workload, self.machine
@@ -260,22 +285,23 @@ class Planner:
         return run(self.vae, load.size, machine.vae_engine, self.tiny) + pixels
 
     def _unet_work(self, choice: _Choice) -> int:
-        load, machine, counts = self.workload, self.machine, self.parts["unet"]
+        load, machine = self.workload, self.machine
+        largest = max(self.parts[name].largest_blocks for name in self._used("unet"))
         quantized = choice.weights == "quantized"
         halves = 2 if load.guided and choice.batch_guidance else 1
         tokens = load.chunks * self.config.text[0].max_position_embeddings
         engine = machine.engine(decodes=quantized)
-        step = activations.unet_step(self.config.unet, load.pictures, halves, load.size, tokens, engine)
+        step = activations.unet_step(self.config.unet, load.pictures, halves, load.size, tokens, engine, load.controls)
         if not machine.gpu and self._placed(choice, "unet") != "streamed":  # see gguf_sd.runtime.host_heap
             step += min(step, HOLES)
         step += load.adapters * machine.itemsize
         if quantized and not machine.gpu:
-            step += counts.largest_blocks * machine.itemsize  # the buffer for decoded weights
-            step += DECODING * min(counts.largest_blocks, CHUNK_VALUES)
+            step += largest * machine.itemsize  # the buffer for decoded weights
+            step += DECODING * min(largest, CHUNK_VALUES)
         return step
 
     def _seconds(self, choice: _Choice) -> float:
-        placement = dict(zip(self.parts, choice.placement, strict=True))
+        placement = self._placement(choice)
         passes = 2 if self.workload.guided and not choice.batch_guidance else 1
         return plan_cost.seconds(self.parts, placement, choice.weights, passes, choice.tile, self._sizes)
 
@@ -291,7 +317,7 @@ class Planner:
         name = NAMES.get(self.config.name, self.config.name)
         batch = f" in batches of {load.pictures}" if load.pictures > 1 else ""
         ways = ["a smaller --batch"] if load.pictures > 1 else []
-        ways += ["a smaller size", *["--weights quantized"] * (self.weights == "resident")]
+        ways += ["a smaller size", *["--weights quantized"] * (self.weights in HELD)]
         return (
             f"{name} at {width}x{height}{batch} needs at least {memory_text(least.peak)} of memory, "
             f"{memory_text(budget)} may be used; give more with --max-memory, or take {', or '.join(ways)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gguf_sd.runtime.part_bytes import PartBytes
+from gguf_sd.runtime.part_bytes import CONTROL, PartBytes
 
 STEPS = 20  # of a picture
 # Multiplications of a UNet step for each weight and latent pixel: SD 1.5 has 0.057, SDXL 0.07. Of the VAE for each
@@ -14,6 +14,7 @@ STEP_PRODUCTS, DECODE_PRODUCTS = 0.06, 6e8
 # What tiles cost of a whole decode: little while maps of the picture's size are kept, then convolutions run anew.
 TILE_EXTRA = 0.1
 TILE_EDGE = 4.0  # and a band of a few rows more than a large one
+SAVED_IN_INT8 = 0.3  # of a step on a CPU, in 8 bits
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,14 @@ def seconds(
     speed = GPU if sizes.gpu else CPU
     total = sum(_reading(name, parts[name], how, passes) for name, how in placement.items()) / speed.read
     decodes = STEPS * passes if weights == "quantized" else 0 if placement["unet"] == "resident" else 1
-    total += decodes * parts["unet"].values / speed.decoded
+    values = sum(part.values for name, part in parts.items() if name == "unet" or name.startswith(CONTROL))
+    total += decodes * values / speed.decoded
     pixels = sizes.pixels * sizes.pictures
+    step = STEP_PRODUCTS * parts["unet"].values * pixels * sizes.halves / speed.products
     if passes > 1:
-        step = STEP_PRODUCTS * parts["unet"].values * pixels * sizes.halves / speed.products
         total += STEPS * speed.second_pass * step
+    if weights != "int8" and not sizes.gpu:
+        total += STEPS * SAVED_IN_INT8 * step
     if tile is not None:
         total += (TILE_EXTRA + TILE_EDGE / tile) * DECODE_PRODUCTS * pixels / speed.products
     return total
@@ -68,4 +72,4 @@ def _reading(name: str, part: PartBytes, placement: str, passes: int) -> float:
         return 0.0
     if placement == "staged":
         return float(part.stored)
-    return float(part.stored) * (STEPS * passes if name == "unet" else 2)
+    return float(part.stored) * (STEPS * passes if name == "unet" or name.startswith(CONTROL) else 2)

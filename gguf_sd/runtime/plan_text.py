@@ -9,7 +9,11 @@ from gguf_sd.memory_size import memory_text
 from gguf_sd.runtime.memory import MemoryPlan
 from gguf_sd.runtime.plan import Planner
 
-WEIGHTS = {"quantized": "in blocks, decoded for each product", "resident": "decoded once, when it is loaded"}
+WEIGHTS = {
+    "quantized": "in blocks, decoded for each product",
+    "resident": "decoded once, when it is loaded",
+    "int8": "in 8 bits, encoded when it is loaded",
+}
 PLACED = {"resident": "stays loaded", "staged": "goes behind its stage", "streamed": "layer by layer"}
 
 

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gguf_sd.models.layers import GroupNorm, LayerNorm, PointwiseForward, QuantConv2d, Quantized, QuantPointwise
+from gguf_sd.models.layers import (
+    AfterGroupNorm,
+    GroupNorm,
+    LayerNorm,
+    PointwiseForward,
+    QuantConv2d,
+    Quantized,
+    QuantPointwise,
+)
 from gguf_sd.models.unet import UNet
 from gguf_sd_kernels.checks import doubles
 from gguf_sd_kernels.normed import Measured
@@ -127,7 +135,7 @@ class _RecordingPointwise(PointwiseForward, _RecordingLinear):
     pass
 
 
-class _RecordingConv(_Recorder):
+class _RecordingConv(AfterGroupNorm, _Recorder):
     def __init__(self, layer: QuantConv2d, found: StepKernels):
         super().__init__(layer, found)
         self.stride, self.padding = layer.stride, layer.padding

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from gguf_sd.checkpoint.assign import Deferred
+from gguf_sd.checkpoint.control_file import ControlFile
 from gguf_sd.checkpoint.finite import cast
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.checkpoint.quant_tensor import QuantTensor
 from gguf_sd.models.layers import Quantized
 from gguf_sd.models.text import TokenEmbedding
-from gguf_sd.models.unet import UNet
+from gguf_sd.models.unet import UNet, UNetEncoder
 from gguf_sd.runtime.kernel_modes import use_kernels
 from gguf_sd.runtime.lanes import Lane, laid_out, lane_to
 from gguf_sd.runtime.stages import Meter, Slot, Stage, Stream, Weight
@@ -57,19 +58,27 @@ class StreamedUNet:
         """As :meth:`gguf_sd.models.unet.UNet.project`."""
         return self.unet.project(context)
 
-    def step(self, latents: Tensor, timesteps: Tensor, projected: Tensor, vector: Tensor | None = None) -> Tensor:
+    def step(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        projected: Tensor,
+        vector: Tensor | None = None,
+        control: Sequence[Tensor] = (),
+    ) -> Tensor:
         """As :meth:`gguf_sd.models.unet.UNet.step`."""
         before = self.meter.nbytes
-        result = self.unet.step(latents, timesteps, projected, vector)
+        result = self.unet.step(latents, timesteps, projected, vector, control)
         self.meter.steps, self.meter.step_bytes = self.meter.steps + 1, self.meter.nbytes - before
         return result
 
 
 def load_streamed(
-    model: ModelFile, name: str, device: torch.device, dtype: torch.dtype, kernels: str, meter: Meter
+    model: ModelFile | ControlFile, name: str, device: torch.device, dtype: torch.dtype, kernels: str, meter: Meter
 ) -> Streamed:
-    """The part ``name`` (text 0, text 1, unet, safety) without its weights, ready to run on ``device`` as it would
-    resident: the same kernels (see :mod:`gguf_sd.runtime.kernel_modes`; "" for parts but the UNet), the same values."""
+    """The part ``name`` (text 0, text 1, unet, safety) of a model, or a ControlNet, without its weights, ready to run
+    on ``device`` as it would resident: the same kernels (see :mod:`gguf_sd.runtime.kernel_modes`; "" for parts but UNet
+    and ControlNet), the same values."""
     deferred: dict[str, Deferred] = {}
     part = _without_weights(model, name, dtype, deferred)
     in_place = used_in_place(device, kernels)
@@ -83,7 +92,7 @@ def load_streamed(
         if isinstance(module, Quantized) and not in_place:
             module.blocks = torch.empty_like(module.blocks, device="meta")
     if kernels not in ("", "torch"):
-        assert isinstance(part, UNet)
+        assert isinstance(part, UNetEncoder)
         use_kernels(part, kernels, device)
     held = sum(p.nbytes for p in part.parameters() if not p.is_meta)
     members = {
@@ -105,7 +114,11 @@ def used_in_place(device: torch.device, kernels: str) -> bool:
     return device.type == "cpu" and kernels in ("", "torch")
 
 
-def _without_weights(model: ModelFile, name: str, dtype: torch.dtype, deferred: dict[str, Deferred]) -> nn.Module:
+def _without_weights(
+    model: ModelFile | ControlFile, name: str, dtype: torch.dtype, deferred: dict[str, Deferred]
+) -> nn.Module:
+    if isinstance(model, ControlFile):
+        return model.load(dtype, deferred)
     if name == "unet":
         return model.load_unet(dtype, deferred)
     if name == "safety":
@@ -117,7 +130,7 @@ def _without_weights(model: ModelFile, name: str, dtype: torch.dtype, deferred: 
 class _Rows:
     """Looks rows of a table up in the file."""
 
-    model: ModelFile
+    model: ModelFile | ControlFile
     table: Deferred
     dtype: torch.dtype
 

@@ -50,16 +50,18 @@ class Automatic1111:
         return own + a1111_lists.routes(self.desk, prefix)
 
     async def txt2img(self, http: HttpRequest) -> Response:
+        self.desk.admit()
         fields, overrides = read_fields(await self.desk.json(http))
         if fields.init_images or fields.mask:
             raise GgufSdError("init_images and mask belong to img2img; post there")
         return await self._paint(http, fields, overrides, {})
 
     async def img2img(self, http: HttpRequest) -> Response:
+        self.desk.admit()
         fields, overrides = read_fields(await self.desk.json(http))
         if not fields.init_images:
             raise ApiError(404, "Init image not found: init_images holds none", "init_images")
-        pictures = await run_in_threadpool(self._pictures, fields)
+        pictures = await self.desk.decoded(self._pictures, fields)
         return await self._paint(http, fields, overrides, pictures)
 
     def _pictures(self, fields: Fields) -> dict[str, Any]:
@@ -180,7 +182,7 @@ class Automatic1111:
         body = await self.desk.json(http)
         if not isinstance(text := body.get("image"), str) or len(body) > 1:
             raise GgufSdError("png-info takes one field, image: a picture as base64")
-        image = await run_in_threadpool(from_base64, text, "the image", self.desk.limits.pixels)
+        image = await self.desk.decoded(from_base64, text, "the image", self.desk.limits.pixels)
         found = text_of(image)
         try:
             parameters = parse_parameters(found) if found.strip() else {}

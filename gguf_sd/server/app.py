@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ from gguf_sd.server.tickets import QueueFullError
 from gguf_sd.server.worker import Worker
 
 log = logging.getLogger(__name__)
+BACKLOG = 2048  # callers that the system keeps waiting for an answer at all
 HALT_SECONDS = 30.0  # that a painter gets to end its step once it is told to stop
 
 
@@ -125,28 +127,35 @@ def _sentence(error: HTTPException) -> str:
 
 
 class HttpServer(uvicorn.Server):
-    """Stops in two steps: at the first signal pictures in work are finished, at the second they are given up."""
+    """Stops in steps: at the first signal what is painted is finished, at the second it is given up, and its callers
+    are told; at the third nobody is waited for."""
 
     def __init__(self, config: uvicorn.Config, server: Server):
         super().__init__(config)
-        self.server = server
+        self.server, self.signals = server, 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit:
+        self.signals += 1
+        self.server.stop_taking()
+        if self.signals > 1:
             for worker in self.server.workers:
                 worker.halt()
-        self.server.stop_taking()
-        super().handle_exit(sig, frame)
+        self.force_exit = self.signals > 2
+        self.should_exit = True
 
 
 def serve(server: Server, host: str, port: int, tell: str = "") -> None:
     """Runs until it is told to stop. Raises GgufSdError where the address cannot be had."""
-    config = uvicorn.Config(server.app, host, port, log_level="warning", access_log=False, server_header=False)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        socket = config.bind_socket()
-    except SystemExit:
-        raise GgufSdError(f"cannot listen on {host}:{port}: it is in use, or not this machine's") from None
+        listening = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise GgufSdError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port"
+        ) from error
+    config = uvicorn.Config(server.app, log_level="warning", access_log=False, server_header=False)
     if tell:
-        print(f"{tell} on http://{host}:{socket.getsockname()[1]}", flush=True)
+        name = f"[{host}]" if ":" in host else host
+        print(f"{tell} on http://{name}:{listening.getsockname()[1]}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
-        HttpServer(config, server).run(sockets=[socket])
+        HttpServer(config, server).run(sockets=[listening])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
@@ -18,11 +18,14 @@ from gguf_sd.field_checks import shown
 from gguf_sd.json_text import json_object
 from gguf_sd.request import MAX_SEED, Request
 from gguf_sd.server.errors import ApiError
-from gguf_sd.server.limits import Limits
+from gguf_sd.server.limits import NAME, Limits
 from gguf_sd.server.line import Line
 from gguf_sd.server.metrics import Metrics
 from gguf_sd.server.shelf import Shelf
 from gguf_sd.server.tickets import CANCELLED, FAILED, Ticket
+
+T = TypeVar("T")
+DECODERS = 2  # requests whose bodies are taken apart at the same time
 
 
 @dataclass
@@ -32,6 +35,7 @@ class Desk:
     metrics: Metrics
     limits: Limits = field(default_factory=Limits)
     lora_dir: Path | None = None
+    _decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(DECODERS))
 
     def loras(self) -> dict[str, Path]:
         """LoRAs that prompts may name."""
@@ -91,11 +95,10 @@ class Desk:
 
         unwatch = ticket.watch(tell)
         gone = asyncio.create_task(_gone(http))
+        gone.add_done_callback(lambda task: changed.set())
         try:
             while not ticket.over and not gone.done():
-                waiting = asyncio.create_task(changed.wait())
-                await asyncio.wait((waiting, gone), return_when=asyncio.FIRST_COMPLETED)
-                waiting.cancel()
+                await changed.wait()
                 changed.clear()
                 yield
         finally:
@@ -111,7 +114,19 @@ class Desk:
         if kind != "application/json":
             raise ApiError(415, f"the content type is {shown(kind)}; send application/json", "unsupported_media_type")
         body = await http.body()
-        return await run_in_threadpool(json_object, body, "the request", self.limits.upload)
+        found: dict[str, Any] = await self.decoded(json_object, body, "the request", self.limits.upload)
+        if (name := next((name for name in found if len(name) > NAME), None)) is not None:
+            raise GgufSdError(f"there is no setting {shown(name)}")
+        return found
+
+    async def decoded(self, read: Callable[..., T], *args: Any) -> T:
+        """``read(*args)`` in a thread, but a few at a time: what is read may be large."""
+        async with self._decoding:
+            return await run_in_threadpool(read, *args)
+
+    def admit(self) -> None:
+        """Before anything large is read. Raises QueueFullError and ShuttingDownError where it would be in vain."""
+        self.line.check_room()
 
 
 async def _gone(http: HttpRequest) -> None:

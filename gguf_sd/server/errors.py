@@ -44,17 +44,21 @@ def as_api_error(error: Exception, interface: str) -> ApiError:
 def response(error: ApiError, interface: str) -> JSONResponse:
     """In the form of the interface: OpenAI's ``{"error": {…}}``, AUTOMATIC1111's ``{"error", "detail", …}``, or
     ``{"detail"}``."""
+    message, param = _unicode(error.message), error.param and _unicode(error.param)
     if interface == "openai":
         kind = "invalid_request_error" if error.status < 500 else "server_error"
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(error.status, kind)
-        body: dict[str, object] = {
-            "error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}
-        }
+        body: dict[str, object] = {"error": {"message": message, "type": kind, "param": param, "code": error.code}}
     elif interface == "a1111":
-        body = {"error": "HTTPException", "detail": error.message, "body": "", "errors": error.message}
+        body = {"error": "HTTPException", "detail": message, "body": "", "errors": message}
     else:
-        body = {"detail": error.message}
+        body = {"detail": message}
     headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Basic" if interface == "a1111" else "Bearer"
     return JSONResponse(body, error.status, headers)
+
+
+def _unicode(text: str) -> str:
+    """Without halves of surrogate pairs, which JSON can name and UTF-8 has not."""
+    return text.encode("utf-8", "backslashreplace").decode()

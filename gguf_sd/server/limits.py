@@ -8,6 +8,8 @@ from typing import Any
 
 from gguf_sd.errors import GgufSdError
 
+NAME = 100  # characters of a sampler's name and of the like
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -36,9 +38,9 @@ class Limits:
         steps = settings.get("steps")
         if isinstance(steps, int) and steps > self.steps:
             raise GgufSdError(f"steps is {steps}; this server runs up to {self.steps}")
-        for name in ("prompt", "negative_prompt"):
-            text = settings.get(name)
-            if isinstance(text, str) and len(text) > self.prompt:
+        for name, text in settings.items():
+            most = self.prompt if name in ("prompt", "negative_prompt") else NAME
+            if isinstance(text, str) and len(text) > most:
                 raise GgufSdError(
-                    f"{name.replace('_', ' ')} has {len(text)} characters; this server takes up to {self.prompt}"
+                    f"{name.replace('_', ' ')} has {len(text)} characters; this server takes up to {most}"
                 )

@@ -40,12 +40,17 @@ class Line:
     def submit(self, ticket: Ticket) -> None:
         """Raises QueueFullError where as many wait as may, and ShuttingDownError after :meth:`close`."""
         with self._change:
+            self.check_room()
+            self._tickets.append(ticket)
+            self._change.notify()
+
+    def check_room(self) -> None:
+        """Raises what :meth:`submit` would raise now."""
+        with self._change:
             if self.closed:
                 raise ShuttingDownError
             if (waiting := len(self._waiting())) >= self.limit:
                 raise QueueFullError(waiting, self._seconds(self.open_tickets()))
-            self._tickets.append(ticket)
-            self._change.notify()
 
     def open_tickets(self) -> list[Ticket]:
         """Those that are not over, in order."""

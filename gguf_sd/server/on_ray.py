@@ -139,6 +139,7 @@ class Replicas:
         actor: dict[str, Any] = {"num_cpus": self.cores}
         if self.options.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0:
             actor["num_gpus"] = 1
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(proxy_location="Disabled")
         deployment = serve.deployment(
             num_replicas=self.count, max_ongoing_requests=1, ray_actor_options=actor, health_check_period_s=2

@@ -45,7 +45,7 @@ class Fields:
     response_format: Annotated[str, OneOf("b64_json", "url")] | None = None
     output_format: Annotated[str, OneOf(*KINDS)] | None = None
     output_compression: Annotated[int, Between(0, 100)] | None = None
-    stream: Annotated[bool, OneOf(False)] | None = None
+    stream: bool | None = None
     seed: Annotated[int, Between(-1, 2**64 - 1)] | None = None
     steps: Annotated[int, Between(1, 10_000)] | None = None
     guidance: Annotated[float, Between(0, 100)] | None = None
@@ -74,18 +74,20 @@ class OpenAI:
         ]
 
     async def generations(self, http: HttpRequest) -> Response:
+        self.desk.admit()
         request = read_fields(await self.desk.json(http), OF_EDITS)
         return await self._paint(http, request, {})
 
     async def edits(self, http: HttpRequest) -> Response:
+        self.desk.admit()
         texts, files = await self._form(http)
         images = [file for name, file in files if name in ("image", "image[]")]
         if len(images) != 1:
             raise ApiError(400, f"{len(images)} images are given; this server edits one", "invalid_value", "image")
         most = self.desk.limits.pixels
-        pictures = {"image": await run_in_threadpool(from_bytes, images[0], "the image", most)}
+        pictures = {"image": await self.desk.decoded(from_bytes, images[0], "the image", most)}
         for mask in [file for name, file in files if name == "mask"]:
-            pictures["mask"] = await run_in_threadpool(from_bytes, mask, "the mask", most)
+            pictures["mask"] = await self.desk.decoded(from_bytes, mask, "the mask", most)
         return await self._paint(http, read_fields(texts), pictures)
 
     async def _form(self, http: HttpRequest) -> tuple[dict[str, Any], list[tuple[str, bytes]]]:
@@ -155,6 +157,8 @@ def read_fields(body: Mapping[str, Any], without: tuple[str, ...] = ()) -> Field
         said = str(error)
         param = next((name for name in body if said.startswith(f"{name} ") or repr(name) in said), None)
         raise ApiError(400, said, "invalid_value", param and param[:60]) from None
+    if request.stream:
+        raise ApiError(400, "pictures are not streamed here; leave stream out", "invalid_value", "stream")
     return request
 
 

@@ -60,14 +60,17 @@ class Page:
 
     async def paint(self, http: HttpRequest) -> Response:
         """Lines of JSON, as things happen: see :func:`events`. A caller who leaves cancels."""
+        self.desk.admit()
         body = await self.desk.json(http)
         check_known(body, [*SETTINGS, "model", "count", "image", "mask"])
         settings = {name: value for name, value in body.items() if name in SETTINGS and value is not None}
+        if isinstance(seed := settings.get("seed"), str) and seed.isascii() and seed.isdigit() and len(seed) <= 20:
+            settings["seed"] = int(seed)  # JavaScript's numbers are exact up to 2^53
         for name in ("image", "mask"):
             if (text := body.get(name)) is not None:
                 if not isinstance(text, str):
                     raise GgufSdError(f"{name} is {shown(text)}; it takes a picture as base64")
-                settings[name] = await run_in_threadpool(from_base64, text, f"the {name}", self.desk.limits.pixels)
+                settings[name] = await self.desk.decoded(from_base64, text, f"the {name}", self.desk.limits.pixels)
         count, model = body.get("count", 1), body.get("model", self.desk.shelf.default)
         if type(count) is not int or not isinstance(model, str):
             raise GgufSdError(f"count and model are {shown(count)} and {shown(model)}; they take a number and a text")
@@ -100,7 +103,7 @@ class Page:
     async def settings(self, http: HttpRequest) -> Response:
         """The settings in the bytes of a picture."""
         data = await http.body()
-        image = await run_in_threadpool(from_bytes, data, "the picture", self.desk.limits.pixels)
+        image = await self.desk.decoded(from_bytes, data, "the picture", self.desk.limits.pixels)
         text = text_of(image)
         if not text.strip():
             raise GgufSdError("the picture carries no settings")
@@ -108,7 +111,7 @@ class Page:
             found = parse_parameters(text)
         except ValueError as error:
             raise GgufSdError(f"the picture carries settings that cannot be read: {error}") from None
-        return JSONResponse(found)
+        return JSONResponse(found | ({"seed": str(found["seed"])} if "seed" in found else {}))
 
 
 def events(ticket: Ticket, sent: set[int]) -> list[dict[str, Any]]:
@@ -121,7 +124,7 @@ def events(ticket: Ticket, sent: set[int]) -> list[dict[str, Any]]:
             {
                 "type": "picture",
                 "png": as_base64(picture.png),
-                "seed": picture.seed,
+                "seed": str(picture.seed),
                 "flagged": picture.flagged,
                 "parameters": picture.parameters,
                 "width": job.width,

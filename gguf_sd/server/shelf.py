@@ -59,7 +59,10 @@ class Shelf:
 
     def __init__(self, models: Mapping[str, Path], options: LoadOptions, quiet: bool = True):
         """Raises GgufSdError for a model that cannot be opened."""
+        from gguf_sd.cli.recorded import vae_hash
+
         self.options, self.swaps = options, 0
+        self._vae = "" if options.vae is None else options.vae.name, vae_hash(options.vae)
         self.models = {name: Model(name, path, options.load(path, quiet)) for name, path in models.items()}
         for model in self.models.values():
             model.facts = _facts(model)
@@ -92,7 +95,7 @@ class Shelf:
                 watcher.step(step.index + 1, {index: _look(model.pipeline, step, index, jobs) for index in wanted})
 
             for index, picture in enumerate(model.pipeline.paint(shared, on_step)):
-                watcher.finished(index, _finished(model, picture, self.options.vae))
+                watcher.finished(index, _finished(model, picture, *self._vae))
 
     def loaded(self) -> dict[str, int]:
         """Bytes that each model's loaded parts take on the device."""
@@ -130,13 +133,12 @@ def _look(pipeline: Pipeline, step: Step, index: int, jobs: Sequence[Job]) -> by
     return buffer.getvalue()
 
 
-def _finished(model: Model, picture: Any, vae: Path | None) -> Finished:
+def _finished(model: Model, picture: Any, vae: str, vae_hash: str) -> Finished:
     from gguf_sd.imaging.png_metadata import PARAMETERS, parameters
     from gguf_sd.imaging.save_png import png_bytes
 
-    dtype = str(model.pipeline.dtype).removeprefix("torch.")
-    name = "" if vae is None else vae.name
-    text = parameters(picture, model.pipeline.model.path.stem, model.pipeline.model.source_hash, dtype, name)
+    dtype, opened = str(model.pipeline.dtype).removeprefix("torch."), model.pipeline.model
+    text = parameters(picture, opened.path.stem, opened.source_hash, dtype, vae, vae_hash)
     return Finished(png_bytes(picture.image, {PARAMETERS: text}), picture.seed, picture.flagged, text)
 
 
@@ -149,6 +151,7 @@ def _facts(model: Model) -> dict[str, Any]:
     defaults = config.defaults
     return {
         "name": model.name,
+        "file": model.path.stem,  # what pictures call it
         "architecture": config.name,
         "type": described["type"],
         "bytes": model.path.stat().st_size,

@@ -80,7 +80,7 @@ def test_memory_is_planned_for(tiny_file: Callable[..., Path], folder: Path) -> 
     list(pipeline.paint(job))
     for name, count in counted.items():
         assert side_bytes(pipeline.parts._loaded[name].part) == 4 * count
-    own, plain = (pipeline.planner(x).parts["unet"].loaded(4, True) for x in (job, replace(job, loras=())))
+    own, plain = (pipeline.planner(x).parts["unet"].loaded(4, "quantized") for x in (job, replace(job, loras=())))
     assert own - plain == 4 * counted["unet"]
 
 

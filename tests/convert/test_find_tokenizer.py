@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tokenizers
 
+from gguf_sd.checkpoint import hub
 from gguf_sd.config import TextConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd.prompt import find_tokenizer as module
@@ -158,7 +159,7 @@ def test_hub_is_the_last_resort(tiny_pipeline: Make, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *file: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    monkeypatch.setattr(module, "_hub_answers", lambda: True)
+    monkeypatch.setattr("gguf_sd.checkpoint.hub.hub_answers", lambda: True)
     monkeypatch.setattr(module, "_open_clip_vocabulary", lambda: None)
     assert find_tokenizer(None, None, TextConfig(vocab_size=520)).size == 520
     assert asked == [("openai/clip-vit-large-patch14", "tokenizer.json")]
@@ -213,8 +214,8 @@ def test_the_hub_is_asked_where_it_answers(online: bool, tmp_path: Path, monkeyp
             raise socket.gaierror("no such host")
         return SimpleNamespace(close=lambda: None)
 
-    monkeypatch.setattr(module.urllib.request, "getproxies", dict)
-    monkeypatch.setattr(module.socket, "create_connection", connect)
+    monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(hub.socket, "create_connection", connect)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *file: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *file: str(tmp_path / file[1]))
     assert module._from_hub() == (tmp_path / "tokenizer.json" if online else None)

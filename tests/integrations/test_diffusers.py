@@ -45,7 +45,12 @@ class Painter:
             "cross_attention_dim",
             "norm_num_groups",
         )
-        more = ("attention_head_dim", "transformer_layers_per_block", "use_linear_projection", "addition_embed_type")
+        more: tuple[str, ...] = (
+            "attention_head_dim",
+            "transformer_layers_per_block",
+            "use_linear_projection",
+            "addition_embed_type",
+        )
         more += ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
         settings = {name: own[name] for name in (*known, *more) if name in own}
         net = diffusers.ControlNetModel(**settings, conditioning_embedding_out_channels=(8, 8, 8, 8))
@@ -90,6 +95,10 @@ def hole() -> Image.Image:
     return mask
 
 
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 FROM = {"image": noise(1), "strength": 0.7}
 
 
@@ -97,16 +106,18 @@ FROM = {"image": noise(1), "strength": 0.7}
     ("kind", "name", "settings"),
     [
         ("sd1", "StableDiffusionPipeline", SIZE),
-        ("sd1", "StableDiffusionImg2ImgPipeline", FROM),
-        ("sd1", "StableDiffusionInpaintPipeline", SIZE | FROM | {"mask_image": hole()}),
+        slow("sd1", "StableDiffusionImg2ImgPipeline", FROM),
+        slow("sd1", "StableDiffusionInpaintPipeline", SIZE | FROM | {"mask_image": hole()}),
         ("inpainting", "StableDiffusionInpaintPipeline", SIZE | FROM | {"mask_image": hole()}),
         ("sd1", "StableDiffusionControlNetPipeline", {"image": noise(2)}),
-        ("sd1", "StableDiffusionControlNetImg2ImgPipeline", FROM | {"control_image": noise(2)}),
-        ("sd1", "StableDiffusionControlNetInpaintPipeline", FROM | {"mask_image": hole(), "control_image": noise(2)}),
+        slow("sd1", "StableDiffusionControlNetImg2ImgPipeline", FROM | {"control_image": noise(2)}),
+        slow(
+            "sd1", "StableDiffusionControlNetInpaintPipeline", FROM | {"mask_image": hole(), "control_image": noise(2)}
+        ),
         ("sdxl", "StableDiffusionXLPipeline", SIZE),
-        ("sdxl", "StableDiffusionXLImg2ImgPipeline", FROM),
-        ("sdxl", "StableDiffusionXLInpaintPipeline", SIZE | FROM | {"mask_image": hole()}),
-        ("sdxl", "StableDiffusionXLControlNetPipeline", {"image": noise(2)}),
+        slow("sdxl", "StableDiffusionXLImg2ImgPipeline", FROM),
+        slow("sdxl", "StableDiffusionXLInpaintPipeline", SIZE | FROM | {"mask_image": hole()}),
+        slow("sdxl", "StableDiffusionXLControlNetPipeline", {"image": noise(2)}),
         ("sdxl", "StableDiffusionXLControlNetImg2ImgPipeline", FROM | {"control_image": noise(2)}),
         (
             "sdxl",

@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from benchmarks.lib.trace_memory import traced_peak
-from gguf_sd.config import SD15, SDXL, UNetConfig, VAEConfig
+from gguf_sd.config import SD15, SDXL, ControlConfig, UNetConfig, VAEConfig
 from gguf_sd.models import tiled_vae
+from gguf_sd.models.controlnet import ControlNet
 from gguf_sd.models.text import TextEncoder
 from gguf_sd.models.tiny_vae import TinyAutoencoder
 from gguf_sd.models.unet import UNet, _known_frequencies
 from gguf_sd.models.vae import Autoencoder
 from gguf_sd.runtime import activations
 from gguf_sd.runtime.activations import Engine
+from gguf_sd.sampling.controlled import Controlled, Controller
 
 SMALL = UNetConfig(block_out_channels=(64, 128, 128), transformer_layers=(1, 2, 0), num_heads=(4, 4, 4), context_dim=64)
 NO_ATTENTION = replace(SMALL, transformer_layers=(0, 0, 0))
@@ -57,6 +59,29 @@ def test_unet_steps(config: UNetConfig, images: int, size: tuple[int, int]) -> N
     assert modelled == pytest.approx(traced_peak(build), rel=0.02)
     halves = activations.unet_step(config, 1, images, size, 77, ENGINE)
     assert halves - given == modelled
+
+
+@pytest.mark.parametrize(("nets", "size"), [(1, (40, 24)), (2, (24, 24)), (1, (9, 13))])
+def test_steps_under_controlnets(nets: int, size: tuple[int, int]) -> None:
+    control, images = ControlConfig("sd1", SMALL), 2
+    widths = [activations.projected_width(SMALL), *[activations._taken(SMALL, True)] * nets]
+
+    def build() -> Callable[[], object]:
+        unet, own = UNet(SMALL).eval(), [ControlNet(control).eval() for _ in range(nets)]
+        picture, latents = torch.empty(1, 3, 8 * size[0], 8 * size[1]), torch.empty(images, 4, *size)
+        projected = torch.empty(images, 77, sum(widths))
+
+        def run() -> None:
+            steered = Controlled(unet, [Controller(net, picture, 1.0, 0.0, 1.0) for net in own], 1, 1)
+            steered.widths = widths
+            steered.step(latents, torch.empty(images), projected)
+
+        return run
+
+    _known_frequencies.clear()
+    given = images * (77 * sum(widths) + 3 * 4 * size[0] * size[1]) * 4
+    modelled = activations.unet_step(SMALL, images, 1, size, 77, ENGINE, [control] * nets) - given
+    assert modelled == pytest.approx(traced_peak(build), rel=0.1)
 
 
 SMALL_VAE = VAEConfig(block_out_channels=(32, 64, 64, 64))

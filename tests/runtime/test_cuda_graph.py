@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -46,9 +46,17 @@ class Sum:
     def project(self, context: Tensor) -> Tensor:
         return 2 * context
 
-    def step(self, latents: Tensor, timesteps: Tensor, projected: Tensor, vector: Tensor | None = None) -> Tensor:
+    def step(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        projected: Tensor,
+        vector: Tensor | None = None,
+        control: Sequence[Tensor] = (),
+    ) -> Tensor:
         extra = 0 if vector is None else vector.sum(1)[:, None, None, None]
-        return latents + timesteps[:, None, None, None] + projected.sum((1, 2))[:, None, None, None] + extra
+        steered = sum((i + 1) * x.mean() for i, x in enumerate(control))
+        return latents + timesteps[:, None, None, None] + projected.sum((1, 2))[:, None, None, None] + extra + steered
 
 
 def inputs(batch: int, value: float, vector: bool = False) -> list[Any]:
@@ -73,6 +81,21 @@ def test_a_replay_sees_its_inputs() -> None:
         given = inputs(2, value)
         assert torch.equal(unet.step(*given), Sum().step(*given))
     assert torch.equal(first, kept), "a result changed after it was returned"
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_what_controlnets_add_is_an_input(vector: bool) -> None:
+    capture = Recorder()
+    unet: Any = graphed(capture)
+    plain: Any = Sum()
+    for value in (1.0, 2.0, 3.0):
+        given = inputs(2, value, vector)
+        added = [torch.full((2, 8, 2, 2), value), torch.full((2, 16, 1, 1), -value)]
+        assert torch.equal(unet.step(*given, control=added), plain.step(*given, control=added))
+    assert capture.captures == 1
+    given = inputs(2, 5.0, vector)
+    assert torch.equal(unet.step(*given), Sum().step(*given)), "where a net has no say the pass is another"
+    assert capture.captures == 2
 
 
 def test_a_shape_is_captured_once() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -117,7 +117,14 @@ class Identity:
     def project(self, context: Tensor) -> Tensor:
         return context
 
-    def step(self, latents: Tensor, timesteps: Tensor, projected: Tensor, vector: Tensor | None = None) -> Tensor:
+    def step(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        projected: Tensor,
+        vector: Tensor | None = None,
+        control: Sequence[Tensor] = (),
+    ) -> Tensor:
         return latents + 1
 
 

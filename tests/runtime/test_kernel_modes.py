@@ -64,7 +64,7 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(GgufSdError, match="'quick'; choose from auto, fused, dequantize, int8, resident, torch"):
         choose_kernels("quick", "auto", GPU)
     with pytest.raises(GgufSdError, match="run on a GPU, the device is cpu"):
-        choose_kernels("int8", "auto", CPU)
+        choose_kernels("fused", "auto", CPU)
     monkeypatch.setattr(kernel_modes, "find_spec", lambda name: None)
     with pytest.raises(GgufSdError, match="need Triton, which is not installed"):
         choose_kernels("fused", "auto", GPU)

@@ -171,6 +171,6 @@ def test_the_sizes_of_parts(tiny_model: Path, weights: str) -> None:
         part = pipeline.parts._loaded[name].part
         blocks = sum(m.blocks.nbytes for m in part.modules() if isinstance(m, Quantized))
         values = sum(p.numel() for p in part.parameters())
-        assert blocks + 4 * values == counts.loaded(4, quantized=name == "unet" and weights == "quantized")
+        assert blocks + 4 * values == counts.loaded(4, weights if name == "unet" else "resident")
         if weights == "resident":
             assert values == counts.values

@@ -6,7 +6,7 @@ import base64
 import io
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from PIL import Image
 from gguf_sd.demo import model_folder
 from gguf_sd.loading import LoadOptions
 from gguf_sd.server.app import HttpServer, Server, Settings
-from gguf_sd.server.shelf import Shelf
+from gguf_sd.server.shelf import Painter, Shelf
 from gguf_sd_convert.convert import ConvertOptions, convert
 
 OPTIONS = LoadOptions(device="cpu", dtype="float32")
@@ -40,17 +40,24 @@ class Running:
         return requests.get(self.url + path, timeout=60)
 
 
+def until(condition: Callable[[], Any], seconds: float = 60) -> None:
+    """Waits for something to become true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.01)
+
+
 @contextmanager
-def running(shelf: Shelf, settings: Settings) -> Iterator[Running]:
+def running(shelf: Shelf, settings: Settings, painters: Sequence[Painter] | None = None) -> Iterator[Running]:
     """A server on a free port of this machine, ended at the end."""
-    server = Server(shelf, settings)
+    server = Server(shelf, settings, painters)
     config = uvicorn.Config(server.app, "127.0.0.1", 0, log_level="warning")
     socket = config.bind_socket()
     http = HttpServer(config, server)
     thread = threading.Thread(target=lambda: http.run(sockets=[socket]), daemon=True)
     thread.start()
-    while not http.started:
-        time.sleep(0.01)
+    until(lambda: http.started)
     try:
         yield Running(f"http://127.0.0.1:{socket.getsockname()[1]}", server, http)
     finally:

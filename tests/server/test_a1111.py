@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from PIL import Image
 
 from gguf_sd.pipeline import Pipeline
 from gguf_sd.server.metrics import process_bytes
-from tests.server.conftest import Running, as_text, picture
+from tests.server.conftest import Running, as_text, picture, until
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +111,8 @@ def test_progress_and_interrupt(served: Running, client: webuiapi.WebUIApi) -> N
     found: dict[str, Any] = {}
     thread = threading.Thread(target=lambda: found.update(done=client.txt2img(**SETTINGS, steps=150, n_iter=2)))
     thread.start()
-    until = time.monotonic() + 20
-    while time.monotonic() < until:
-        progress = client.get_progress()
-        if progress["current_image"]:
-            break
-        time.sleep(0.05)
+    until(lambda: client.get_progress()["current_image"])
+    progress = client.get_progress()
     assert 0 < progress["progress"] < 1
     assert progress["eta_relative"] > 0
     assert progress["state"]["sampling_steps"] == 150

@@ -6,7 +6,6 @@ import base64
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +20,7 @@ from gguf_sd.runtime.plan import Planner
 from gguf_sd.server.guard import Rules
 from gguf_sd.server.shelf import Shelf
 from gguf_sd.server.tickets import CANCELLED
-from tests.server.conftest import FAST, OPTIONS, Running, as_text, picture
+from tests.server.conftest import FAST, OPTIONS, Running, as_text, picture, until
 
 Start = Callable[..., Running]
 LONG: dict[str, Any] = {"prompt": "a red circle", "steps": 150, "seed": 1}
@@ -43,9 +42,7 @@ def in_background(server: Running, **settings: Any) -> dict[str, Any]:
     thread = threading.Thread(target=lambda: found.update(answer=server.post(PATH, **settings)))
     thread.start()
     found["thread"] = thread
-    until = time.monotonic() + 10
-    while len(server.server.line.open_tickets()) == before and time.monotonic() < until:
-        time.sleep(0.01)
+    until(lambda: len(server.server.line.open_tickets()) > before)
     return found
 
 
@@ -131,11 +128,9 @@ def test_who_hangs_up_cancels(server_with: Start) -> None:
     head = f"POST {PATH} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        while not (tickets := line.open_tickets()):
-            time.sleep(0.01)
-    until = time.monotonic() + 10
-    while not tickets[0].over and time.monotonic() < until:
-        time.sleep(0.01)
+        until(line.open_tickets)
+        tickets = line.open_tickets()
+    until(lambda: tickets[0].over)
     assert tickets[0].state == CANCELLED
     assert metrics(server)["gguf_sd_cancelled_total"] == 1
 
@@ -209,11 +204,14 @@ def test_what_the_page_asks(served: Running) -> None:
     assert [model["type"] for model in facts["models"]] == ["q8_0", "q4_0"]
     events = list(map(json.loads, served.post("/api/paint", prompt="<b>", count=2, **FAST).iter_lines()))
     pictures = [event for event in events if event["type"] == "picture"]
-    assert [event["seed"] for event in pictures] == [1, 2]
+    assert [event["seed"] for event in pictures] == ["1", "2"]
     assert events[-1] == {"type": "end", "state": "done", "error": ""}
     assert any(event["type"] == "state" and event["look"] for event in events)
     read = requests.post(f"{served.url}/api/settings", base64.b64decode(pictures[1]["png"]), timeout=9).json()
-    assert (read["prompt"], read["seed"], read["steps"]) == ("<b>", 2, 2)
+    assert (read["prompt"], read["seed"], read["steps"]) == ("<b>", "2", 2)
+    largest = str(2**64 - 1)
+    assert f'"seed": "{largest}"' in served.post("/api/paint", prompt="a", steps=2, seed=largest).text
+    assert "seed must be a whole number" in served.post("/api/paint", prompt="a", seed="x").json()["detail"]
     start = as_text(picture(pictures[0]["png"]))
     changed = served.post("/api/paint", prompt="a", image=start, strength=0.9, **FAST)
     assert '"type": "end", "state": "done"' in changed.text

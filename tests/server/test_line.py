@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from gguf_sd.server.metrics import Metrics
 from gguf_sd.server.shelf import Shelf, Watcher
 from gguf_sd.server.tickets import CANCELLED, DONE, FAILED, Finished, QueueFullError, ShuttingDownError, Ticket
 from gguf_sd.server.worker import Worker
+from tests.server.conftest import until
 
 
 class Recorder:
@@ -64,10 +64,7 @@ def made(shelf: Shelf) -> Any:
 
 
 def wait(*tickets: Ticket) -> None:
-    until = time.monotonic() + 10
-    while not all(ticket.over for ticket in tickets):
-        assert time.monotonic() < until
-        time.sleep(0.005)
+    until(lambda: all(ticket.over for ticket in tickets))
 
 
 def test_equal_shapes_are_painted_at_once(made: Any) -> None:
@@ -105,8 +102,7 @@ def test_who_leaves_is_not_painted(made: Any) -> None:
     third = made.submit("c", steps=5)
     made.worker.start()
     second.cancel()
-    while not first.started:
-        time.sleep(0.005)
+    until(lambda: first.started)
     first.cancel()
     made.painter.go.set()
     wait(first, second, third)
@@ -119,8 +115,7 @@ def test_one_of_two_leaves(made: Any) -> None:
     made.painter.go.clear()
     stays, goes = made.submit("stays"), made.submit("goes")
     made.worker.start()
-    while not goes.started:
-        time.sleep(0.005)
+    until(lambda: goes.started)
     goes.cancel()
     made.painter.go.set()
     wait(stays)
@@ -138,8 +133,7 @@ def test_a_server_that_goes_finishes_what_it_paints(made: Any) -> None:
     made.painter.go.clear()
     painted, waiting = made.submit("painted"), made.submit("waiting", steps=4)
     made.worker.start()
-    while not painted.started:
-        time.sleep(0.005)
+    until(lambda: painted.started)
     made.line.close()
     with pytest.raises(ShuttingDownError):
         made.submit("late")

@@ -76,6 +76,7 @@ def test_models(client: openai.OpenAI) -> None:
         ({"prompt": 5}, "prompt is 5; it takes a text", "prompt"),
         ({}, "prompt is missing", None),
         ({"prompt": "a", "stepz": 3}, "no setting 'stepz'", "stepz"),
+        ({"prompt": "a", "stream": True}, "not streamed here", "stream"),
         ({"prompt": "a", "n": 99}, "1 to 16 pictures", None),
         ({"prompt": "a", "n": 10**30}, "n is 1000", "n"),
         ({"prompt": "a", "size": "9x"}, "size is '9x'", "size"),
@@ -85,6 +86,10 @@ def test_models(client: openai.OpenAI) -> None:
         ({"prompt": "a", "guidance": 1e300}, "guidance is", "guidance"),
         ({"prompt": "a", "sampler": "../../etc/passwd"}, "unknown sampler", None),
         ({"prompt": "a" * 9000}, "up to 8000", None),
+        ({"prompt": "a", "sampler": "x" * 10**6}, "sampler has 1000000 characters", None),
+        ({"prompt": "a", "x" * 10**6: 1}, "no setting 'xxx", None),
+        ({"prompt": "half a pair \ud800"}, "prompt must be a text", None),
+        ({"prompt": "a", "\ud800": 1}, "no setting", "\\ud800"),
         ({"prompt": "<lora:../../x:1>"}, "which this server does not have", None),
         ({"prompt": "a", "image": "/etc/passwd"}, "no setting 'image'", "image"),
     ],
@@ -105,3 +110,33 @@ def test_no_json(served: Running, body: bytes) -> None:
     answer = requests.post(f"{served.url}/v1/images/generations", body, headers=headers, timeout=10)
     assert answer.status_code == 400
     assert "the request" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", ["multipart/form-data; boundary=x", "multipart/form-data", "application/json"])
+@pytest.mark.parametrize(
+    "body", [b"--x", b'--x\r\nContent-Disposition: form-data; name="image"\r\n\r\nabc\r\n--x--\r\n']
+)
+def test_broken_forms(served: Running, kind: str, body: bytes) -> None:
+    answer = requests.post(f"{served.url}/v1/images/edits", body, headers={"Content-Type": kind}, timeout=10)
+    assert answer.status_code in (400, 415)
+    assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        ({"prompt": "a", "n": "x"}, "n is 'x'"),
+        ({"prompt": "a", "paste": "maybe"}, "paste is 'maybe'"),
+        ({"prompt": "a", "strength": "0"}, "strength must lie above 0"),
+        ({"prompt": "a", "strength": "nan"}, "strength is nan"),
+        ({"prompt": "a", "resize": "squeeze"}, "unknown resize mode"),
+        ({}, "prompt is missing"),
+    ],
+)
+def test_bad_edits(served: Running, texts: dict[str, str], words: str) -> None:
+    start = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(start, "PNG")
+    files = {"image": ("../../etc/passwd", start.getvalue())}
+    answer = requests.post(f"{served.url}/v1/images/edits", texts, files=files, timeout=10)
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]["message"]

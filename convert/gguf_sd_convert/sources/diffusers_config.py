@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from gguf_sd.config import Defaults, ModelConfig, TextConfig, UNetConfig, VAEConfig
+from gguf_sd.config import ControlConfig, Defaults, ModelConfig, TextConfig, UNetConfig, VAEConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd_convert.sources.json_settings import boolean, check_fixed, integer, integers, read_json, refusal
 from gguf_sd_convert.sources.safety_config import safety_config
@@ -45,6 +45,11 @@ UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "attention_type": ("default",),
     "class_embeddings_concat": (False,),
     "cross_attention_norm": (None,),
+}
+CONTROL_FIXED: dict[str, tuple[Any, ...]] = UNET_FIXED | {
+    "_class_name": ("ControlNetModel",),
+    "controlnet_conditioning_channel_order": ("rgb",),
+    "global_pool_conditions": (False,),
 }
 VAE_FIXED: dict[str, tuple[Any, ...]] = {
     "_class_name": ("AutoencoderKL",),
@@ -86,6 +91,32 @@ def read_model_config(folder: Path, safety: bool = True) -> tuple[ModelConfig, l
     checker, more = safety_config(folder) if safety else (None, [])
     config = ModelConfig(name, unet, vae, tuple(texts), scheduler, defaults, zero, checker)
     return checked_config(config, folder), notes + more
+
+
+def control_config(path: Path) -> ControlConfig:
+    """The ControlNet that a config.json of diffusers describes. Raises GgufSdError as :func:`read_model_config`."""
+    values = read_json(path)
+    check_fixed(values, CONTROL_FIXED)
+    hints = values.get("conditioning_embedding_out_channels", (16, 32, 96, 256))
+    if not isinstance(hints, list | tuple) or not 1 <= len(hints) <= MAX_LEVELS:
+        raise refusal(values, "conditioning_embedding_out_channels", f"a list of up to {MAX_LEVELS} positive integers")
+    mirrored = [str(kind).replace("Down", "Up") for kind in reversed(_down_blocks(values))]
+    unet = _unet(values | {"_class_name": "UNet2DConditionModel", "up_block_types": mirrored})
+    config = ControlConfig(
+        "sdxl" if unet.vector_dim else "sd1",
+        unet,
+        integer(values, "conditioning_channels", 3),
+        integers(values, "conditioning_embedding_out_channels", hints, len(hints)),
+    )
+    try:
+        return ControlConfig.from_dict(asdict(config))
+    except ValueError as error:
+        raise GgufSdError(f"{path}: {error}") from error
+
+
+def _down_blocks(values: dict[str, Any]) -> list[Any]:
+    kinds = values.get("down_block_types")
+    return list(kinds) if isinstance(kinds, list | tuple) else ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
 
 
 def checked_config(config: ModelConfig, where: Path) -> ModelConfig:

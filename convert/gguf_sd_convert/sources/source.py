@@ -43,6 +43,7 @@ from gguf_sd_convert.sources.json_settings import read_json
 from gguf_sd_convert.sources.safety_config import FOLDER as SAFETY_FOLDER
 
 EMA = "model_ema."
+DIFFUSERS_STEM = "diffusion_pytorch_model"
 PIPELINES = (
     "StableDiffusionPipeline",
     "StableDiffusionInpaint",
@@ -195,9 +196,12 @@ def _check_pipeline(path: Path) -> None:
 
 
 def _weights(folder: Path) -> Checkpoint:
-    """A component's weights: whole or sharded, in the usual precision or, failing that, the fp16 variant."""
     of_transformers = folder.name.startswith("text_encoder") or folder.name == SAFETY_FOLDER
-    stem = "model" if of_transformers else "diffusion_pytorch_model"
+    return component_weights(folder, "model" if of_transformers else DIFFUSERS_STEM)
+
+
+def component_weights(folder: Path, stem: str) -> Checkpoint:
+    """A component's weights: whole or sharded, in the usual precision or, failing that, the fp16 variant."""
     for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
         if (path := folder / name).is_file():
             return open_safetensors(path)
@@ -279,25 +283,28 @@ def _stacked(parts: dict[str, Entry], where: Path) -> Entry:
 
 
 def fitted(source: Source, expected: Tensors) -> tuple[dict[str, Entry], list[str]]:
+    """As :func:`fit_tensors`, of a whole model."""
+    whole = "a whole checkpoint or diffusers folder is needed: UNet, autoencoder and text encoder"
+    return fit_tensors(source.tensors, expected, source.path, whole)
+
+
+def fit_tensors(
+    tensors: Mapping[str, Entry], expected: Tensors, path: Path, advice: str
+) -> tuple[dict[str, Entry], list[str]]:
     """The tensors that the model takes, in the order of ``expected`` and with its shapes, and the names left over.
 
     1x1 convolutions may come as matrices and the other way round. Raises GgufSdError for what is missing, has
     another shape or is no floating-point tensor. No more of ``expected`` is drawn than the source can have.
     """
-    wanted = dict(islice(expected, 2 * len(source.tensors) + 1))
-    if missing := [name for name in wanted if name not in source.tensors]:
-        raise GgufSdError(
-            f"{source.path} lacks {len(missing)} of {len(wanted)} tensors, the first is {missing[0]}; "
-            "a whole checkpoint or diffusers folder is needed: UNet, autoencoder and text encoder"
-        )
+    wanted = dict(islice(expected, 2 * len(tensors) + 1))
+    if missing := [name for name in wanted if name not in tensors]:
+        raise GgufSdError(f"{path} lacks {len(missing)} of {len(wanted)} tensors, the first is {missing[0]}; {advice}")
     result = {}
     for name, shape in wanted.items():
-        entry = source.tensors[name]
+        entry = tensors[name]
         if squeezed(entry.shape) != squeezed(shape):
-            raise GgufSdError(
-                f"{source.path}: tensor {name} has shape {list(entry.shape)}, the model takes {list(shape)}"
-            )
+            raise GgufSdError(f"{path}: tensor {name} has shape {list(entry.shape)}, the model takes {list(shape)}")
         if not entry.dtype.is_floating_point:
-            raise GgufSdError(f"{source.path}: tensor {name} is {entry.dtype}; floating-point weights are needed")
+            raise GgufSdError(f"{path}: tensor {name} is {entry.dtype}; floating-point weights are needed")
         result[name] = replace(entry, shape=shape)
-    return result, [name for name in source.tensors if name not in wanted]
+    return result, [name for name in tensors if name not in wanted]

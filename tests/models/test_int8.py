@@ -1,0 +1,154 @@
+"""A UNet in 8 bits on a CPU: beside the same weights in float32, with LoRAs, by the plan and from the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from gguf_sd import Pipeline, Request
+from gguf_sd.checkpoint.model_file import ModelFile
+from gguf_sd.cli.main import main
+from gguf_sd.errors import GgufSdError
+from gguf_sd.models.int8 import Int8Conv2d, Int8Layer, Int8Linear, stays_wide, use_int8
+from gguf_sd.models.layers import Conv2d, Linear, Quantized
+from gguf_sd.quality import psnr
+from gguf_sd.runtime import kernel_modes, planning
+from gguf_sd.runtime.memory import held_bytes
+from gguf_sd_convert.convert import ConvertOptions, convert
+from gguf_sd_kernels.cpu import int8
+
+HERE = int8.is_fast()
+fast = pytest.mark.skipif(not HERE, reason="this processor has no instructions for products in 8 bits")
+SETTINGS: dict[str, Any] = {"steps": 4, "width": 32, "height": 32, "seed": 3, "safety": "off"}
+
+
+@pytest.fixture(scope="module")
+def models(tiny_pipeline: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("int8")
+    for kind in ("f16", "q8_0", "q4_0"):
+        convert(tiny_pipeline(), folder / f"{kind}.gguf", ConvertOptions(type=kind))
+    return {kind: folder / f"{kind}.gguf" for kind in ("f16", "q8_0", "q4_0")}
+
+
+@fast
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("same_time", [True, False])
+def test_a_step(models: dict[str, Path], kind: str, same_time: bool) -> None:
+    model = ModelFile.open(models[kind])
+    full, unet = model.load_unet(torch.float32), model.load_unet(torch.float32)
+    use_int8(unet, torch.float32)
+    layers = dict(unet.named_modules())
+    assert not any(isinstance(layer, Quantized) for layer in layers.values())
+    for name, layer in layers.items():
+        if isinstance(layer, Linear | Conv2d | Int8Layer):
+            assert isinstance(layer, Int8Layer) != stays_wide(name), name
+    config, random = model.config.unet, torch.Generator().manual_seed(0)
+    x = torch.randn(2, config.in_channels, 16, 12, generator=random)
+    context = torch.randn(2, 77, config.context_dim, generator=random)
+    times = torch.tensor([500, 500 if same_time else 20])
+    with torch.inference_mode():
+        got, want = unet(x, times, context), full(x, times, context)
+    assert 1e-4 < (got - want).norm() / want.norm() < 0.08  # random weights, whose errors add up
+
+
+@fast
+def test_bytes_are_known_ahead(models: dict[str, Path]) -> None:
+    pipeline = Pipeline.load(models["q4_0"], "cpu", "bfloat16", kernels="int8")
+    job = pipeline.prepare(Request("a cat", **SETTINGS))
+    pipeline("a cat", **SETTINGS)
+    planner = pipeline.planner(job)
+    plan = planner.plan(1 << 60)
+    assert plan.weights == "int8"
+    (unet,) = [stage for stage in planner.stages(plan) if stage.name == "unet"]
+    held = held_bytes(pipeline.parts._loaded["unet"].part, pipeline.device)
+    assert held == pytest.approx(unet.weights, rel=0.05)  # besides the rows' scales
+
+
+@fast
+def test_the_plan_takes_it_where_it_lasts(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "INT8_PAYS", 300)  # latent pixels: 16 of them, 4 steps, two halves make 128 a picture
+
+    def planned(kind: str, **how: Any) -> str:
+        pipeline = Pipeline.load(models[kind], "cpu", **({"dtype": "bfloat16"} | how))
+        return pipeline.memory_plan(pipeline.prepare(Request("a cat", count=3, **SETTINGS))).weights
+
+    assert planned("q8_0") == "int8"
+    assert planned("f16", kernels="int8") == "int8"
+    assert planned("f16") == "resident"  # who left the weights whole did not ask for 8 bits
+    assert planned("q4_0", dtype="float16") == "resident"
+    assert planned("q4_0", kernels="torch") == "resident"
+    assert planned("q4_0", weights="quantized") == "quantized"
+    assert planned("q4_0", placement="streamed") == "quantized"
+    pipeline = Pipeline.load(models["q4_0"], "cpu", "bfloat16")
+    jobs = [pipeline.prepare(Request("a cat", **SETTINGS)) for _ in range(3)]
+    assert [picture.weights for job in jobs for picture in pipeline.paint(job)] == ["resident", "resident", "int8"]
+
+
+@fast
+def test_loras_lie_beside(models: dict[str, Path], tmp_path: Path) -> None:
+    block = ModelFile.open(models["q8_0"]).load_unet(torch.float32).input_blocks[1][1].transformer_blocks[0]  # type: ignore[index]
+    factors: dict[str, torch.Tensor] = {}
+    random = torch.Generator().manual_seed(0)
+    for leaf in ("attn1.to_q", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2"):
+        name = f"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_{leaf.replace('.', '_')}"
+        out, features = block.get_submodule(leaf).shape
+        factors[f"{name}.lora_down.weight"] = torch.randn(4, features, generator=random) / 8
+        factors[f"{name}.lora_up.weight"] = torch.randn(out, 4, generator=random) / 2
+    save_file(factors, tmp_path / "some.safetensors")
+    lora = str(tmp_path / "some.safetensors")
+    exact = Pipeline.load(models["q8_0"], "cpu", "float32", kernels="torch")
+    narrow = Pipeline.load(models["q8_0"], "cpu", "float32", kernels="int8")
+    plain, want = exact("a cat", **SETTINGS)[0], exact("a cat", loras=lora, **SETTINGS)[0]
+    got, without = narrow("a cat", loras=lora, **SETTINGS)[0], narrow("a cat", **SETTINGS)[0]
+    assert psnr(got, want) > 30
+    assert psnr(without, plain) > 30
+    assert psnr(plain, want) < psnr(got, want) - 5
+
+
+@fast
+def test_from_the_command_line(models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", str(models["q4_0"]), "-p", "a cat", "--steps", "2", "--width", "32", "--height", "32"]
+    command += ["--device", "cpu", "--kernels", "int8", "--quiet", "--json", "-o", str(tmp_path / "out.png")]
+    assert main(command) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["weights"] == "int8"
+    assert main([*command, "--weights", "quantized", "--force"]) == 2
+    assert "'int8' keep weights in 8 bits on a CPU, and quantized are asked for" in capsys.readouterr().err
+    assert main([*command, "--dtype", "float16", "--force"]) == 2
+    assert "leave --dtype float16 out" in capsys.readouterr().err
+    assert main([*command, "--lowvram", "--force"]) == 2
+    assert "leave --kernels int8 out" in capsys.readouterr().err
+
+
+def test_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(int8, "is_fast", lambda: False)
+    assert not kernel_modes.may_take_int8("auto", "auto", cpu)
+    monkeypatch.setattr(int8, "has_operators", lambda: True)
+    with pytest.raises(GgufSdError, match="need a processor with AVX512-VNNI"):
+        kernel_modes.choose_kernels("int8", "auto", cpu)
+    monkeypatch.setattr(int8, "has_operators", lambda: False)
+    with pytest.raises(GgufSdError, match="oneDNN's operators in 8 bits, which this torch lacks"):
+        kernel_modes.choose_kernels("int8", "auto", cpu)
+
+
+@fast
+def test_an_embedding_of_several_times() -> None:
+    """What is added a picture goes into the bias only where all pictures have the same."""
+    codes = int8.Codes.of(torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0)))
+    conv = Int8Conv2d(codes, torch.zeros(8), 1, 1)
+    x = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1)).contiguous(
+        memory_format=torch.channels_last
+    )
+    emb = torch.randn(2, 8, generator=torch.Generator().manual_seed(2))
+    plain = conv(x)
+    torch.testing.assert_close(conv(x, emb=emb), plain + emb[:, :, None, None], rtol=1e-5, atol=1e-5)
+    same = emb[:1].expand(2, 8)
+    torch.testing.assert_close(conv(x, emb=same), plain + same[:, :, None, None], rtol=1e-5, atol=1e-5)
+    assert isinstance(Int8Linear(int8.Codes.of(torch.randn(3, 8)), None), Int8Layer)
