@@ -19,7 +19,7 @@ class Settings:
 
     steps: int = 4
     guidance: float = 7.0
-    side: int = 256
+    side: int = 128
     seed: int = 7
 
 

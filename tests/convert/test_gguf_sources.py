@@ -254,6 +254,8 @@ def test_loras_go_into_plain_weights(made: Any, tmp_path: Path, capsys: pytest.C
     assert again.metadata["gguf_sd.source.sha256"] != before.metadata["gguf_sd.source.sha256"]
     written = cli(made("q4_0", "native"), tmp_path / "c.gguf", *lora, "--allow-requantize")
     assert relative(written.values(LINEAR), wanted) < 0.2
+    written = cli(made("q8_0", "native"), tmp_path / "d.gguf", *lora)
+    assert relative(written.values(LINEAR), wanted) < 0.02, "Q8_0 is as good as the original"
 
 
 def test_what_cannot_be(made: Any, tiny_pipeline: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

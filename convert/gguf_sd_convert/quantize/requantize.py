@@ -67,27 +67,36 @@ def _settled(tensor: Stored, entry: Entry, qtype: str, layout: str, allow: bool,
         return _plain(tensor, entry) if qtype == SAME else tensor
     if len(tensor.logical) < 2:
         return replace(tensor, type="F32", shape=tensor.logical)
-    wanted = blocks.type if qtype == SAME or not tensor.name.startswith(UNET) else tensor.type
-    if wanted in PLAIN or (layout == "linear" and not _row_by_row(tensor, blocks.type)):
-        return replace(tensor, type="F16", shape=tensor.logical, tap_major=False) if wanted not in PLAIN else tensor
-    copied = replace(
-        tensor,
-        type=blocks.type,
-        shape=_rows(tensor, blocks.type) or blocks.shape,
-        tap_major=len(tensor.logical) == 4 and (layout == "native" if _one_tap(tensor) else blocks.tap_major),
-        reason="" if qtype == SAME or wanted == tensor.type else COPIED,
-    )
-    in_order = _one_tap(tensor) or blocks.tap_major == (layout == "native") or not tensor.name.startswith(UNET)
-    if wanted == blocks.type and (in_order or len(tensor.logical) < 4) and blocks.read is not None:
-        return copied
-    if not allow and (wanted == blocks.type or blocks.type not in EXACT):
+
+    # Decoded: to a plain type that is wanted, or because others could not read the blocks.
+    ours = tensor.name.startswith(UNET)
+    wanted = blocks.type if qtype == SAME or not ours else tensor.type
+    if wanted in PLAIN:
+        return tensor
+    if layout == "linear" and not _row_by_row(tensor, blocks.type):
+        return replace(tensor, type="F16", shape=tensor.logical, tap_major=False)
+
+    # Copied: blocks of this type in this order, untouched.
+    convolution, native = len(tensor.logical) == 4, layout == "native"
+    in_order = not convolution or _one_tap(tensor) or blocks.tap_major == native or not ours
+    if wanted == blocks.type and in_order and blocks.read is not None:
+        return replace(
+            tensor,
+            type=blocks.type,
+            shape=_rows(tensor, blocks.type) or blocks.shape,
+            tap_major=convolution and (native if _one_tap(tensor) else blocks.tap_major),
+            reason="" if qtype == SAME or wanted == tensor.type else COPIED,
+        )
+
+    # Made anew of decoded values.
+    only_order = wanted == blocks.type and blocks.read is not None
+    if not allow and (only_order or blocks.type not in EXACT):
         raise GgufSdError(_refusal(tensor, entry, wanted, layout, where))
     if wanted.lower() not in TYPES:
         raise GgufSdError(f"{where}: gguf-sd writes no {wanted} (tensor {tensor.name}); choose a --type")
-    flat = _rows(tensor, wanted)
-    if flat is None:
+    if (flat := _rows(tensor, wanted)) is None:
         return replace(tensor, type="F16", shape=tensor.logical, tap_major=False)
-    return replace(tensor, type=wanted, shape=flat, tap_major=len(tensor.logical) == 4 and layout == "native")
+    return replace(tensor, type=wanted, shape=flat, tap_major=convolution and native)
 
 
 def _refusal(tensor: Stored, entry: Entry, wanted: str, layout: str, where: object) -> str:
