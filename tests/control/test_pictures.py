@@ -18,6 +18,7 @@ from gguf_sd.checkpoint.control_file import ControlFile
 from gguf_sd.checkpoint.tensor_names import CONTROL, control_modules, inverted, rename
 from gguf_sd.control import Control
 from gguf_sd.errors import GgufSdError
+from gguf_sd_kernels.cpu import int8
 from tests.test_pipeline import oracle, psnr
 
 XL = {"xl": True, "scheduler": "EulerDiscreteScheduler"}
@@ -218,6 +219,7 @@ def test_of_other_models(model: Any, tiny_control: Any, gguf_of: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not (int8.has_operators() and int8.is_fast()), reason="needs a processor that multiplies in 8 bits")
 def test_in_8_bits(model: Any, tiny_control: Any, gguf_of: Any) -> None:
     _, path = model()
     controls = [(gguf_of(tiny_control()), drawn(1))]
