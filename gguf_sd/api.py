@@ -21,9 +21,9 @@ def convert(
 ) -> ConvertReport:
     """Makes the GGUF file ``output`` of a .safetensors, .ckpt or .gguf file or a diffusers folder; returns a report.
 
-    ``type``: f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0. ``layout``: native, comfy or linear. ``options``: the other
-    fields of :class:`gguf_sd_convert.convert.ConvertOptions`, ``force=True`` to replace an existing file among them;
-    None is the default everywhere. Raises GgufSdError for everything that does not do."""
+    ``type``: f16, bf16, q8_0, q6_k, q5_k, q5_1, q5_0, q4_k, iq4_nl, q4_1 or q4_0. ``layout``: native, comfy or linear.
+    ``options``: the other fields of :class:`gguf_sd_convert.convert.ConvertOptions`, ``force=True`` to replace an
+    existing file among them; None is the default everywhere. Raises GgufSdError for everything that does not do."""
     from gguf_sd import keywords
     from gguf_sd_convert import convert as converter
 

@@ -123,10 +123,12 @@ def step_contenders(
         with torch.inference_mode():
             projected = unet.project(context)
         for name in wanted:
+            # As the sampling loop has it: both halves of guidance are told by their prompts alone.
+            step = partial(unet.step, latents[:1], timesteps[:1])
             if name == mode:
-                found[name] = partial(unet.step, latents, timesteps, projected, vector)
+                found[name] = partial(step, projected, vector)
             else:
-                found[name] = partial(unet, latents, timesteps, context, vector)
+                found[name] = lambda step=step, unet=unet: step(unet.project(context), vector)
     return found
 
 

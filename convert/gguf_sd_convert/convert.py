@@ -7,23 +7,25 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
-import torch
 from torch import Tensor
 
 from gguf_sd.adapters.lora import Lora, as_loras, requested
 from gguf_sd.adapters.lora_file import lora_table
+from gguf_sd.atomic_write import temporary_beside
 from gguf_sd.checkpoint import inventory
 from gguf_sd.checkpoint import metadata_keys as keys
 from gguf_sd.checkpoint.check_tensors import strays_note
+from gguf_sd.checkpoint.gguf_file import GGUFFile
 from gguf_sd.checkpoint.hub_names import plain_name
 from gguf_sd.checkpoint.part_files import missing_parts
 from gguf_sd.checkpoint.tensor_names import UNET
@@ -31,23 +33,25 @@ from gguf_sd.config import SD15, SDXL, SDXL_TURBO, ModelConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd.prompt.find_tokenizer import ClipTokenizer, find_tokenizer, read_tokenizer, tokenizer_in_file
 from gguf_sd_convert.base_model import base_model_keys
+from gguf_sd_convert.calibrate.options import Calibration
 from gguf_sd_convert.control import ControlJob, control_job
+from gguf_sd_convert.encode import encode, outside_f16, read_twice
 from gguf_sd_convert.inherit import inherited, known_hash, shape_keys
 from gguf_sd_convert.merge_lora import merged
 from gguf_sd_convert.progress import Progress, progress_bar
-from gguf_sd_convert.quantize.policy import LAYOUTS, SAME, TYPES, Stored, plan, type_name
-from gguf_sd_convert.quantize.quantizers import F16_MAX, quantize
-from gguf_sd_convert.quantize.requantize import AUTO, copied, copies, file_type, own_layout, settled, type_label
-from gguf_sd_convert.sources.checkpoints import Entry
+from gguf_sd_convert.quantize.policy import LAYOUTS, MIXED, SAME, TYPES, Stored, plan, text_type_name, type_name
+from gguf_sd_convert.quantize.requantize import AUTO, file_type, own_layout, settled, type_label
 from gguf_sd_convert.sources.diffusers_config import checked_config, read_model_config
+from gguf_sd_convert.sources.entries import Entry, in_memory
 from gguf_sd_convert.sources.source import Source, fitted, open_source
 from gguf_sd_convert.workers import in_order, workers
-from gguf_sd_convert.writer import GGUFSink, check_target
+from gguf_sd_convert.writer import GGUFSink, check_target, terminable
 from gguf_sd_kernels.formats import FORMATS
 
-WIDE = (torch.float64, torch.float32, torch.bfloat16)  # dtypes with values that F16 cannot hold
+if TYPE_CHECKING:
+    from gguf_sd_convert.calibrate.job import Decided
+
 PENDING_HASH = "0123456789abcdef" * 4  # stands in the header until the source is hashed
-PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,9 @@ class ConvertOptions:
     """``config``, a configuration or a diffusers folder that has one, describes a single file that is none of the known
     models; ``threads`` 0 = one a core."""
 
-    type: str = "q8_0"  # one of quantize.policy.TYPES, in any case; of a GGUF source also SAME
+    type: str = "q8_0"  # one of quantize.policy.TYPES, in any case, or MIXED; of a GGUF source also SAME
     layout: str = "native"  # one of quantize.policy.LAYOUTS, or AUTO: a GGUF source's own, else what suits
+    text_type: str = "f16"  # of the text encoders' matrices, one of quantize.policy.TEXT_TYPES
     ema: bool = False
     tokenizer: Path | None = None
     config: ModelConfig | Path | None = None
@@ -64,6 +69,7 @@ class ConvertOptions:
     threads: int = 0
     preset: str | None = None  # a key of PRESETS: whose schedule and defaults the file gets
     safety: bool = True  # takes the source's safety checker over, if it has one
+    calibration: Calibration | None = None  # rounds for what the layers are fed, and chooses types for "mixed"
     loras: Sequence[Lora] = ()  # merged into the weights before they are quantised
     shared: bool = False  # the output is one that several processes may write at once, all the same: the cache
     unet_only: bool = False  # writes the UNet alone
@@ -118,13 +124,17 @@ def convert(
     options, output, started = options or ConvertOptions(), Path(output), time.perf_counter()
     options = check_options(options)
     inputs = [Path(source), options.tokenizer, options.config, *(lora.path for lora in options.loras)]
+    if options.calibration is not None:
+        inputs += [options.calibration.prompts, options.calibration.imatrix]
     check_target(output, options.force, [path for path in inputs if isinstance(path, Path)], options.shared)
     job = _prepare(Path(source), options)
     with ExitStack() as stack:
         if progress is None and not quiet:
             progress = stack.enter_context(progress_bar())
-        stored, nbytes, digest = _write(job, output, progress)
-    return _report(job, output, stored, nbytes, digest, time.perf_counter() - started)
+        decided = None if options.calibration is None else _decide(job, Path(source), output, progress)
+        stored, nbytes, digest = _write(job, output, progress, decided)
+    notes = decided.notes if decided else []
+    return _report(job, output, stored, nbytes, digest, time.perf_counter() - started, notes)
 
 
 def check_options(options: ConvertOptions) -> ConvertOptions:
@@ -139,7 +149,14 @@ def check_options(options: ConvertOptions) -> ConvertOptions:
     loras = requested(as_loras(options.loras), "", None)
     for lora in loras:
         lora_table(lora.path)
-    return replace(options, type=type_name(options.type), loras=loras)
+    qtype = type_name(options.type)
+    if qtype == MIXED and options.calibration is None:
+        options = replace(options, calibration=Calibration(compensate=False))
+    if options.calibration is not None:
+        from gguf_sd_convert.calibrate.job import check_calibration
+
+        check_calibration(options.calibration, qtype)
+    return replace(options, type=qtype, text_type=text_type_name(options.text_type), loras=loras)
 
 
 def source_config(path: Path, options: ConvertOptions) -> ModelConfig:
@@ -242,25 +259,62 @@ def _tokenizer(source: Source, options: ConvertOptions) -> tuple[ClipTokenizer, 
     return first, replace(source.config, text=tuple(new))
 
 
-def _write(job: _Job, output: Path, progress: Progress | None) -> tuple[list[Stored], int, str]:
+def _decide(job: _Job, source: Path, output: Path, progress: Progress | None) -> Decided:
+    """How the UNet's tensors are stored, from runs of the model: it is written in F16 beside the output meanwhile."""
+    from gguf_sd_convert.calibrate.job import decide
+
+    options = job.options
+    assert options.calibration is not None
+    if any(entry.blocks is not None for entry in job.tensors.values()):
+        raise GgufSdError(f"{source} is quantised already; calibrate the original")
+    whole = replace(options, type="f16", layout="native", text_type="f16", unet_only=False)
+    whole = replace(whole, calibration=None, force=True, shared=True)
+    with terminable(), temporary_beside(output) as full:
+        convert(source, full, whole, progress)
+        infos = GGUFFile(full).tensors.items()
+        wide = {name for name, info in infos if info.type.name == "F32" and len(info.shape) > 1}
+
+        def planned(own: dict[str, str]) -> list[Stored]:
+            return _plan(job, wide, own)
+
+        stored = [s for s in planned({}) if s.name.startswith(UNET) and s.type in FORMATS]
+        beside = full.stat().st_size - sum(2 * prod(s.shape) for s in stored)
+        return decide(full, source, planned, beside, options.type, options.calibration, progress)
+
+
+def _plan(job: _Job, wide: Collection[str], own: Mapping[str, str]) -> list[Stored]:
+    qtype = "q4_0" if job.options.type == MIXED else job.options.type
+    return plan(_shapes(job.tensors), qtype, job.options.layout, wide, job.options.text_type, own)
+
+
+def _write(
+    job: _Job, output: Path, progress: Progress | None, decided: Decided | None
+) -> tuple[list[Stored], int, str]:
     """Writes the file; returns what is in it, its size and the source's hash, taken on the side."""
-    options, tensors, stop = job.options, job.tensors, threading.Event()
+    options, stop = job.options, threading.Event()
+    tensors = job.tensors if decided is None else job.tensors | in_memory(decided.calibrated.biases)
+    blocks = {} if decided is None else decided.calibrated.blocks
     known = known_hash(job.source, job.options.loras)
     with ThreadPoolExecutor(1) as hashing, workers(options.threads) as pool, ExitStack() as stack:
         stack.callback(stop.set)
         digest = hashing.submit(hash_files, () if known else job.source.files, stop)
-        done = sum(entry.nbytes for entry in tensors.values() if _read_twice(entry))
+        done = sum(entry.nbytes for entry in tensors.values() if read_twice(entry))
         total = done + sum(entry.nbytes for entry in tensors.values())
-        wide = _outside_f16(tensors, pool, progress, total)
-        stored = plan(_shapes(tensors), options.type, options.layout, wide)
+        wide = outside_f16(tensors, pool, progress, total)
+        stored = _plan(job, wide, decided.types if decided else {})
         if job.source.metadata is not None:
             again = options.allow_requantize
             stored = settled(stored, tensors, options.type, options.layout, again, job.source.path)
         if options.type == SAME:
             job = replace(job, options=replace(options, type=type_label(stored, job.source.said)))
         architecture = "gguf_sd" if options.layout == "native" else job.config.name
-        jobs = ((tensors[t.name].nbytes, partial(encode, t, tensors[t.name])) for t in stored)
-        with GGUFSink(output, architecture, _metadata(job, stored), stored, options.force) as sink:
+        metadata = _metadata(job, stored) | (decided.metadata if decided else {})
+
+        def task(t: Stored) -> Callable[[], Tensor]:
+            return partial(blocks.pop, t.name) if t.name in blocks else partial(encode, t, tensors[t.name])
+
+        jobs = ((tensors[t.name].nbytes, task(t)) for t in stored)
+        with GGUFSink(output, architecture, metadata, stored, options.force) as sink:
             for tensor, data in zip(stored, in_order(jobs, pool), strict=True):
                 sink.write(tensor.name, data)
                 done += tensors[tensor.name].nbytes
@@ -270,58 +324,8 @@ def _write(job: _Job, output: Path, progress: Progress | None) -> tuple[list[Sto
         return stored, sink.nbytes, known or digest.result()
 
 
-def _read_twice(entry: Entry) -> bool:
-    return entry.dtype in WIDE and entry.blocks is None
-
-
 def _shapes(tensors: dict[str, Entry]) -> dict[str, tuple[int, ...]]:
     return {name: entry.shape for name, entry in tensors.items()}
-
-
-def _outside_f16(
-    tensors: dict[str, Entry], pool: ThreadPoolExecutor, progress: Progress | None, total: int
-) -> set[str]:
-    """Names of tensors with values beyond F16. Only dtypes that have such are read."""
-    wide = {name: entry for name, entry in tensors.items() if _read_twice(entry)}
-    jobs = ((entry.nbytes, partial(_largest_of, name, entry)) for name, entry in wide.items())
-    done, found = 0, set()
-    for (name, entry), value in zip(wide.items(), in_order(jobs, pool), strict=True):
-        if value > F16_MAX:
-            found.add(name)
-        done += entry.nbytes
-        if progress:
-            progress(done, total, "checking")
-    return found
-
-
-def _largest_of(name: str, entry: Entry) -> float:
-    return _largest(name, entry.load())
-
-
-def _largest(name: str, x: Tensor) -> float:
-    """The largest magnitude; raises GgufSdError for NaN and infinity."""
-    low, high = torch.aminmax(x)
-    largest = torch.maximum(low.abs(), high.abs()).item()
-    if not largest < float("inf"):
-        raise GgufSdError(f"tensor {name} of the source holds NaN or infinity; get an intact copy of the model")
-    return largest
-
-
-def encode(tensor: Stored, entry: Entry) -> Tensor:
-    """The tensor's bytes for the file: uint8 blocks [rows, bytes], or values of the plain type. Raises GgufSdError for
-    NaN and infinity in a dtype that :data:`WIDE` does not name; the others are looked through beforehand."""
-    if copies(tensor, entry):
-        return copied(tensor, entry)
-    x = entry.load().reshape(tensor.logical)
-    if entry.blocks and tensor.type == "F16" and _largest(tensor.name, x) > F16_MAX:
-        raise GgufSdError(f"tensor {tensor.name} of the source has values beyond F16; convert the original")
-    if not _read_twice(entry):
-        _largest(tensor.name, x if entry.dtype == torch.float16 else x.float())
-    if tensor.type not in FORMATS:
-        return x.to(PLAIN_DTYPES[tensor.type]).contiguous()
-    if tensor.tap_major:
-        x = x.permute(0, 2, 3, 1)
-    return quantize(x.reshape(tensor.shape), tensor.type)
 
 
 def _metadata(job: _Job, stored: list[Stored]) -> dict[str, Any]:
@@ -359,8 +363,10 @@ def hash_files(paths: Iterable[Path], stop: threading.Event | None = None) -> st
     return digest.hexdigest()
 
 
-def _report(job: _Job, output: Path, stored: list[Stored], nbytes: int, digest: str, seconds: float) -> ConvertReport:
-    options, notes = job.options, list(job.source.notes)
+def _report(
+    job: _Job, output: Path, stored: list[Stored], nbytes: int, digest: str, seconds: float, told: Iterable[str] = ()
+) -> ConvertReport:
+    options, notes = job.options, [*job.source.notes, *told]
     if job.unused:
         notes.append(strays_note(job.unused, str(job.source.path)))
     wide = {tensor.name for tensor in stored if tensor.type == "F32"}

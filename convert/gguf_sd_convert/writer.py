@@ -85,7 +85,7 @@ class GGUFSink:
 
     def __enter__(self) -> GGUFSink:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_terminable())
+            stack.enter_context(terminable())
             self._temporary = stack.enter_context(temporary_beside(self.target))
             self._write_header()
             size = self._temporary.stat().st_size
@@ -176,7 +176,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """SIGTERM unwinds the stack like an exception, so that what is cleaned up on exceptions is on it, too."""
     if threading.current_thread() is not threading.main_thread():
         yield

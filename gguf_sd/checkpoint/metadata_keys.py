@@ -23,6 +23,7 @@ LAYOUT = "gguf_sd.layout"
 TYPE = "gguf_sd.type"
 SHAPES = "gguf_sd.shapes"  # of tap-major convolutions: a JSON object, tensor name -> shape in torch order
 LORAS = "gguf_sd.loras"  # merged into the weights: JSON, a list of name, weight and beginning of the hash
+CALIBRATION = "gguf_sd.calibration"  # what the weights were rounded for: a JSON object
 SOURCE_NAME = "gguf_sd.source.name"
 SOURCE_HASH = "gguf_sd.source.sha256"
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "serve": "serve models by HTTP and on a page",
     "inspect": "show what a model file or folder holds",
     "push": "upload a GGUF file to the Hugging Face Hub",
+    "bench": "compare models: pictures, times, memory",
     "tune": "measure the GPU kernels for a model",
     "cache": "list or clear the models that generate has converted",
 }

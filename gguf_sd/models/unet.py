@@ -23,6 +23,7 @@ from gguf_sd.models.unet_blocks import (
     Stage,
     TransformerBlock,
     Upsample,
+    as_often,
 )
 
 
@@ -149,14 +150,16 @@ class UNetEncoder(nn.Module):
         self, h: Tensor, emb: Tensor, projected: Tensor, hint: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor]:
         """Latents, channels-last, to what each block of the way down gives, and what the middle gives; ``hint`` is
-        added behind the first convolution."""
+        added behind the first convolution. Fewer latents than prompts stand for all of them in turn, and what does not
+        depend on the prompts, up to the first cross-attention, is computed once."""
         skips: list[Tensor] = []
         for block in self.input_blocks:
-            h = block(h, emb, projected, (0, 0))
+            h = block(h, as_often(emb, h), projected, (0, 0))
             if hint is not None and not skips:
                 h = h + hint
             skips.append(h)
-        return skips, self.middle_block(h, emb, projected, (0, 0))
+        h = as_often(h, projected)
+        return [as_often(x, h) for x in skips], self.middle_block(h, as_often(emb, h), projected, (0, 0))
 
 
 class UNet(UNetEncoder):
@@ -195,13 +198,15 @@ class UNet(UNetEncoder):
         vector: Tensor | None = None,
         control: Sequence[Tensor] = (),
     ) -> Tensor:
-        """As :meth:`forward`, the prompt given by its keys and values from :meth:`project`. ``control``, of
-        ControlNets: what is added to the results of each block of the way down, and, the last, to the middle's."""
+        """As :meth:`forward`, the prompts given by their keys and values from :meth:`project`, and latents and
+        timesteps as often or, where prompts alone differ, once for several, see :meth:`UNetEncoder.down`. ``control``,
+        of ControlNets: what is added to the results of each block of the way down, and, the last, to the middle's."""
         emb = self.embed(timesteps, vector, latents.dtype)
         skips, h = self.down(latents.contiguous(memory_format=torch.channels_last), emb, projected)
         if control:
             *added, middle = control
             skips, h = [skip + x for skip, x in zip(skips, added, strict=True)], h + middle
+        emb = as_often(emb, h)
         for block in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)
             size = (skips[-1].shape[2], skips[-1].shape[3]) if skips else (0, 0)

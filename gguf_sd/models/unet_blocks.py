@@ -26,6 +26,11 @@ def feature_map(x: Tensor, height: int, width: int) -> Tensor:
     return x.view(x.shape[0], height, width, -1).permute(0, 3, 1, 2)
 
 
+def as_often(x: Tensor, other: Tensor) -> Tensor:
+    """x [b, …] until it is as many as ``other`` [B, …]: all of it in turn, B / b times; x itself where that is once."""
+    return x if len(x) == len(other) else torch.cat([x] * (len(other) // len(x)))
+
+
 class ResBlock(nn.Module):
     """Two 3x3 convolutions with the timestep embedding added between them, around a skip connection."""
 
@@ -169,6 +174,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Measured, projected: Tensor, last: bool) -> Measured:
         x = self.attn1(self.norm1, x)
+        if len(x.rows) < len(projected):  # nothing has depended on the prompts so far
+            x = Measured(as_often(x.rows, projected), None)
         x = self.attn2(self.norm2, x, projected)
         return self.ff(self.norm3, x, last)
 
@@ -193,7 +200,7 @@ class SpatialTransformer(nn.Module):
         h = self.proj_in.measured(tokens(self.norm(x)))
         for i, block in enumerate(self.transformer_blocks, 1):
             h = block(h, projected, last=i == len(self.transformer_blocks))
-        return feature_map(self.proj_out(h.rows, tokens(x)), x.shape[2], x.shape[3])
+        return feature_map(self.proj_out(h.rows, as_often(tokens(x), projected)), x.shape[2], x.shape[3])
 
 
 class Downsample(nn.Module):

@@ -110,3 +110,33 @@ def test_no_json(served: Running, body: bytes) -> None:
     answer = requests.post(f"{served.url}/v1/images/generations", body, headers=headers, timeout=10)
     assert answer.status_code == 400
     assert "the request" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", ["multipart/form-data; boundary=x", "multipart/form-data", "application/json"])
+@pytest.mark.parametrize(
+    "body", [b"--x", b'--x\r\nContent-Disposition: form-data; name="image"\r\n\r\nabc\r\n--x--\r\n']
+)
+def test_broken_forms(served: Running, kind: str, body: bytes) -> None:
+    answer = requests.post(f"{served.url}/v1/images/edits", body, headers={"Content-Type": kind}, timeout=10)
+    assert answer.status_code in (400, 415)
+    assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        ({"prompt": "a", "n": "x"}, "n is 'x'"),
+        ({"prompt": "a", "paste": "maybe"}, "paste is 'maybe'"),
+        ({"prompt": "a", "strength": "0"}, "strength must lie above 0"),
+        ({"prompt": "a", "strength": "nan"}, "strength is nan"),
+        ({"prompt": "a", "resize": "squeeze"}, "unknown resize mode"),
+        ({}, "prompt is missing"),
+    ],
+)
+def test_bad_edits(served: Running, texts: dict[str, str], words: str) -> None:
+    start = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(start, "PNG")
+    files = {"image": ("../../etc/passwd", start.getvalue())}
+    answer = requests.post(f"{served.url}/v1/images/edits", texts, files=files, timeout=10)
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]["message"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -37,6 +38,11 @@ class Entry:
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
+
+
+def in_memory(values: Mapping[str, Tensor]) -> dict[str, Entry]:
+    """Entries of tensors that are there already."""
+    return {name: Entry(tuple(x.shape), x.dtype, partial(torch.clone, x)) for name, x in values.items()}
 
 
 @dataclass(frozen=True)

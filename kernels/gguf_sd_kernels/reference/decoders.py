@@ -34,13 +34,18 @@ class Decoded(NamedTuple):
 
 def decode_into(values: Tensor, blocks: Tensor, fmt: QuantFormat) -> Tensor:
     """uint8 ``[n, type_size]`` -> float32 ``values [n, block_size]``, contiguous, which are returned."""
-    fields = blocks.split(fmt.field_bytes, dim=1)
-    decoded = _affine(fmt, *fields) if isinstance(fmt, BlockFormat) else _DECODERS[fmt.name](*fields)
+    decoded = decode_fields(blocks, fmt)
     groups = values.copy_(decoded.codes).view(*decoded.scale.shape, -1)
     groups *= decoded.scale.unsqueeze(-1)
     if decoded.offset is not None:
         groups += decoded.offset.unsqueeze(-1)
     return values
+
+
+def decode_fields(blocks: Tensor, fmt: QuantFormat) -> Decoded:
+    """Codes, scales and offsets of blocks, uint8 ``[n, type_size]``."""
+    fields = blocks.split(fmt.field_bytes, dim=1)
+    return _affine(fmt, *fields) if isinstance(fmt, BlockFormat) else _DECODERS[fmt.name](*fields)
 
 
 def _affine(fmt: BlockFormat, d: Tensor, m: Tensor, high: Tensor, quants: Tensor) -> Decoded:

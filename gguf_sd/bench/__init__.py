@@ -1,0 +1,1 @@
+"""Comparisons of models and programs: pictures, times, memory, and a report of them."""

@@ -1,0 +1,153 @@
+"""What a comparison is made of: contestants, prompts, sampling settings. Written to, and read from, ``bench.toml``."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from gguf_sd.errors import GgufSdError
+
+PEERS = ("diffusers",)
+# Settings of sampling: what each preset asks for, picture by picture.
+PRESETS: dict[str, list[dict[str, Any]]] = {
+    "quick": [{"steps": 8}],
+    "model": [{}],
+    "sd15-card": [{"steps": 50, "sampler": "pndm", "guidance": g} for g in (1.5, 2, 3, 4, 5, 6, 7, 8)],
+    "turbo": [{"steps": n, "guidance": 0} for n in (1, 2, 4)],
+}
+SETTINGS = {"steps": (1, 1000), "guidance": (0, 100), "width": (8, 1 << 14), "height": (8, 1 << 14)}
+MAX_BYTES = 1 << 22
+NAME = re.compile(r"[\w.+@-]{1,80}")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model and the program that paints with it: ``gguf-sd``, or one of PEERS."""
+
+    name: str
+    model: str  # path
+    program: str = "gguf-sd"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A whole comparison. The first contestant's pictures are what the others are compared with."""
+
+    contestants: tuple[Contestant, ...]
+    prompts: tuple[str, ...]
+    settings: tuple[dict[str, Any], ...] = ({},)  # pictures take them in turn
+    seed: int = 0  # of the first picture; each next has one more
+    rounds: int = 3
+    device: str = "auto"
+    dtype: str = "auto"
+    weights: str = "auto"
+    clip: str = ""  # folder of a CLIP model, for CLIP scores
+    recorded: dict[str, Any] = field(default_factory=dict)  # versions, device, command
+
+    def __post_init__(self) -> None:
+        names = [c.name for c in self.contestants]
+        if not names or len(set(names)) < len(names):
+            raise GgufSdError("a comparison takes contestants of different names")
+        if bad := [name for name in names if not NAME.fullmatch(name)]:
+            raise GgufSdError(f"{bad[0]!r} is no name for a contestant; it takes letters, digits and . + @ - _")
+        if programs := {c.program for c in self.contestants} - {"gguf-sd", *PEERS}:
+            raise GgufSdError(f"no peer {min(programs)!r}; choose from {', '.join(PEERS)}")
+        if not self.prompts:
+            raise GgufSdError("a comparison takes at least one prompt")
+        if not 1 <= self.rounds <= 100:
+            raise GgufSdError(f"rounds is {self.rounds}; it takes 1 … 100")
+        if not 0 <= self.seed < 1 << 63:
+            raise GgufSdError(f"seed is {self.seed}; it takes 0 … 2^63 - 1")
+        for settings in self.settings:
+            _check_settings(settings)
+
+    def job(self, i: int) -> tuple[str, int, dict[str, Any]]:
+        """Prompt, seed and settings of picture ``i``."""
+        return self.prompts[i], self.seed + i, self.settings[i % len(self.settings)]
+
+    def of_round(self, number: int) -> list[int]:
+        """The pictures that are painted in a round: every ``rounds``-th."""
+        return list(range(len(self.prompts)))[number :: self.rounds]
+
+    def to_toml(self, folder: Path | None = None) -> str:
+        """The text of ``bench.toml``; models inside ``folder`` are named from there, so that it can be moved."""
+        plain = asdict(self)
+        for contestant in plain["contestants"]:
+            path = Path(contestant["model"])
+            if folder is not None and path.is_relative_to(folder.resolve()):
+                contestant["model"] = path.relative_to(folder.resolve()).as_posix()
+        lines = ["# gguf-sd bench FILE makes this comparison again.", ""]
+        for name in ("seed", "rounds", "device", "dtype", "weights", "clip"):
+            lines.append(f"{name} = {_value(plain[name])}")
+        lines += ["prompts = [", *(f"  {_value(prompt)}," for prompt in self.prompts), "]"]
+        lines += ["settings = [", *(f"  {_value(settings)}," for settings in self.settings), "]", ""]
+        for contestant in plain["contestants"]:
+            lines += ["[[contestants]]", *(f"{key} = {_value(value)}" for key, value in contestant.items()), ""]
+        lines += ["[recorded]", *(f"{key} = {_value(value)}" for key, value in self.recorded.items())]
+        return "\n".join(lines) + "\n"
+
+    @classmethod
+    def from_toml(cls, path: Path) -> Spec:
+        """Raises GgufSdError for a file that is none, or names and values that are unknown."""
+        try:
+            raw = path.read_bytes()
+            if len(raw) > MAX_BYTES:
+                raise GgufSdError(f"{path} has more than {MAX_BYTES} bytes; give a bench.toml")
+            table = tomllib.loads(raw.decode())
+        except OSError as error:
+            raise GgufSdError(f"cannot read {path}: {error.strerror}") from error
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise GgufSdError(f"{path} is no TOML: {error}") from error
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(table) - known):
+            raise GgufSdError(f"{path}: unknown key {unknown[0]!r}; it takes {', '.join(sorted(known))}")
+        try:
+            contestants = tuple(Contestant(**_strings(c)) for c in table.pop("contestants", []))
+            prompts = tuple(_text(p) for p in table.pop("prompts", []))
+            settings = tuple(dict(s) for s in table.pop("settings", [{}]))
+            kinds = {"seed": int, "rounds": int, "device": str, "dtype": str, "weights": str, "clip": str}
+            for name, kind in kinds.items():
+                if name in table and type(table[name]) is not kind:
+                    raise TypeError(f"{name} is {table[name]!r}")
+            return cls(contestants, prompts, settings or ({},), **table)
+        except (TypeError, ValueError) as error:
+            raise GgufSdError(f"{path}: {error}") from error
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    for key, value in settings.items():
+        if key in ("sampler", "schedule"):
+            if not isinstance(value, str):
+                raise GgufSdError(f"{key} is {value!r}; it takes a name")
+        elif key not in SETTINGS:
+            raise GgufSdError(f"unknown setting {key!r}; choose from {', '.join([*SETTINGS, 'sampler', 'schedule'])}")
+        elif isinstance(value, bool) or not isinstance(value, int | float):
+            raise GgufSdError(f"{key} is {value!r}; it takes a number")
+        elif not SETTINGS[key][0] <= value <= SETTINGS[key][1]:
+            raise GgufSdError(f"{key} is {value}; it takes {SETTINGS[key][0]} … {SETTINGS[key][1]}")
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a prompt is {value!r}; it takes a text")
+    return value
+
+
+def _strings(table: dict[str, Any]) -> dict[str, str]:
+    for key, value in table.items():
+        if not isinstance(value, str):
+            raise TypeError(f"{key} of a contestant is {value!r}; it takes a text")
+    return table
+
+
+def _value(value: Any) -> str:
+    """A value as TOML: JSON's strings, numbers and booleans are TOML's too."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_value(item)}" for key, item in value.items()) + " }" if value else "{}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_value(item) for item in value) + "]"
+    return json.dumps(value).replace("\x7f", "\\u007f")

@@ -1,0 +1,231 @@
+"""`gguf-sd bench`: models and programs compared; `gguf-sd bench layers`: what each layer's rounding costs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gguf_sd.checkpoint.gguf_header import is_gguf
+from gguf_sd.errors import GgufSdError
+
+if TYPE_CHECKING:
+    from gguf_sd.bench.spec import Contestant, Spec
+
+TYPES = "f16,q8_0,q4_1,q4_0"
+WAY = re.compile(r"(?P<type>[a-z0-9_]+)(?:@(?P<bpw>\d+(?:\.\d+)?))?(?P<calibrated>\+calibrated)?")
+
+
+def add_parser(subparsers: Any) -> None:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "bench",
+        help="compare models: pictures, times, memory",
+        description="Paints the same prompts and seeds with every contestant, each in a process of its own, in turn, "
+        "and writes a report. `gguf-sd bench layers MODEL` tells what rounding each layer of a UNet costs.",
+    )
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help=".gguf files; a checkpoint or diffusers folder is converted to each "
+        "of --types; or the bench.toml of an earlier report; `layers MODEL` for layers")  # fmt: skip
+    add("-o", "--output", type=Path, default=Path("report"), help="folder of the report (report)")
+    add("--types", default=TYPES, help="of checkpoints, the first is what the others are compared with; mixed@4.8 has "
+        f"4.8 bits a weight, +calibrated behind a type calibrates ({TYPES})")  # fmt: skip
+    add("--prompts", type=Path, help="text file, one a line (some that come with the program)")
+    add("--count", type=int, help="pictures by each contestant (16)")
+    add("--preset", default="model", help="quick, model, sd15-card or turbo: steps and guidance (model)")
+    add("--rounds", type=int, default=3, help="fresh processes of each contestant, which share the prompts (3)")
+    add("--peers", default="", help="other programs to compare with, that read a diffusers folder: diffusers")
+    add("--clip", type=Path, help="folder of a CLIP model, for CLIP scores")
+    add("--seed", type=int, default=0, help="of the first picture (0)")
+    add("--device", default="auto", help="auto, cpu, cuda, …")
+    add("--dtype", default="auto", help="auto, float32, float16, bfloat16")
+    add("--weights", default="auto", help="auto, quantized or resident")
+    add("--no-times", action="store_false", dest="times", help="leave times and memory out of the report: the machine "
+        "is busy with other work")  # fmt: skip
+    add("--resume", action="store_true", help="go on with an interrupted comparison in OUTPUT")
+    add("--force", action="store_true", help="replace what stands in OUTPUT")
+    add("--quiet", action="store_true", help="no progress bar and no table")
+    add("--json", action="store_true", help="print the rows as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.models[0] == "layers":
+        from gguf_sd.cli.bench_layers import run_layers
+
+        return run_layers(args)
+    from gguf_sd.bench.report import write_report
+    from gguf_sd.bench.runner import run as compare
+    from gguf_sd.cli.progress import progress_bar
+
+    started_from = len(args.models) == 1 and args.models[0].endswith(".toml")
+    _check_output(args)
+    spec = _of_file(args) if started_from else _of_arguments(args)
+    args.output.mkdir(parents=True, exist_ok=True)
+    with progress_bar(spec.rounds * len(spec.contestants), args.quiet, unit="run") as bar:
+
+        def tick(name: str) -> None:
+            bar.set_description(name, refresh=False)
+            bar.update(1)
+
+        rows = compare(spec, args.output, args.resume, tick)
+    path = write_report(spec, rows, args.output, args.times)
+    if args.json:
+        print((args.output / "report.json").read_text())
+    elif not args.quiet:
+        table, _, _ = (args.output / "report.md").read_text().partition("\n\n![")
+        print(table)
+        print(f"\n{path}")
+    return 0
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    if args.output.exists() and not args.output.is_dir():
+        raise GgufSdError(f"{args.output} is a file; name a folder")
+    if args.output.is_dir() and any(args.output.iterdir()) and not (args.force or args.resume):
+        raise GgufSdError(f"{args.output} is not empty; --resume goes on in it, --force replaces, or choose another")
+
+
+def _of_file(args: argparse.Namespace) -> Spec:
+    from gguf_sd.bench.spec import Spec
+
+    path = Path(args.models[0])
+    spec = Spec.from_toml(path)
+    base = path.resolve().parent
+    found = tuple(replace(c, model=str(base / c.model)) for c in spec.contestants)
+    for contestant in found:
+        if not Path(contestant.model).exists():
+            raise GgufSdError(f"{path}: {contestant.model} does not exist")
+    return replace(spec, contestants=found, recorded=_recorded(args, [Path(c.model) for c in found]))
+
+
+def _of_arguments(args: argparse.Namespace) -> Spec:
+    from gguf_sd.bench.prompts import read_prompts
+    from gguf_sd.bench.spec import PEERS, PRESETS, Contestant, Spec
+
+    if args.preset not in PRESETS:
+        raise GgufSdError(f"no preset {args.preset!r}; choose from {', '.join(PRESETS)}")
+    if args.count is not None and not 1 <= args.count <= 10_000:
+        raise GgufSdError(f"--count is {args.count}; it takes 1 … 10000")
+    peers = [peer for peer in args.peers.split(",") if peer]
+    if unknown := [peer for peer in peers if peer not in PEERS]:
+        raise GgufSdError(f"no peer {unknown[0]!r}; choose from {', '.join(PEERS)}")
+    paths = [Path(model) for model in args.models]
+    for path in paths:
+        if not path.exists():
+            raise GgufSdError(f"{path} does not exist; give .gguf files, checkpoints or diffusers folders")
+    if peers and not any(path.is_dir() for path in paths):
+        raise GgufSdError(f"{peers[0]} reads diffusers folders; name one beside the .gguf files")
+    ways = [_way(word) for word in args.types.split(",")]
+    prompts = read_prompts(args.prompts) if args.prompts else _prompts(paths[0], args.count or 16)
+    prompts = prompts[: args.count] if args.count else prompts
+    contestants = []
+    for path in paths:
+        if is_gguf(path):
+            contestants.append(Contestant(_name(path.stem), str(path.resolve())))
+            continue
+        for word, options in ways:
+            target = args.output / "models" / f"{_name(path.stem)}-{word}.gguf"
+            _convert(path, target, options, args)
+            contestants.append(Contestant(target.stem, str(target.resolve())))
+        if path.is_dir():
+            contestants += [Contestant(f"{_name(path.stem)}-{peer}", str(path.resolve()), peer) for peer in peers]
+    return Spec(
+        contestants=tuple(contestants),
+        prompts=tuple(prompts),
+        settings=tuple(_defaults(contestants) | settings for settings in PRESETS[args.preset]),
+        seed=args.seed,
+        rounds=min(args.rounds, len(prompts)),
+        device=args.device,
+        dtype=args.dtype,
+        weights=args.weights,
+        clip=str(args.clip.resolve()) if args.clip else "",
+        recorded=_recorded(args, [Path(c.model) for c in contestants]),
+    )
+
+
+def _defaults(contestants: list[Contestant]) -> dict[str, Any]:
+    """The first model's own settings, said to every program."""
+    from gguf_sd.checkpoint.model_file import ModelFile
+
+    own = next((c for c in contestants if c.program == "gguf-sd"), None)
+    if own is None:
+        return {}
+    defaults = ModelFile.open(own.model).config.defaults
+    return {"steps": defaults.steps, "guidance": defaults.guidance, "sampler": defaults.sampler}
+
+
+def _name(stem: str) -> str:
+    return re.sub(r"[^\w.+@-]", "-", stem)[:60]
+
+
+def _way(word: str) -> tuple[str, dict[str, Any]]:
+    """A word of --types as options of a conversion; raises GgufSdError for others."""
+    from gguf_sd_convert.calibrate.options import Calibration
+    from gguf_sd_convert.quantize.policy import type_name
+
+    word = word.strip().lower()
+    if (found := WAY.fullmatch(word)) is None:
+        raise GgufSdError(f"--types: {word!r} is no type; write q4_0, q4_0+calibrated or mixed@4.8")
+    qtype, bpw = type_name(found["type"]), found["bpw"]
+    if (qtype == "mixed") != (bpw is not None):
+        raise GgufSdError(f"--types: {word!r}: bits a weight go with mixed, as in mixed@4.8")
+    options: dict[str, Any] = {"type": qtype}
+    if bpw or found["calibrated"]:
+        compensate = bool(found["calibrated"])
+        options["calibration"] = Calibration(compensate=compensate, bpw=float(bpw) if bpw else None)
+    return word, options
+
+
+def _convert(source: Path, target: Path, options: dict[str, Any], args: argparse.Namespace) -> None:
+    from gguf_sd_convert.convert import ConvertOptions, convert
+
+    if args.resume and target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if (calibration := options.get("calibration")) is not None:  # recorded once for all types
+        data = target.parent / f"{_name(source.stem)}.imatrix.gguf"
+        shared = replace(calibration, imatrix=data) if data.exists() else replace(calibration, save=data)
+        options = options | {"calibration": shared}
+    convert(source, target, ConvertOptions(force=args.force or args.resume, **options), quiet=args.quiet)
+
+
+def _prompts(path: Path, count: int) -> list[str]:
+    """Of the demo model's world, scenes that its training never saw, which no calibration takes either."""
+    from gguf_sd.bench.prompts import default_prompts, demo_prompts
+    from gguf_sd.demo import model_folder
+
+    if path.resolve() == model_folder().resolve():
+        return demo_prompts(count, held=True, seed=7)
+    found = default_prompts(path)
+    return [found[i % len(found)] for i in range(count)]
+
+
+def _recorded(args: argparse.Namespace, models: list[Path]) -> dict[str, Any]:
+    """What a comparison depends on: versions, machine, models and command."""
+    import importlib.metadata as metadata
+
+    import torch
+
+    import gguf_sd
+    from gguf_sd.bench.runner import fingerprint
+    from gguf_sd.runtime.memory import choose_device
+
+    device = choose_device(args.device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    versions = {name: metadata.version(name) for name in ("torch", "numpy", "transformers", "torchmetrics")}
+    return {
+        "gguf_sd": gguf_sd.__version__,
+        **versions,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "device": f"{device} ({where})",
+        "threads": torch.get_num_threads(),
+        "models": json.dumps({model.name: fingerprint(model) for model in models}),
+        "command": shlex.join(["gguf-sd", *sys.argv[1:]]),
+    }

@@ -1,0 +1,87 @@
+"""A whole comparison of two tiny models, its report, and going on after an interruption."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from gguf_sd.bench import runner
+from gguf_sd.bench.contestant import Task
+from gguf_sd.bench.report import write_report
+from gguf_sd.bench.runner import Row
+from gguf_sd.bench.spec import Contestant, Spec
+from gguf_sd.cli.main import main
+
+
+def test_report_of_given_rows(tmp_path: Path) -> None:
+    spec = Spec((
+        Contestant("first", "a"), Contestant("second", "b")), ("a & b",), rounds=1, recorded={"k": "<v>"})  # fmt: skip
+    for name, colour in (("first", "red"), ("second", "maroon")):
+        (tmp_path / "runs" / f"{name}-0").mkdir(parents=True)
+        Image.new("RGB", (64, 64), colour).save(tmp_path / "runs" / f"{name}-0" / "00000.png")
+    rows = [
+        Row("first", "gguf-sd", 100, 50, {"step_s": 1.0, "peak_rss": 5}),
+        Row("second", "gguf-sd", 60, 20, {"step_s": 2.0, "peak_rss": 4, "psnr": 30.5}, {"psnr": 1.0},
+            {"0-150": 0.1, "150-350": 0.05, "weighted": 0.07}),
+    ]  # fmt: skip
+    page = write_report(spec, rows, tmp_path).read_text()
+    assert "30.50 ± 1.00" in page
+    assert "&lt;v&gt;" in page
+    assert page.count("data:image/png;base64,") == 4
+    assert not re.search(r"(src|href)=.?http", page)
+    found = list(csv.DictReader((tmp_path / "report.csv").open()))
+    assert (found[1]["psnr"], found[1]["error_0-150"], found[0]["psnr"]) == ("30.5", "0.1", "")
+    assert json.loads((tmp_path / "report.json").read_text())["rows"][1]["errors"]["weighted"] == 0.07
+    write_report(spec, rows, tmp_path, timed=False)
+    assert "step" not in (tmp_path / "report.csv").read_text()
+    assert "step_s" not in (tmp_path / "report.json").read_text()
+
+
+@pytest.mark.slow
+def test_a_comparison_and_going_on(
+    tiny_pipeline: Callable[..., Path], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = tiny_pipeline(unet={"sample_size": 8}), tmp_path / "report"
+    command = ["bench", str(folder), "--types", "f16,q4_0", "--count", "3", "--rounds", "2", "--preset", "quick"]
+    command += ["--dtype", "float32", "--peers", "diffusers", "-o", str(out), "--json", "--quiet"]
+    assert main(command) == 0
+    rows = {row["name"].rpartition("-")[2]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["diffusers"]["values"]["psnr"] > 45, "the same model in another program"
+    assert 10 < rows["q4_0"]["values"]["psnr"] < rows["diffusers"]["values"]["psnr"]
+    assert 0 < rows["q4_0"]["errors"]["weighted"] < 1
+    assert all(row["values"]["step_s"] > 0 and row["values"]["peak_rss"] > 1e8 for row in rows.values())
+    assert rows["q4_0"]["unet_bytes"] < rows["f16"]["unet_bytes"]
+
+    again: list[str] = []
+    real = runner._run
+
+    def run(task: Task, contestant: Contestant) -> None:
+        again.append(task.folder)
+        real(task, contestant)
+
+    monkeypatch.setattr(runner, "_run", run)
+    next((out / "runs").glob("*q4_0-1")).joinpath("result.json").unlink()
+    assert main([*command, "--resume"]) == 0
+    assert [Path(path).name.rpartition("-")[2] for path in again] == ["1"]
+
+    assert main(["bench", str(out / "bench.toml"), "-o", str(tmp_path / "second"), "--quiet", "--json"]) == 0
+    pairs = [sorted((path / "runs").rglob("*.png")) for path in (out, tmp_path / "second")]
+    assert [a.read_bytes() for a in pairs[0]] == [b.read_bytes() for b in pairs[1]]
+
+
+@pytest.mark.slow
+def test_layers(tiny_pipeline: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+    assert main(["bench", "layers", str(tiny_pipeline(unet={"sample_size": 8})), "-o", str(tmp_path), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    errors = [row["errors"]["Q4_0"] for row in rows]
+    assert errors == sorted(errors, reverse=True)
+    assert all(row["errors"]["Q8_0"] < 0.02 * row["errors"]["Q4_0"] for row in rows)
+    assert any(len(row["layers"]) == 3 for row in rows), "queries, keys and values share a type"
+    assert (tmp_path / "layers.png").stat().st_size > 1000
