@@ -18,6 +18,7 @@ from gguf_sd.checkpoint.control_file import ControlFile
 from gguf_sd.checkpoint.tensor_names import CONTROL, control_modules, inverted, rename
 from gguf_sd.control import Control
 from gguf_sd.errors import GgufSdError
+from gguf_sd_kernels.cpu import int8
 from tests.test_pipeline import oracle, psnr
 
 XL = {"xl": True, "scheduler": "EulerDiscreteScheduler"}
@@ -82,7 +83,7 @@ def theirs(pipeline: Any, kind: str, control: Any, xl: bool = False, **settings:
     return pipe(**(call | settings)).images[0]
 
 
-def ours(path: Path, controls: Any, weights: str = "auto", **settings: Any) -> Image.Image:
+def ours(path: Path, controls: Any, weights: str = "quantized", **settings: Any) -> Image.Image:
     pipeline = Pipeline.load(path, device="cpu", dtype="float32", weights=weights)
     values = STEPS | {"negative_prompt": "dog", "seed": 5, "controls": controls} | settings
     return pipeline("a red cat", **values)[0]
@@ -158,7 +159,7 @@ def test_wherever_the_weights_are(model: Any, tiny_control: Any, gguf_of: Any, p
     _, path = model()
     file = gguf_of(tiny_control())
     expected = ours(path, [(file, drawn(1))])
-    pipeline = Pipeline.load(path, device="cpu", dtype="float32", placement=placement)
+    pipeline = Pipeline.load(path, device="cpu", dtype="float32", weights="quantized", placement=placement)
     for _ in range(2):
         got = pipeline("a red cat", negative_prompt="dog", seed=5, controls=[(file, drawn(1))], **STEPS)[0]
         assert psnr(got, expected) >= 60
@@ -171,7 +172,7 @@ def test_nets_come_and_go(model: Any, tiny_control: Any, gguf_of: Any) -> None:
     """One pipeline, other nets: each picture is as alone, and no net stays that the plan does not know."""
     _, path = model()
     one, two = gguf_of(tiny_control()), gguf_of(tiny_control(seed=21))
-    pipeline = Pipeline.load(path, device="cpu", dtype="float32")
+    pipeline = Pipeline.load(path, device="cpu", dtype="float32", weights="quantized")
     settings = STEPS | {"negative_prompt": "dog", "seed": 5}
     for controls in ([(one, drawn(1))], [(two, drawn(1)), (one, drawn(2))], [(two, drawn(2))]):
         assert psnr(pipeline("a red cat", controls=controls, **settings)[0], ours(path, controls)) >= 60
@@ -185,7 +186,7 @@ def test_nets_come_and_go(model: Any, tiny_control: Any, gguf_of: Any) -> None:
 def test_batches_and_guidance_in_two_passes(model: Any, tiny_control: Any, gguf_of: Any) -> None:
     _, path = model()
     controls = [Control(gguf_of(tiny_control()), drawn(1), 0.7, 0.2, 0.9)]
-    pipeline = Pipeline.load(path, device="cpu", dtype="float32")
+    pipeline = Pipeline.load(path, device="cpu", dtype="float32", weights="quantized")
     settings = {"controls": controls, "negative_prompt": "dog", "width": 64, "height": 48} | STEPS
     pictures = pipeline("a red cat", seed=4, count=2, batch=2, **settings)
     assert psnr(pictures[1], ours(path, controls)) >= 60
@@ -215,3 +216,13 @@ def test_of_other_models(model: Any, tiny_control: Any, gguf_of: Any) -> None:
         ours(path, [(gguf_of(tiny_control(xl=True)), drawn(1))])
     with pytest.raises(GgufSdError, match="is no ControlNet"):
         ours(path, [(path, drawn(1))])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (int8.has_operators() and int8.is_fast()), reason="needs a processor that multiplies in 8 bits")
+def test_in_8_bits(model: Any, tiny_control: Any, gguf_of: Any) -> None:
+    _, path = model()
+    controls = [(gguf_of(tiny_control()), drawn(1))]
+    pipeline = Pipeline.load(path, device="cpu", dtype="float32", kernels="int8")
+    got = pipeline("a red cat", negative_prompt="dog", seed=5, controls=controls, **STEPS)[0]
+    assert psnr(got, ours(path, controls)) >= 30

@@ -137,7 +137,9 @@ def test_every_pipeline(painter: Callable[[str], Painter], kind: str, name: str,
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_as_our_own_pipeline(painter: Callable[[str], Painter], kind: str) -> None:
     settings = {"negative_prompt": "dog", "steps": 3, "guidance": 5.0, "seed": 5}
-    (ours,) = Pipeline.load(painter(kind).path, device="cpu", dtype="float32")("a red cat", **SIZE, **settings)
+    (ours,) = Pipeline.load(painter(kind).path, device="cpu", dtype="float32", weights="quantized")(
+        "a red cat", **SIZE, **settings
+    )
     assert psnr(painter(kind).paint(type(painter(kind).theirs).__name__, **SIZE), ours) >= 45
 
 
