@@ -70,9 +70,16 @@ class _Recorder:
     def project(self, context: Tensor) -> Tensor:
         return self.unet.project(context)
 
-    def step(self, latents: Tensor, timesteps: Tensor, projected: Tensor, vector: Tensor | None = None) -> Tensor:
+    def step(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        projected: Tensor,
+        vector: Tensor | None = None,
+        control: Sequence[Tensor] = (),
+    ) -> Tensor:
         self.calls.append((latents.float().cpu().clone(), timesteps.cpu().clone()))
-        return self.unet.step(latents, timesteps, projected, vector)
+        return self.unet.step(latents, timesteps, projected, vector, control)
 
 
 @torch.inference_mode()
