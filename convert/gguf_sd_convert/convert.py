@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 import time
@@ -36,6 +35,7 @@ from gguf_sd_convert.base_model import base_model_keys
 from gguf_sd_convert.calibrate.options import Calibration
 from gguf_sd_convert.control import ControlJob, control_job
 from gguf_sd_convert.encode import encode, outside_f16, read_twice
+from gguf_sd_convert.hashing import hash_files
 from gguf_sd_convert.inherit import inherited, known_hash, shape_keys
 from gguf_sd_convert.merge_lora import merged
 from gguf_sd_convert.progress import Progress, progress_bar
@@ -348,19 +348,6 @@ def _metadata(job: _Job, stored: list[Stored]) -> dict[str, Any]:
     metadata |= base_model_keys(job.source.path)
     metadata |= inherited(job.source, options.loras)
     return metadata | shape_keys(stored, options.layout)
-
-
-def hash_files(paths: Iterable[Path], stop: threading.Event | None = None) -> str:
-    """SHA-256 of one file, or of several one after another, sorted by path; cut short when ``stop`` is set."""
-    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
-    for path in sorted(paths):
-        try:
-            with open(path, "rb", buffering=0) as file:
-                while (count := file.readinto(buffer)) and not (stop and stop.is_set()):
-                    digest.update(memoryview(buffer)[:count])
-        except OSError as error:
-            raise GgufSdError(f"cannot read {path}: {error.strerror}") from error
-    return digest.hexdigest()
 
 
 def _report(

@@ -29,7 +29,8 @@ from gguf_sd.checkpoint.tensor_names import SAFETY, VAE
 from gguf_sd.checkpoint.vae_file import full_vae
 from gguf_sd.errors import GgufSdError
 from gguf_sd.prompt.find_tokenizer import ClipTokenizer, find_tokenizer, tokenizer_in_file
-from gguf_sd_convert.convert import PENDING_HASH, PRESETS, hash_files
+from gguf_sd_convert.convert import PENDING_HASH, PRESETS
+from gguf_sd_convert.hashing import hash_files
 from gguf_sd_convert.inherit import shape_keys
 from gguf_sd_convert.progress import Progress, progress_bar
 from gguf_sd_convert.quantize.policy import Stored

@@ -43,7 +43,7 @@ COLUMNS = (
 )
 TIMED = {"load_s", "first_step_s", "step_s", "vae_s", "picture_s", "peak_rss", "peak_vram", "joules_picture"}
 SHOWN = 6  # prompts on the contact sheet
-CELL, GAP, LABEL = 128, 8, 190
+CELL, GAP, LABEL, HEADER = 128, 8, 190, 46
 AMPLIFIED = 8  # times, on difference maps
 
 
@@ -174,12 +174,13 @@ def contact_sheet(spec: Spec, folder: Path) -> Image.Image:
     count = min(SHOWN, len(spec.prompts))
     pictures = [load_pictures(spec, folder, c)[:count] for c in spec.contestants]
     width = LABEL + len(pictures) * (CELL + GAP)
-    sheet = Image.new("RGB", (width, 30 + count * (2 * CELL + 2 * GAP)), "white")
+    sheet = Image.new("RGB", (width, HEADER + count * (2 * CELL + 2 * GAP)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for column, contestant in enumerate(spec.contestants):
-        draw.text((LABEL + column * (CELL + GAP), 8), contestant.name[:20], "black", font)
+        title = "\n".join(textwrap.wrap(contestant.name, 16)[:2])
+        draw.multiline_text((LABEL + column * (CELL + GAP), 6), title, "black", font)
     for row in range(count):
-        y = 30 + row * (2 * CELL + 2 * GAP)
+        y = HEADER + row * (2 * CELL + 2 * GAP)
         text = "\n".join(textwrap.wrap(spec.prompts[row], 24)[:5])
         draw.multiline_text((GAP, y), text, "black", font)
         draw.text((GAP, y + CELL + GAP), f"difference x {AMPLIFIED}", "dimgrey", font)
