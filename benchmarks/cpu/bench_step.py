@@ -39,6 +39,7 @@ from benchmarks.lib.baselines import diffusers_settings
 from benchmarks.lib.openvino_rival import compiled_step, unet_arguments, unet_files
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.models.int8 import use_int8
+from gguf_sd.models.unet import UNet
 from gguf_sd.runtime.kernel_modes import make_resident
 from gguf_sd.runtime.memory import choose_dtype
 from gguf_sd_kernels.cpu import int8
@@ -128,8 +129,12 @@ def step_contenders(
             if name == mode:
                 found[name] = partial(step, projected, vector)
             else:
-                found[name] = lambda step=step, unet=unet: step(unet.project(context), vector)
+                found[name] = partial(_first_step, unet, step, context, vector)
     return found
+
+
+def _first_step(unet: UNet, step: Callable[..., Any], context: Tensor, vector: Tensor | None) -> Any:
+    return step(unet.project(context), vector)
 
 
 def _diffusers_step(

@@ -76,10 +76,11 @@ class _Recorder:
         timesteps: Tensor,
         projected: Tensor,
         vector: Tensor | None = None,
+        *,
         control: Sequence[Tensor] = (),
     ) -> Tensor:
         self.calls.append((latents.float().cpu().clone(), timesteps.cpu().clone()))
-        return self.unet.step(latents, timesteps, projected, vector, control)
+        return self.unet.step(latents, timesteps, projected, vector, control=control)
 
 
 @torch.inference_mode()

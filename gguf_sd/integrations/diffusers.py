@@ -158,7 +158,7 @@ class GgufUNet(ModelMixin, ConfigMixin):
             times,
             self._projected(encoder_hidden_states),
             self._vector(added_cond_kwargs or {}, batch),
-            [residual.to(dtype) for residual in control],
+            control=[residual.to(dtype) for residual in control],
         ).to(sample.dtype)
         return UNet2DConditionOutput(sample=predicted) if return_dict else (predicted,)
 

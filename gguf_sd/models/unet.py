@@ -196,6 +196,7 @@ class UNet(UNetEncoder):
         timesteps: Tensor,
         projected: Tensor,
         vector: Tensor | None = None,
+        *,
         control: Sequence[Tensor] = (),
     ) -> Tensor:
         """As :meth:`forward`, the prompts given by their keys and values from :meth:`project`, and latents and

@@ -150,13 +150,14 @@ class GraphedUNet:
         timesteps: Tensor,
         projected: Tensor,
         vector: Tensor | None = None,
+        *,
         control: Sequence[Tensor] = (),
     ) -> Tensor:
         """As :meth:`gguf_sd.models.unet.UNet.step`."""
         inputs = [latents, timesteps, projected, *([] if vector is None else [vector]), *control]
         captured = self._graph_of(tuple((tuple(x.shape), x.dtype, x.device) for x in inputs), inputs, len(control))
         if captured is None:
-            return self.unet.step(latents, timesteps, projected, vector, control)
+            return self.unet.step(latents, timesteps, projected, vector, control=control)
         for own, given in zip(captured.inputs, inputs, strict=True):
             own.copy_(given)
         return captured.replay().clone()
@@ -189,7 +190,7 @@ class GraphedUNet:
         latents, timesteps, projected, *vector = own[:first]
 
         def run() -> Tensor:
-            return self.unet.step(latents, timesteps, projected, vector[0] if vector else None, own[first:])
+            return self.unet.step(latents, timesteps, projected, vector[0] if vector else None, control=own[first:])
 
         try:
             captured = _Captured(own, self.capture(run))

@@ -64,11 +64,12 @@ class StreamedUNet:
         timesteps: Tensor,
         projected: Tensor,
         vector: Tensor | None = None,
+        *,
         control: Sequence[Tensor] = (),
     ) -> Tensor:
         """As :meth:`gguf_sd.models.unet.UNet.step`."""
         before = self.meter.nbytes
-        result = self.unet.step(latents, timesteps, projected, vector, control)
+        result = self.unet.step(latents, timesteps, projected, vector, control=control)
         self.meter.steps, self.meter.step_bytes = self.meter.steps + 1, self.meter.nbytes - before
         return result
 

@@ -55,6 +55,7 @@ class Controlled:
         timesteps: Tensor,
         projected: Tensor,
         vector: Tensor | None = None,
+        *,
         control: Sequence[Tensor] = (),
     ) -> Tensor:
         """As :meth:`gguf_sd.models.unet.UNet.step`; ``projected`` from :meth:`project`. Of several nets, what they add
@@ -69,4 +70,4 @@ class Controlled:
             one = controller.net.step(seen, timesteps, taken, hint, vector, controller.scale)
             added = [a.add_(b) for a, b in zip(added, one, strict=True)] if added else one
             del one  # as much as all of the UNet's skips
-        return self.unet.step(latents, timesteps, own, vector, added)
+        return self.unet.step(latents, timesteps, own, vector, control=added)

@@ -46,6 +46,7 @@ class Denoise(Protocol):
         timesteps: Tensor,
         projected: Tensor,
         vector: Tensor | None = None,
+        *,
         control: Sequence[Tensor] = (),
     ) -> Tensor: ...
 

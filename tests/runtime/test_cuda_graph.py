@@ -52,6 +52,7 @@ class Sum:
         timesteps: Tensor,
         projected: Tensor,
         vector: Tensor | None = None,
+        *,
         control: Sequence[Tensor] = (),
     ) -> Tensor:
         extra = 0 if vector is None else vector.sum(1)[:, None, None, None]

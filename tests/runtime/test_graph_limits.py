@@ -123,6 +123,7 @@ class Identity:
         timesteps: Tensor,
         projected: Tensor,
         vector: Tensor | None = None,
+        *,
         control: Sequence[Tensor] = (),
     ) -> Tensor:
         return latents + 1

@@ -196,12 +196,11 @@ def linear(
     values = x.values.reshape(-1, x.values.shape[-1])
     own = values, x.scale, x.zero, weight.packed, weight.scales, weight.zeros
     if residual is not None:
-        added = residual.reshape(len(values), -1)
-        after = 1.0, 0, "add", 1.0, "none", [], ""
-        y = torch.ops.onednn.qlinear_pointwise.binary(*own, added, bias, 1.0, 0, dtype, *after)
+        added, multiply = residual.reshape(len(values), -1), torch.ops.onednn.qlinear_pointwise.binary
+        y = multiply(*own, added, bias, 1.0, 0, dtype, 1.0, 0, "add", 1.0, "none", [], "")
     else:
-        post: tuple[str, list[float], str] = ("gelu", [], "none") if gelu else ("none", [], "")
-        y = torch.ops.onednn.qlinear_pointwise(*own, bias, 1.0, 0, dtype, *post)
+        post, kind = ("gelu", "none") if gelu else ("none", "")
+        y = torch.ops.onednn.qlinear_pointwise(*own, bias, 1.0, 0, dtype, post, [], kind)
     return y.view(*x.values.shape[:-1], -1)
 
 
