@@ -171,8 +171,6 @@ class Pipeline:
             return
         planner = self.planner(*jobs)
         attempt = Attempt(planner, self.planning.plan(planner))
-        for job in jobs:
-            self.planning.painted(job)
         conditionings = self._in_turn(jobs[0], attempt, lambda plan: self._encode(jobs, plan))
         planned = list(batches(jobs, conditionings))
         for batch in planned:

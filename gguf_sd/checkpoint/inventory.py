@@ -56,8 +56,8 @@ def _conv(name: str, out: int, channels: int, kernel: int = 3) -> Tensors:
 
 def unet(config: UNetConfig) -> Tensors:
     """The UNet's, without ``model.diffusion_model.``."""
-    channels, skips = config.block_out_channels, skip_widths(config)
     yield from _unet_encoder(config)
+    channels, skips = config.block_out_channels, skip_widths(config)  # after as many names: a claim costs nothing
     width, block = channels[-1], 0
     for level, out in reversed(list(enumerate(channels))):
         for i in range(config.layers_per_block + 1):

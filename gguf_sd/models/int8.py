@@ -1,12 +1,14 @@
 """Linears and convolutions that compute in 8 bits on a CPU, in place of those of :mod:`gguf_sd.models.layers`.
 
 Weights are encoded once, from blocks of any type or from 16 bits; an activation is quantised when a layer takes it,
-once for all products that share it. Activations between layers, norms and attention stay in 16 or 32 bits.
+once for all products that share it, each picture of a batch over its own range. Activations between layers, norms and
+attention stay in 16 or 32 bits.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +75,10 @@ class Int8Linear(AroundNorm, Int8Layer):
         return (self.weight8,)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x [..., in], residual [..., out] -> [..., out]."""
+        """x [B, ..., in], residual [B, ..., out] -> [B, ..., out]."""
+        return _by_picture(self._one, x, residual)
+
+    def _one(self, x: Tensor, residual: Tensor | None) -> Tensor:
         return int8.linear(int8.quantize(x), self.weight8, self.bias8, x.dtype, residual)
 
 
@@ -104,14 +109,20 @@ class Int8GEGLU(AroundNorm, Int8Layer):
         return value, gate
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x [..., in], residual [..., out] -> [..., out]: the values and the gates."""
+        """x [B, ..., in], residual [B, ..., out] -> [B, ..., out]: the values and the gates."""
+        return _by_picture(self._one, x, residual)
+
+    def _one(self, x: Tensor, residual: Tensor | None) -> Tensor:
         rows, biases = int8.quantize(x), self._biases
         halves = zip(self.weights8, biases, strict=True)
         y = torch.cat([int8.linear(rows, weight, bias, x.dtype) for weight, bias in halves], dim=-1)
         return y if residual is None else y.add_(residual)
 
     def geglu(self, x: Tensor) -> Tensor:
-        """value * gelu(gate): x [..., in] -> [..., out / 2]."""
+        """value * gelu(gate): x [B, ..., in] -> [B, ..., out / 2]."""
+        return _by_picture(self._one_geglu, x)
+
+    def _one_geglu(self, x: Tensor, _: Tensor | None) -> Tensor:
         rows = int8.quantize(x.reshape(-1, x.shape[-1]))
         value_bias, gate_bias = self._biases
         out = x.new_empty(len(rows.values), len(self.value8.scales))
@@ -136,23 +147,43 @@ class Int8Conv2d(AfterGroupNorm, Int8Layer):
 
     def forward(self, x: Tensor, emb: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """x [B, C, H, W], emb [B, out] for every pixel, residual [B, out, H', W'] -> [B, out, H', W']."""
-        return self._convolve(int8.quantize(x), x.dtype, emb, residual)
+        return self._all(x, emb, residual, silu=False)
 
     def normed(self, norm: GroupNorm, x: Tensor, emb: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """The layer of norm(x), whose SiLU is taken on the way into 8 bits."""
-        return self._convolve(int8.quantize(norm.without_silu(x), norm.silu), x.dtype, emb, residual)
+        return self._all(norm.without_silu(x), emb, residual, silu=norm.silu)
 
     def enlarged(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """The layer of x enlarged to ``size`` (H, W), by its nearest neighbours."""
-        small = int8.quantize(x)
-        large = small._replace(values=nn.functional.interpolate(small.values, size=size))
-        return self._convolve(large, x.dtype, None, None)
+        return self._all(x, None, None, size=size)
 
-    def _convolve(self, x: int8.Activation, dtype: torch.dtype, emb: Tensor | None, residual: Tensor | None) -> Tensor:
-        bias = self.bias8
-        if emb is not None and torch.equal(emb, emb[:1].expand_as(emb)):  # as for pictures of one timestep
-            bias, emb = emb[0].float() if bias is None else emb[0].float() + bias, None
-        return added(int8.convolve(x, self.weight8, bias, dtype), emb, residual)
+    def _all(
+        self,
+        x: Tensor,
+        emb: Tensor | None,
+        residual: Tensor | None,
+        silu: bool = False,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        def one(x: Tensor, emb: Tensor | None) -> Tensor:
+            codes = int8.quantize(x, silu)
+            if size is not None:
+                codes = codes._replace(values=nn.functional.interpolate(codes.values, size=size))
+            bias = self.bias8
+            if emb is not None:
+                bias = emb[0].float() if bias is None else emb[0].float() + bias
+            return int8.convolve(codes, self.weight8, bias, x.dtype)
+
+        return added(_by_picture(one, x, emb), None, residual)
+
+
+def _by_picture(layer: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, other: Tensor | None = None) -> Tensor:
+    """``layer`` of each picture of x [B, …] and of ``other`` [B, …]: over its own range, so that a picture is the same
+    whatever is painted with it."""
+    if x.shape[0] == 1 or x.dim() < 3:
+        return layer(x, other)
+    others = [None] * x.shape[0] if other is None else other.split(1)
+    return torch.cat([layer(*pair) for pair in zip(x.split(1), others, strict=True)])
 
 
 def use_int8(unet: UNetEncoder, dtype: torch.dtype) -> None:

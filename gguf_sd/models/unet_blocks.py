@@ -28,7 +28,8 @@ def feature_map(x: Tensor, height: int, width: int) -> Tensor:
 
 def as_often(x: Tensor, other: Tensor) -> Tensor:
     """x [b, …] until it is as many as ``other`` [B, …]: all of it in turn, B / b times; x itself where that is once."""
-    return x if len(x) == len(other) else torch.cat([x] * (len(other) // len(x)))
+    many, there = other.shape[0], x.shape[0]  # not len(), which torch.export takes for constants
+    return x if there == many else torch.cat([x] * (many // there))
 
 
 class ResBlock(nn.Module):
@@ -174,7 +175,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Measured, projected: Tensor, last: bool) -> Measured:
         x = self.attn1(self.norm1, x)
-        if len(x.rows) < len(projected):  # nothing has depended on the prompts so far
+        if x.rows.shape[0] != projected.shape[0]:  # nothing has depended on the prompts so far
             x = Measured(as_often(x.rows, projected), None)
         x = self.attn2(self.norm2, x, projected)
         return self.ff(self.norm3, x, last)

@@ -63,7 +63,10 @@ class Execution:
         number, tile = choose_dtype(dtype, where), checked_tile(vae_tile)
         if weights == "int8" and number == torch.float16:
             raise GgufSdError("kernels 'int8' compute with bfloat16 or float32 on a CPU; leave --dtype float16 out")
-        may_be_int8 = may_be_int8 and number != torch.float16
+        exact = number == torch.float16 or (
+            number == torch.float32 and dtype not in (None, "auto")
+        )  # by one's own wish
+        may_be_int8 = may_be_int8 and not exact
         return cls(where, number, weights, chosen, graph, budget, placed, tile, may_be_int8)
 
 

@@ -48,7 +48,7 @@ class Workload:
     chunks: int = 1  # of 75 tokens that the prompts have
     encodes: bool = False  # a picture, to start from
     adapters: int = 0  # values of LoRAs beside the UNet's weights
-    lasting: bool = False  # so many steps that it pays to encode the UNet's weights in 8 bits
+    lasting: bool = False  # so many steps a picture that it pays to encode the UNet's weights in 8 bits
     controls: tuple[ControlConfig, ...] = ()
 
 

@@ -154,7 +154,7 @@ def test_unmatched_tensors_are_counted(
 ) -> None:
     config = config_of(tiny_file())
     state = kohya(random_lora(config, all_targets(config, ["unet"])[:3]), config)
-    state |= {"lora_unet_nowhere.lora_up.weight": torch.ones(2, 2), "lora_unet_x.diff_b": torch.ones(2)}
+    state |= {"lora_unet_nowhere.lora_up.weight": torch.ones(2, 2), "lora_unet_x.diff": torch.ones(2)}
     path = save(state, tmp_path / "odd.safetensors")
     Pipeline.load(tiny_file(), "cpu", "float32").prepare(Request("x", loras=str(path)))
     (line,) = [message for message in caplog.messages if "odd.safetensors" in message]

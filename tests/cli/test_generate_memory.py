@@ -54,7 +54,7 @@ def test_what_was_painted_by(model: Path, tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--max-memory", "10MB"], "needs at least 0."),
+        (["--max-memory", "10MB"], "needs at least"),
         (["--max-memory", "1 bushel"], "--max-memory is '1 bushel'; it takes an amount of memory, such as 1GiB"),
         (["--lowvram", "--weights", "resident"], "leave --weights resident out"),
     ],

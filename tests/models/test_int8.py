@@ -15,7 +15,7 @@ from gguf_sd import Pipeline, Request
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.cli.main import main
 from gguf_sd.errors import GgufSdError
-from gguf_sd.models.int8 import Int8Conv2d, Int8Layer, Int8Linear, stays_wide, use_int8
+from gguf_sd.models.int8 import Int8Layer, stays_wide, use_int8
 from gguf_sd.models.layers import Conv2d, Linear, Quantized
 from gguf_sd.quality import psnr
 from gguf_sd.runtime import kernel_modes, planning
@@ -72,22 +72,30 @@ def test_bytes_are_known_ahead(models: dict[str, Path]) -> None:
 
 @fast
 def test_the_plan_takes_it_where_it_lasts(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "INT8_PAYS", 300)  # latent pixels: 16 of them, 4 steps, two halves make 128 a picture
+    monkeypatch.setattr(planning, "INT8_PAYS", 128)  # latent pixels: 16 of them, 4 steps, two halves
 
-    def planned(kind: str, **how: Any) -> str:
+    def planned(kind: str, steps: int = 4, count: int = 1, **how: Any) -> str:
         pipeline = Pipeline.load(models[kind], "cpu", **({"dtype": "bfloat16"} | how))
-        return pipeline.memory_plan(pipeline.prepare(Request("a cat", count=3, **SETTINGS))).weights
+        settings = SETTINGS | {"steps": steps, "count": count}
+        return pipeline.memory_plan(pipeline.prepare(Request("a cat", **settings))).weights
 
-    assert planned("q8_0") == "int8"
+    assert planned("q8_0") == planned("q8_0", count=3) == "int8"
+    assert planned("q8_0", steps=3) == planned("q8_0", steps=3, count=3) == "resident"  # pictures alone are the same
     assert planned("f16", kernels="int8") == "int8"
     assert planned("f16") == "resident"  # who left the weights whole did not ask for 8 bits
     assert planned("q4_0", dtype="float16") == "resident"
+    assert planned("q4_0", dtype="float32") == "resident"  # neither did who asks for 32
     assert planned("q4_0", kernels="torch") == "resident"
     assert planned("q4_0", weights="quantized") == "quantized"
     assert planned("q4_0", placement="streamed") == "quantized"
-    pipeline = Pipeline.load(models["q4_0"], "cpu", "bfloat16")
-    jobs = [pipeline.prepare(Request("a cat", **SETTINGS)) for _ in range(3)]
-    assert [picture.weights for job in jobs for picture in pipeline.paint(job)] == ["resident", "resident", "int8"]
+
+
+@fast
+def test_a_picture_is_the_same_alone_and_among_others(models: dict[str, Path]) -> None:
+    pipeline = Pipeline.load(models["q4_0"], "cpu", "bfloat16", kernels="int8")
+    three = pipeline("a cat", count=3, batch=3, **SETTINGS)
+    alone = [pipeline("a cat", **(SETTINGS | {"seed": SETTINGS["seed"] + i}))[0] for i in range(3)]
+    assert [picture.tobytes() for picture in three] == [picture.tobytes() for picture in alone]
 
 
 @fast
@@ -136,22 +144,6 @@ def test_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "has_operators", lambda: False)
     with pytest.raises(GgufSdError, match="oneDNN's operators in 8 bits, which this torch lacks"):
         kernel_modes.choose_kernels("int8", "auto", cpu)
-
-
-@fast
-def test_an_embedding_of_several_times() -> None:
-    """What is added a picture goes into the bias only where all pictures have the same."""
-    codes = int8.Codes.of(torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0)))
-    conv = Int8Conv2d(codes, torch.zeros(8), 1, 1)
-    x = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1)).contiguous(
-        memory_format=torch.channels_last
-    )
-    emb = torch.randn(2, 8, generator=torch.Generator().manual_seed(2))
-    plain = conv(x)
-    torch.testing.assert_close(conv(x, emb=emb), plain + emb[:, :, None, None], rtol=1e-5, atol=1e-5)
-    same = emb[:1].expand(2, 8)
-    torch.testing.assert_close(conv(x, emb=same), plain + same[:, :, None, None], rtol=1e-5, atol=1e-5)
-    assert isinstance(Int8Linear(int8.Codes.of(torch.randn(3, 8)), None), Int8Layer)
 
 
 @fast

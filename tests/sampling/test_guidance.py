@@ -10,7 +10,7 @@ from gguf_sd.sampling.guidance import Conditioning, Predictor, Prompt
 
 
 class Product:
-    """Predicts latents times ten times the context's mean plus the vector's and the timestep."""
+    """Predicts latents times ten times the context's mean plus the vector's and the timestep, for every prompt."""
 
     def __init__(self) -> None:
         self.projected = 0
@@ -22,7 +22,9 @@ class Product:
 
     def step(self, latents: Tensor, timesteps: Tensor, projected: Tensor, vector: Tensor | None = None) -> Tensor:
         self.batches.append(len(latents))
-        assert len(latents) == len(timesteps) == len(projected)
+        assert len(latents) == len(timesteps)
+        assert len(projected) % len(latents) == 0
+        latents, timesteps = (x.repeat(len(projected) // len(x), *[1] * (x.dim() - 1)) for x in (latents, timesteps))
         of_prompt = projected.mean((1, 2)) + (0 if vector is None else vector.mean(1)) + timesteps
         return latents * of_prompt[:, None, None, None]
 
@@ -43,7 +45,12 @@ def test_guidance(batched: bool, vector: float | None) -> None:
             expected = latents * (without + 7 * (with_prompt - without))
             assert torch.allclose(predict(latents, torch.tensor(timestep)), expected)
     assert unet.projected == 2, "the prompts' keys and values do not change from step to step"
-    assert unet.batches == ([2, 2, 6, 6, 4, 4, 2, 2] if batched else [1] * 4 + [3] * 4 + [2] * 4 + [1] * 4)
+    if not batched:
+        assert unet.batches == [1] * 4 + [3] * 4 + [2] * 4 + [1] * 4
+    elif vector is None:  # the prompts alone tell the halves apart
+        assert unet.batches == [1, 1, 3, 3, 2, 2, 1, 1]
+    else:
+        assert unet.batches == [2, 2, 6, 6, 4, 4, 2, 2]
 
 
 def test_without_guidance() -> None:

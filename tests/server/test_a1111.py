@@ -11,6 +11,7 @@ import webuiapi
 from PIL import Image
 
 from gguf_sd.pipeline import Pipeline
+from gguf_sd.quality import psnr
 from gguf_sd.server.metrics import process_bytes
 from tests.server.conftest import Running, as_text, picture, until
 
@@ -29,7 +30,8 @@ def test_text_to_image(client: webuiapi.WebUIApi, models: dict[str, Any]) -> Non
     expected = pipeline(
         "a red circle", negative_prompt="", guidance=3.0, steps=2, seed=1, count=2, sampler="Euler a", schedule="model"
     )
-    assert [image.tobytes() for image in done.images] == [image.tobytes() for image in expected]
+    # Two at once here, one after another there: float32 products of other sizes may differ in their last bit.
+    assert all(psnr(image, other) > 55 for image, other in zip(done.images, expected, strict=True))
     assert done.info["all_seeds"] == [1, 2]
     assert done.info["infotexts"][0] == done.image.info["parameters"] == expected[0].info["parameters"]
     assert done.parameters["cfg_scale"] == 3

@@ -12,6 +12,7 @@ import requests
 from PIL import Image
 
 from gguf_sd.pipeline import Pipeline
+from gguf_sd.quality import psnr
 from tests.server.conftest import FAST, Running, picture
 
 
@@ -27,7 +28,8 @@ def test_pictures_are_those_of_the_pipeline(client: openai.OpenAI, models: dict[
     expected = pipeline("a red circle", negative_prompt="a ring", guidance=3.0, steps=2, seed=1, count=2)
     assert done.data is not None
     painted = [picture(entry.b64_json or "") for entry in done.data]
-    assert [image.tobytes() for image in painted] == [image.tobytes() for image in expected]
+    # Two at once here, one after another there: float32 products of other sizes may differ in their last bit.
+    assert all(psnr(image, other) > 55 for image, other in zip(painted, expected, strict=True))
     assert painted[1].info["parameters"] == expected[1].info["parameters"]
     assert [entry.model_extra["seed"] for entry in done.data if entry.model_extra] == [1, 2]
 
