@@ -38,8 +38,9 @@ from torch import Tensor
 from benchmarks.lib.baselines import diffusers_settings
 from benchmarks.lib.openvino_rival import compiled_step, unet_arguments, unet_files
 from gguf_sd.checkpoint.model_file import ModelFile
-from gguf_sd.models.int8 import use_int8
+from gguf_sd.models.int8 import use_int8, use_int8_decoder
 from gguf_sd.models.unet import UNet
+from gguf_sd.runtime import host_heap
 from gguf_sd.runtime.kernel_modes import make_resident
 from gguf_sd.runtime.memory import choose_dtype
 from gguf_sd_kernels.cpu import int8
@@ -63,6 +64,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     dtype = choose_dtype(args.dtype, torch.device("cpu"))
 
+    host_heap.be_frugal(False)  # as painting has it
     # Each in a process of its own, before this one grows.
     modes = [mode for mode in MODES if mode in args.contenders and (mode != "int8" or int8.is_fast())]
     peaks = {mode: peak_memory(args.model, args.size, mode) for mode in modes}
@@ -164,7 +166,13 @@ def decode_contestants(path: Path, size: int, dtype: torch.dtype) -> dict[str, C
     theirs: Any = random_weights(empty, dtype)
     latents = torch.randn(1, 4, size // 8, size // 8).to(dtype)
     reordered = latents.contiguous(memory_format=torch.channels_last)
-    return {"diffusers": lambda: theirs.decode(reordered), "gguf-sd": lambda: vae.decode(latents)}
+    found = {"diffusers": lambda: theirs.decode(reordered), "gguf-sd": lambda: vae.decode(latents)}
+    if int8.is_fast():
+        narrow = model.load_vae(dtype)
+        with torch.no_grad():
+            use_int8_decoder(narrow)
+        found["gguf-sd int8"] = lambda: narrow.decode(latents)
+    return found
 
 
 def random_weights(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
