@@ -14,7 +14,6 @@ import requests
 from gguf_sd.pipeline import Pipeline
 from gguf_sd.server.app import Settings
 from gguf_sd.server.shelf import Shelf
-from tests.batch.test_ray import our_processes
 from tests.server.conftest import OPTIONS, Running, picture, running, until
 
 pytest.importorskip("ray", reason="needs gguf-sd[ray]")
@@ -45,6 +44,8 @@ def test_pictures_are_the_same_and_none_is_lost(replicas: Running, models: dict[
     answers: dict[int, requests.Response] = {}
     threads = [paint(replicas, seed, 100 + seed % 2, answers) for seed in range(4)]  # of two shapes: two at once
     until(lambda: "gguf_sd_steps_total 0.0" not in replicas.get("/metrics").text)
+    from tests.batch.test_ray import our_processes  # a module that is skipped where there is no Ray
+
     victim = our_processes("ServeReplica")[0]
     os.kill(victim, 9)
     for thread in threads:

@@ -1,0 +1,49 @@
+"""README's table of CPU steps, in Markdown, from the results that :mod:`benchmarks.cpu.bench_step` wrote.
+
+python -m benchmarks.cpu.step_table benchmarks/results/cpu-step-*.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROWS = {
+    "diffusers": "diffusers, bfloat16, channels-last",
+    "openvino bf16": "OpenVINO, bfloat16",
+    "openvino int8": "OpenVINO, int8 (nncf W8A8)",
+    "quantized": "gguf-sd q4_0, `--weights quantized`",
+    "resident": "gguf-sd q4_0, `--weights resident`",
+    "int8": "gguf-sd q4_0, `--kernels int8`",
+}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A column a file: time against diffusers' in the same run, and the peak memory of ``generate``."""
+    lines = ["| | " + " | ".join(heading(result) for result in results) + " |", "|---" * (len(results) + 1) + "|"]
+    for name, words in ROWS.items():
+        cells = [cell(result, name) for result in results]
+        if any(cells):
+            lines.append(f"| {words} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def heading(result: dict[str, Any]) -> str:
+    what = "one step, no guidance" if "sdxl" in result["model"] else "a guided step"
+    return f"{result['model'].removesuffix('.gguf')}, {what} ({result['date']})"
+
+
+def cell(result: dict[str, Any], name: str) -> str:
+    """Empty where it did not run."""
+    ratio = result["step_ratio_to_diffusers"].get(name)
+    if ratio is None:
+        return ""
+    peak = result["generate_peak_rss_mb"].get(name)
+    seconds = f" ({result['step_seconds'][name]:.2f} s)" if name == "diffusers" else ""
+    return f"{ratio:.2f}{seconds}" + (f", {peak / 1000:.2f} GB" if peak else "")
+
+
+if __name__ == "__main__":
+    print(table([json.loads(Path(name).read_text()) for name in sys.argv[1:]]))
