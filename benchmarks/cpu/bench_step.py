@@ -73,7 +73,7 @@ def main() -> None:
     result = {
         "date": date.today().isoformat(),
         "machine": f"{cpu_name()}, {args.threads} threads",
-        "features": [flag for flag in FLAGS if flag in cpu_flags()],
+        "features": [flag for flag in FLAGS if flag in (int8.processor_flags() or ())],
         "versions": {
             name: version(name) for name in ("torch", "diffusers", "openvino", "nncf") if find_spec(name) is not None
         },
@@ -210,11 +210,6 @@ def peak_memory(path: Path, size: int, mode: str) -> int:
         probe += "; print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
         done = subprocess.run([sys.executable, "-c", probe, *command], check=True, capture_output=True, text=True)
     return round(int(done.stdout.split()[-1]) * 1024 / 1e6)
-
-
-def cpu_flags() -> set[str]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def cpu_name() -> str:

@@ -43,12 +43,19 @@ def is_fast() -> bool:
     overflow, and nothing is gained."""
     if not has_operators():
         return False
+    flags = processor_flags()
+    if flags is None:
+        return bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
+    return not FLAGS.isdisjoint(flags)
+
+
+def processor_flags() -> set[str] | None:
+    """What this processor can do, as Linux names it; None where there is no /proc."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return not FLAGS.isdisjoint(flags.split())
+        return None
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 class Activation(NamedTuple):
