@@ -40,7 +40,11 @@ class Adapted(AfterGroupNorm, AroundNorm, nn.Module):
 
     def enlarged(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """The layer of x enlarged to ``size`` (H, W), by its nearest neighbours."""
-        return self(F.interpolate(x, size=size))
+        y: Tensor = self.base.enlarged(x, size)  # type: ignore[operator]
+        x = F.interpolate(x, size=size)
+        for path in self.paths:
+            path(x, y)
+        return y
 
     def geglu(self, x: Tensor) -> Tensor:
         """value * gelu(gate), the halves of y: x [..., in] -> [..., out / 2]."""

@@ -28,8 +28,9 @@ from gguf_sd.models.layers import (
     resident,
 )
 from gguf_sd.models.unet import UNetEncoder
+from gguf_sd.models.unet_blocks import Stage, Upsample
 from gguf_sd.models.vae import Autoencoder, ResnetBlock
-from gguf_sd_kernels.cpu import int8
+from gguf_sd_kernels.cpu import enlarged, int8
 from gguf_sd_kernels.cpu.linear import GEGLU_ROWS
 
 # Left in 16 bits: the prompt's keys and values, whose first token has values a hundred times the others', the
@@ -38,6 +39,9 @@ SIXTEEN_BITS = re.compile(
     r"\.attn2\.to_[kv]$|^input_blocks\.0\.|^out\.|\bemb_layers\b|^time_embed\.|^label_emb\."
     r"|^input_hint_block\.|^zero_convs\.|^middle_block_out\."  # of a ControlNet
 )
+
+# Of a small map whose enlarged convolution is faster as four. Zen 4, 1280 channels: 16x16 0.46 of the time, 8x8 1.3.
+MIN_PHASE_PIXELS = 128
 
 
 def stays_wide(name: str) -> bool:
@@ -177,6 +181,30 @@ class Int8Conv2d(AfterGroupNorm, Int8Layer):
         return added(_by_picture(one, x, emb), None, residual)
 
 
+class Int8EnlargingConv2d(Int8Conv2d):
+    """A 3x3 convolution that meets maps to be enlarged: to twice their size, as four of 2x2 taps."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__(int8.Codes.of(weight), bias, stride=1, padding=1)
+        self.phases8 = [int8.ConvWeight.of(int8.Codes.of(phase), 1, 1) for phase in enlarged.phase_weights(weight)]
+
+    @property
+    def weights8(self) -> tuple[int8.ConvWeight, ...]:
+        return (self.weight8, *self.phases8)
+
+    def enlarged(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        height, width = x.shape[2:]
+        if size != (2 * height, 2 * width) or height * width < MIN_PHASE_PIXELS:
+            return super().enlarged(x, size)
+
+        def one(x: Tensor, _: Tensor | None) -> Tensor:
+            codes = int8.quantize(x)
+            phases = (int8.convolve(codes, weight, self.bias8, x.dtype) for weight in self.phases8)
+            return enlarged.interleaved(phases, height, width)
+
+        return _by_picture(one, x)
+
+
 def _by_picture(layer: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, other: Tensor | None = None) -> Tensor:
     """``layer`` of each picture of x [B, …] and of ``other`` [B, …]: over its own range, so that a picture is the same
     whatever is painted with it."""
@@ -190,13 +218,18 @@ def use_int8(unet: UNetEncoder, dtype: torch.dtype) -> None:
     """Has a UNet, or the way down of one, compute in 8 bits, in place: all its linears and convolutions but those that
     stay in 16 bits, which become plain ones of ``dtype``. The model is on the CPU."""
     unet.stack()
-    for name, module in list(unet.named_modules()):
-        if not isinstance(module, Quantized | Linear | Conv2d):
-            continue
-        if not stays_wide(name):
-            unet.set_submodule(name, _in_8_bits(name, module))
-        elif isinstance(module, Quantized):
-            unet.set_submodule(name, resident(module, dtype))
+    modules = list(unet.named_modules())
+    enlarging = {f"{name}.conv" for name, module in modules if isinstance(module, Upsample)}
+    for name, module in modules:
+        if isinstance(module, Stage):
+            module.by_picture = True
+        elif isinstance(module, Quantized | Linear | Conv2d):
+            if name in enlarging:
+                unet.set_submodule(name, _enlarging(module))
+            elif not stays_wide(name):
+                unet.set_submodule(name, _in_8_bits(name, module))
+            elif isinstance(module, Quantized):
+                unet.set_submodule(name, resident(module, dtype))
 
 
 def use_int8_decoder(vae: Autoencoder) -> None:
@@ -205,6 +238,12 @@ def use_int8_decoder(vae: Autoencoder) -> None:
     for block in [module for module in vae.decoder.modules() if isinstance(module, ResnetBlock)]:
         for name in ("conv1", "conv2"):
             block.set_submodule(name, _in_8_bits(name, block.get_submodule(name)))
+
+
+def _enlarging(conv: nn.Module) -> Int8EnlargingConv2d:
+    assert isinstance(conv, Conv2d | QuantConv2d)
+    weight = conv.weight if isinstance(conv, Conv2d) else conv.weight.dequantize(torch.float32)
+    return Int8EnlargingConv2d(weight.detach(), conv.bias)
 
 
 def _in_8_bits(name: str, module: nn.Module) -> Int8Layer:

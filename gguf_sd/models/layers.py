@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 from gguf_sd.checkpoint.quant_tensor import QuantTensor
 from gguf_sd.models.members import parameter
 from gguf_sd_kernels import custom_ops, dispatch, ops
+from gguf_sd_kernels.cpu import enlarged
 from gguf_sd_kernels.dispatch import conv2d_packed, linear_packed
 from gguf_sd_kernels.enlarged import conv2d_enlarged
 from gguf_sd_kernels.normed import Measured, fold, linear_measured, normed_linear
@@ -82,6 +83,9 @@ class Conv2d(AfterGroupNorm, nn.Conv2d):
 
     def enlarged(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """The layer of x enlarged to ``size`` (H, W), by its nearest neighbours."""
+        assert not isinstance(self.padding, str)
+        if enlarged.pays(x, size, self.weight, self.stride[0], self.padding[0]):
+            return enlarged.conv2d_enlarged(x, self.weight, self.bias)
         return self(nn.functional.interpolate(x, size=size))
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gguf_sd_kernels.cpu.enlarged import interleaved, phase_weights
+
 Rows = Iterator[Tensor]
 Operator = Callable[[Rows], Rows]
 Pad = tuple[int, int, int, int]  # left, right, top, bottom
@@ -87,45 +89,20 @@ def strided(rows: Rows, conv: nn.Conv2d, pad: Pad = BOTH_SIDES) -> Rows:
 
 
 def upsampled(rows: Rows, conv: nn.Conv2d, values: int) -> Rows:
-    """Twice the size by nearest neighbours, then a 3x3 convolution; bands of about ``values`` numbers come out.
-
-    Each of the four pixels that one becomes sees only 2x2 pixels of the small map, with the taps that fall on the same
-    pixel summed. So four 2x2 convolutions do, 4/9 of the products, and the enlarged map never exists.
-    """
-    kernels = _phase_kernels(conv.weight)
+    """Twice the size by nearest neighbours, then a 3x3 convolution, see :mod:`gguf_sd_kernels.cpu.enlarged`; bands of
+    about ``values`` numbers come out."""
+    kernels = phase_weights(conv.weight)
     small = (piece for band in rows for piece in bands(band, values, 4 * conv.out_channels))
     above = band = None
     for below in chain(small, (None,)):
         if band is not None:
-            made = [_phases(F.pad(_between(above, band, below), (1, 1)), kernels, conv.bias)]
+            around = _between(above, band, below)
+            phases = (F.conv2d(around, kernel, conv.bias, padding=(0, 1)) for kernel in kernels)
+            made = [interleaved(phases, band.shape[2], band.shape[3])]
+            del around, phases
             above, band = band[:, :, -1:].clone(), None
             yield made.pop()
         band = below
-
-
-def _phase_kernels(weight: Tensor) -> dict[tuple[int, int], Tensor]:
-    """[O, I, 3, 3] -> the 2x2 kernel of each phase (row, column): 0 the upper or left pixel, 1 the lower or right."""
-
-    def summed(w: Tensor, phase: int, dim: int) -> Tensor:
-        first, second, third = w.unbind(dim)
-        return torch.stack([first, second + third] if phase == 0 else [first + second, third], dim)
-
-    wide = weight.float() if weight.dtype.itemsize == 2 else weight
-    return {
-        (i, j): summed(summed(wide, i, 2), j, 3).to(weight.dtype).contiguous(memory_format=torch.channels_last)
-        for i in (0, 1)
-        for j in (0, 1)
-    }
-
-
-def _phases(around: Tensor, kernels: dict[tuple[int, int], Tensor], bias: Tensor | None) -> Tensor:
-    height, width = around.shape[2] - 2, around.shape[3] - 2
-    channels = kernels[0, 0].shape[0]
-    out = around.new_empty(1, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
-    for (i, j), kernel in kernels.items():
-        seen = around[:, :, i : i + height + 1, j : j + width + 1]
-        out[:, :, i::2, j::2] = F.conv2d(seen, kernel, bias)
-    return out
 
 
 def _same(band: Tensor) -> Tensor:

@@ -227,7 +227,15 @@ class Upsample(nn.Module):
 class Stage(nn.ModuleList):
     """One numbered block of the checkpoint: each layer is handed what it takes."""
 
+    by_picture = False  # whether a batch goes through one picture at a time
+
     def forward(self, x: Tensor, emb: Tensor, projected: Tensor, size: tuple[int, int]) -> Tensor:
+        if self.by_picture and 1 < x.shape[0] == projected.shape[0]:
+            pictures = zip(x.split(1), emb.split(1), projected.split(1), strict=True)
+            return torch.cat([self._through(*picture, size) for picture in pictures])
+        return self._through(x, emb, projected, size)
+
+    def _through(self, x: Tensor, emb: Tensor, projected: Tensor, size: tuple[int, int]) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)

@@ -83,7 +83,7 @@ class Upsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(nn.functional.interpolate(x, scale_factor=2.0))
+        return self.conv.enlarged(x, (2 * x.shape[2], 2 * x.shape[3]))
 
 
 class Level(nn.Module):

@@ -24,6 +24,7 @@ STAGE = re.compile(
     r"(?:transformer_blocks\.\d+\.)?|.*\b(?:layers|resblocks)\.\d+\."
 )
 LOOKED_UP = re.compile(r"token_embedding\.weight$")  # rows are, the table is never streamed
+ENLARGING = re.compile(r"output_blocks\.\d+\.\d+\.conv\.weight$")
 CONTROL = "control"  # kind of the parts that are ControlNets
 TINY_VALUES = 2_450_000  # of a tiny autoencoder, both halves
 
@@ -43,12 +44,13 @@ class PartBytes:
     stage_plain: int = 0
     beside: int = 0  # values of LoRAs beside the weights
     narrow: int = 0  # weights that take a byte each in a UNet that computes in 8 bits
+    phases: int = 0  # bytes of some of them in a second form, see gguf_sd_kernels.cpu.enlarged
 
     def loaded(self, itemsize: int, weights: str = "resident") -> int:
         """Bytes of the part in memory with ``weights`` as in :class:`gguf_sd.runtime.memory.MemoryPlan`, ``itemsize`` a
         value that is neither in blocks nor in 8 bits."""
         if weights == "int8":
-            own = self.narrow + (self.values - self.narrow) * itemsize
+            own = self.narrow + self.phases + (self.values - self.narrow) * itemsize
         else:
             own = self.blocks + self.plain * itemsize if weights == "quantized" else self.values * itemsize
         return own + self.beside * itemsize
@@ -84,7 +86,7 @@ def control_bytes(files: Sequence[ControlFile]) -> dict[str, PartBytes]:
 
 def _count(model: ModelFile | ControlFile, names: Iterable[str], quantized: bool) -> PartBytes:
     """``quantized``: whether matrices in blocks stay so."""
-    stored = values = blocks = plain = largest = held = narrow = 0
+    stored = values = blocks = plain = largest = held = narrow = phases = 0
     stages: dict[str, list[int]] = {}
     for canonical in names:
         name = model.names[canonical]
@@ -99,6 +101,7 @@ def _count(model: ModelFile | ControlFile, names: Iterable[str], quantized: bool
             plain += count
         if quantized and len(shape) > 1 and not stays_wide(_module(canonical)):
             narrow += count
+            phases += count * 16 // 9 if ENLARGING.search(canonical) else 0
         if len(shape) < 2:
             held += count
         elif not LOOKED_UP.search(canonical):
@@ -107,7 +110,7 @@ def _count(model: ModelFile | ControlFile, names: Iterable[str], quantized: bool
             stage[0] += info.nbytes if in_blocks else 0
             stage[1] += 0 if in_blocks else count
     some, others = max(stages.values(), key=lambda stage: stage[0] + 4 * stage[1], default=[0, 0])
-    return PartBytes(stored, values, blocks, plain, largest, held, some, others, narrow=narrow)
+    return PartBytes(stored, values, blocks, plain, largest, held, some, others, narrow=narrow, phases=phases)
 
 
 def _module(name: str) -> str:

@@ -15,8 +15,9 @@ from gguf_sd import Pipeline, Request
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.cli.main import main
 from gguf_sd.errors import GgufSdError
-from gguf_sd.models.int8 import Int8Layer, stays_wide, use_int8
+from gguf_sd.models.int8 import Int8EnlargingConv2d, Int8Layer, stays_wide, use_int8
 from gguf_sd.models.layers import Conv2d, Linear, Quantized
+from gguf_sd.models.unet_blocks import Upsample
 from gguf_sd.quality import psnr
 from gguf_sd.runtime import kernel_modes, planning
 from gguf_sd.runtime.memory import held_bytes
@@ -39,7 +40,8 @@ def models(tiny_pipeline: Callable[..., Path], tmp_path_factory: pytest.TempPath
 @fast
 @pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("same_time", [True, False])
-def test_a_step(models: dict[str, Path], kind: str, same_time: bool) -> None:
+@pytest.mark.parametrize("size", [(32, 24), (25, 13)])  # which halves to whole numbers all the way down, or not
+def test_a_step(models: dict[str, Path], kind: str, same_time: bool, size: tuple[int, int]) -> None:
     model = ModelFile.open(models[kind])
     full, unet = model.load_unet(torch.float32), model.load_unet(torch.float32)
     use_int8(unet, torch.float32)
@@ -48,8 +50,10 @@ def test_a_step(models: dict[str, Path], kind: str, same_time: bool) -> None:
     for name, layer in layers.items():
         if isinstance(layer, Linear | Conv2d | Int8Layer):
             assert isinstance(layer, Int8Layer) != stays_wide(name), name
+        if isinstance(layer, Upsample):
+            assert isinstance(layer.conv, Int8EnlargingConv2d)
     config, random = model.config.unet, torch.Generator().manual_seed(0)
-    x = torch.randn(2, config.in_channels, 16, 12, generator=random)
+    x = torch.randn(2, config.in_channels, *size, generator=random)
     context = torch.randn(2, 77, config.context_dim, generator=random)
     times = torch.tensor([500, 500 if same_time else 20])
     with torch.inference_mode():
