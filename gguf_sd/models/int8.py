@@ -227,7 +227,7 @@ def use_int8(unet: UNetEncoder, dtype: torch.dtype) -> None:
             if name in enlarging:
                 unet.set_submodule(name, _enlarging(module))
             elif not stays_wide(name):
-                unet.set_submodule(name, _in_8_bits(name, module))
+                unet.set_submodule(name, in_8_bits(name, module))
             elif isinstance(module, Quantized):
                 unet.set_submodule(name, resident(module, dtype))
 
@@ -237,7 +237,7 @@ def use_int8_decoder(vae: Autoencoder) -> None:
     that no norm has been over stays as it is. The demo's pictures are 53 dB from float32's, in bfloat16 54."""
     for block in [module for module in vae.decoder.modules() if isinstance(module, ResnetBlock)]:
         for name in ("conv1", "conv2"):
-            block.set_submodule(name, _in_8_bits(name, block.get_submodule(name)))
+            block.set_submodule(name, in_8_bits(name, block.get_submodule(name)))
 
 
 def _enlarging(conv: nn.Module) -> Int8EnlargingConv2d:
@@ -246,7 +246,7 @@ def _enlarging(conv: nn.Module) -> Int8EnlargingConv2d:
     return Int8EnlargingConv2d(weight.detach(), conv.bias)
 
 
-def _in_8_bits(name: str, module: nn.Module) -> Int8Layer:
+def in_8_bits(name: str, module: nn.Module) -> Int8Layer:
     assert isinstance(module, Quantized | Linear | Conv2d)
     if isinstance(module, Quantized):
         codes = int8.Codes.of_blocks(module.blocks, module.qtype, module.shape, tap_major=module.tap_major)
