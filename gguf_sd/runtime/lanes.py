@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import cycle
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ class Event(Protocol):
     """Something that a stream comes past."""
 
     def synchronize(self) -> None: ...
+
+    def record(self, stream: Any) -> None: ...
 
 
 class Lane(Protocol):
@@ -85,7 +87,7 @@ class HostLane:
         pass
 
 
-class CudaLane:
+class GpuLane:
     """A stream of copies. A weight goes from the mapped file into a ring of pinned buffers, from there to a buffer on
     the device, and is unpacked from that, on the same stream, to where it is used.
 
@@ -97,9 +99,10 @@ class CudaLane:
 
     def __init__(self, device: torch.device, largest: int):
         self.device, self.nbytes = device, largest
-        self.stream = torch.cuda.Stream(device)
+        self.gpu: Any = torch.get_device_module(device)  # torch.cuda, which is AMD's too, or another
+        self.stream = self.gpu.Stream(device)
         self._ring = [_pinned(largest, device) for _ in range(RING)]
-        self._sent: list[torch.cuda.Event | None] = [None] * RING
+        self._sent: list[Event | None] = [None] * RING
         self._next = cycle(range(RING))
         self._landing = self.room(largest)
 
@@ -111,7 +114,7 @@ class CudaLane:
 
     @contextmanager
     def copying(self) -> Iterator[None]:
-        with torch.cuda.stream(self.stream):
+        with self.gpu.stream(self.stream):
             yield
 
     def bring(self, stored: Tensor) -> Tensor:
@@ -124,33 +127,33 @@ class CudaLane:
         self._sent[index] = self.copied()
         return landed
 
-    def copied(self) -> torch.cuda.Event:
-        event = torch.cuda.Event()
+    def copied(self) -> Event:
+        event: Event = self.gpu.Event()
         event.record(self.stream)
         return event
 
-    def computed(self) -> torch.cuda.Event:
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
+    def computed(self) -> Event:
+        event: Event = self.gpu.Event()
+        event.record(self.gpu.current_stream(self.device))
         return event
 
     def compute_after(self, event: Event | None) -> None:
         if event is not None:
-            torch.cuda.current_stream(self.device).wait_event(event)  # type: ignore[arg-type]
+            self.gpu.current_stream(self.device).wait_event(event)
 
     def copy_after(self, event: Event | None) -> None:
         if event is not None:
-            self.stream.wait_event(event)  # type: ignore[arg-type]
+            self.stream.wait_event(event)
 
 
 def lane_to(device: torch.device, largest: int) -> Lane:
     """The way to ``device`` for weights of at most ``largest`` bytes."""
-    return CudaLane(device, largest) if device.type == "cuda" else HostLane()
+    return GpuLane(device, largest) if device.type != "cpu" else HostLane()
 
 
 def _pinned(nbytes: int, device: torch.device) -> Tensor:
     try:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type != "cpu")
     except RuntimeError as error:  # a limit on locked memory
         log.warning("no pinned memory for streaming, which will be slower: %s", str(error).splitlines()[0])
         return torch.empty(nbytes, dtype=torch.uint8)

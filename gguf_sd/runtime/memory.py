@@ -51,7 +51,7 @@ def choose_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.
     """`auto`, or None, is float16 on a GPU; on a CPU bfloat16 where the processor multiplies it (AMX, AVX512-BF16),
     else float32. Raises GgufSdError for another name than those of DTYPES and DTYPE_ALIASES."""
     if name is None or name == "auto":
-        if device.type == "cuda":
+        if device.type != "cpu":
             return torch.float16
         return wide_dtype(device)
     known = DTYPE_ALIASES.get(str(name).lower(), str(name).lower())
@@ -62,9 +62,10 @@ def choose_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.
 
 def wide_dtype(device: torch.device) -> torch.dtype:
     """The smallest dtype with float32's range that the device computes in."""
-    if device.type == "cuda":
+    if device.type != "cpu":
         # Emulated before Ampere: slow, and not everywhere.
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        native = torch.get_device_module(device).is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float32
     return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
 
 
@@ -75,9 +76,10 @@ def _cpu_has_bfloat16() -> bool:
 
 def available_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on the device without swapping; on a GPU with what torch keeps for reuse."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type != "cpu":
+        gpu = torch.get_device_module(device)
+        unused = gpu.memory_reserved(device) - gpu.memory_allocated(device)
+        return int(gpu.mem_get_info(device)[0] + unused)
     available = _meminfo("MemAvailable")
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     try:
@@ -88,7 +90,7 @@ def available_memory(device: torch.device) -> int:
 
 def swap_memory(device: torch.device) -> int:
     """Bytes of swap that are free: what a computation on a CPU may take beyond that, slowly."""
-    return 0 if device.type == "cuda" else _meminfo("SwapFree", 0)
+    return _meminfo("SwapFree", 0) if device.type == "cpu" else 0
 
 
 def _meminfo(key: str, otherwise: int = 4 << 30) -> int:
@@ -105,7 +107,7 @@ def _meminfo(key: str, otherwise: int = 4 << 30) -> int:
 def process_memory(device: torch.device) -> int:
     """Bytes that this process takes before it has loaded a model, and will take for what it still imports: on a CPU
     its resident memory, on a GPU the workspace of the libraries; not the driver's context, which counts as used."""
-    if device.type == "cuda":
+    if device.type != "cpu":
         return GPU_LIBRARIES
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -120,8 +122,8 @@ def give_back(device: torch.device, cycles: bool = False) -> None:
     as a streamed part does."""
     if cycles:
         gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
         return
     scratch.release()
     host_heap.trim()
@@ -129,8 +131,8 @@ def give_back(device: torch.device, cycles: bool = False) -> None:
 
 def peak_memory(device: torch.device) -> int | None:
     """The most bytes that this process has taken on the device so far; None where that is not known."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
+    if device.type != "cpu":
+        return int(torch.get_device_module(device).max_memory_reserved(device))
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -170,7 +172,7 @@ def held_bytes(model: nn.Module, device: torch.device) -> int:
     the file that the system takes back when it needs them."""
     count = sum(p.nbytes for p in model.parameters())
     count += sum(m.nbytes for m in model.modules() if isinstance(m, Int8Layer))
-    if device.type == "cuda":
+    if device.type != "cpu":
         count += sum(b.nbytes for b in model.buffers())
         count += sum(m.packed.nbytes for m in model.modules() if isinstance(m, Quantized) and m.packed)
     return count
@@ -193,5 +195,5 @@ def out_of_memory_advice(device: torch.device, weights: str, batch: int, size: t
         ways.append("--device cpu")
     else:
         ways.append("closing other programs")
-    where = "the memory of the GPU" if device.type == "cuda" else "memory"
+    where = "the memory of the GPU" if device.type != "cpu" else "memory"
     return f"out of memory: {where} does not hold this job; try {', or '.join(ways)}"

@@ -235,6 +235,6 @@ class Parts:
             file.forget_pages()
         if how.kernels != "torch":
             use_kernels(unet, how.kernels)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the blocks as they came from the file
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).empty_cache()  # the blocks as they came from the file
         return unet

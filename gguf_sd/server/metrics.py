@@ -67,10 +67,10 @@ class Metrics:
         """In Prometheus' format."""
         self.bytes.labels("process").set(process_bytes())
         device = next(iter(self._shelf.models.values())).pipeline.device
-        if device.type == "cuda":
+        if device.type != "cpu":
             import torch
 
-            self.bytes.labels("device_reserved").set(torch.cuda.memory_reserved(device))
+            self.bytes.labels("device_reserved").set(torch.get_device_module(device).memory_reserved(device))
         for name, count in self._shelf.loaded().items():
             self.loaded.labels(name).set(count)
         return generate_latest(self.registry)

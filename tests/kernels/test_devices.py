@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gguf_sd.runtime.kernel_modes import choose_kernels
+from gguf_sd.runtime.memory import available_memory, choose_dtype, wide_dtype
 from gguf_sd_kernels import devices
 from gguf_sd_kernels.devices import Gpu, architecture_of, current_stream, gpu_of, recording, takes_ptx
 from gguf_sd_kernels.triton.launcher import PreparedLaunch
@@ -56,6 +57,18 @@ class Xpu:
 
         return start
 
+    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+        return 5 << 30, 16 << 30
+
+    def memory_reserved(self, device: torch.device) -> int:
+        return 3 << 30
+
+    def memory_allocated(self, device: torch.device) -> int:
+        return 1 << 30
+
+    def is_bf16_supported(self, including_emulation: bool) -> bool:
+        return not including_emulation
+
     arg_names = ("x", "n")
     __name__ = "kernel"
 
@@ -90,6 +103,13 @@ def test_a_launch(xpu: Xpu) -> None:
         start(x)
         assert xpu.current == current
     assert xpu.started == [(1, (x, 5)), (1, (64, 5))]
+
+
+def test_its_memory(xpu: Xpu) -> None:
+    """Asked of its own module in torch: what is free, and what torch keeps for reuse."""
+    assert available_memory(XPU) == 7 << 30
+    assert choose_dtype("auto", XPU) == torch.float16
+    assert wide_dtype(XPU) == torch.bfloat16
 
 
 def test_nothing_is_checked_while_launches_are_recorded(xpu: Xpu) -> None:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.runtime import lanes, streaming
-from gguf_sd.runtime.lanes import CudaLane
+from gguf_sd.runtime.lanes import GpuLane
 from gguf_sd.runtime.stages import Meter, Stream
 from gguf_sd.runtime.streaming import load_streamed
 
@@ -68,7 +68,7 @@ def switched(stream: FakeStream) -> Iterator[None]:
 class Races(TorchDispatchMode):
     """Notes who touches the lane's memory when, and what does so out of order."""
 
-    def __init__(self, lane: CudaLane):
+    def __init__(self, lane: GpuLane):
         super().__init__()
         self.pinned = {memory.untyped_storage().data_ptr() for memory in lane._ring}
         self.shared: set[int] = self.pinned | {lane._landing.untyped_storage().data_ptr()}
@@ -107,11 +107,11 @@ class Races(TorchDispatchMode):
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.cuda with streams that are clocks; the device is the CPU."""
-    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(torch.cuda, "stream", switched)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream.current[0])
+    """The device is the CPU, whose module in torch has streams here that are clocks."""
+    monkeypatch.setattr(torch.cpu, "Stream", FakeStream, raising=False)
+    monkeypatch.setattr(torch.cpu, "Event", FakeEvent, raising=False)
+    monkeypatch.setattr(torch.cpu, "stream", switched, raising=False)
+    monkeypatch.setattr(torch.cpu, "current_stream", lambda device: FakeStream.current[0])
     monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
     monkeypatch.setattr(FakeStream, "current", [FakeStream(name="compute")])
     monkeypatch.setattr(HOST, "clock", {})
@@ -120,11 +120,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def streamed_steps(
     path: Path, monkeypatch: pytest.MonkeyPatch, steps: int = 3
 ) -> tuple[list[str], list[Tensor], Meter]:
-    """The races of some steps of a UNet in blocks that come over a CudaLane, what they predicted, and the count."""
-    made: list[CudaLane] = []
+    """The races of some steps of a UNet in blocks that come over a GpuLane, what they predicted, and the count."""
+    made: list[GpuLane] = []
 
-    def lane_to(device: torch.device, largest: int) -> CudaLane:
-        made.append(CudaLane(device, largest))
+    def lane_to(device: torch.device, largest: int) -> GpuLane:
+        made.append(GpuLane(device, largest))
         return made[-1]
 
     monkeypatch.setattr(streaming, "lane_to", lane_to)
@@ -166,7 +166,7 @@ def test_a_missing_wait_is_seen(gpu: None, tiny_model: Path, monkeypatch: pytest
         monkeypatch.setattr(lanes, "RING", 1)
         monkeypatch.setattr(FakeEvent, "synchronize", lambda event: None)
     else:
-        monkeypatch.setattr(CudaLane, missing, lambda lane, event: None)
+        monkeypatch.setattr(GpuLane, missing, lambda lane, event: None)
     assert streamed_steps(tiny_model, monkeypatch)[0]
 
 

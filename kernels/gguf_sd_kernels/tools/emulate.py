@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,7 @@ def earlier(path: Path, target: str) -> dict[str, Executed]:
     return {done.name: done for done in results if done.ok}
 
 
+@cache
 def _llvm_version(library: Path) -> str:
     """The version of LLVM that Triton's library was built with, as it stands in it."""
     found = re.search(rb"LLVM version ([\w.]+)", library.read_bytes()) if library.is_file() else None

@@ -192,7 +192,7 @@ class Operands:
         else:
             x = self.x.double()
             if self.norm is not None:
-                x, weight, shift = self._plain_norm(x, weight)
+                x, weight, shift = self._plain_norm(x)
             y = x @ weight.T
             y = y if self.norm is None else y + shift
             y = y if self.bias is None else y + self.bias
@@ -202,10 +202,11 @@ class Operands:
         y = y if self.residual is None else y + self.residual
         return y.to(self.dtype)
 
-    def _plain_norm(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows normalised; the weight [N, K] with the gain, rounded to ``dtype``; the share of the shift [N]."""
+    def _plain_norm(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows normalised; the weight [N, K] with the gain, rounded to ``dtype`` as it is multiplied; the share of the
+        shift [N], of the weight before that rounding, as :class:`FoldedNorm` adds it once for all."""
         assert self.norm is not None
         gain, shift = self.norm
         exact = dequantize(unpack(self.weights[0]), self.use.product.qtype, decoded_dtype(self.dtype))
         gained = (exact * gain.to(exact.dtype)).to(self.dtype).double()
-        return F.layer_norm(x, (x.shape[1],), eps=EPS), gained, weight @ shift.double()
+        return F.layer_norm(x, (x.shape[1],), eps=EPS), gained, exact.double() @ shift.double()

@@ -13,11 +13,14 @@ from torch.nn import functional as F
 
 from gguf_sd_kernels.devices import gpu_of
 from gguf_sd_kernels.dispatch import conv2d_packed, group_norm_silu, layer_norm, linear_packed
-from gguf_sd_kernels.repack import repack
+from gguf_sd_kernels.reference.products import dequantize
+from gguf_sd_kernels.repack import repack, unpack
+from gguf_sd_kernels.row_parts import decoded_dtype
 from gguf_sd_kernels.triton import launcher, linear
 from gguf_sd_kernels.tuning import launch as launches
 from gguf_sd_kernels.tuning import store, verdicts
 from gguf_sd_kernels.tuning.launch import Launch, Measured, Prepared, Product
+from gguf_sd_kernels.tuning.operands import EPS, Operands, Use
 from gguf_sd_kernels.tuning.self_check import DisagreementError, Subject, check
 from gguf_sd_kernels.tuning.verdicts import GOOD, Verdicts, verdicts_of
 
@@ -181,6 +184,33 @@ def test_a_small_error_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "linear_fused", lambda *args, **options: real(*args, **options) * float("nan"))
     with pytest.raises(DisagreementError, match="nan"):
         check(subject, CPU)
+
+
+@pytest.mark.parametrize("op", ["linear", "geglu"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_norm_is_held_against_what_the_kernel_is_to_do(op: str, dtype: torch.dtype) -> None:
+    """The kernel's own sums in float64 are the reference's but for what is rounded once, and that is nearer to the
+    weight's own values than plain torch comes, which rounds the normalised rows, the weight and each step's result."""
+    operands = Operands(Use(Product(op, "Q4_0", 53, 192, 256), ("bias", "norm")), dtype, CPU)
+    assert operands.norm is not None
+    assert operands.bias is not None
+    (folded,), x, (gain, shift) = operands._folded, operands.x.double(), (values.double() for values in operands.norm)
+
+    def finish(y: Tensor) -> Tensor:
+        value, gate = y.chunk(2, dim=-1)
+        return value * F.gelu(gate) if op == "geglu" else y
+
+    def error(got: Tensor, want: Tensor) -> float:
+        return float((got.double() - want.double()).norm() / want.double().norm())
+
+    exact = dequantize(unpack(operands.weights[0]), "Q4_0", torch.float32)
+    decoded = exact.to(decoded_dtype(dtype))
+    weight = (decoded * operands.norm[0].to(decoded.dtype)).to(dtype).double()
+    mean, scale = x.mean(1, keepdim=True), (x.var(1, keepdim=True, correction=0) + EPS).rsqrt()
+    kernel = finish((x @ weight.T - mean * folded.sums.double()) * scale + folded.bias.double())
+    assert error(kernel.to(dtype), operands.plain()) < 1e-4
+    true = finish(F.layer_norm(x, (256,), gain, shift, EPS) @ exact.double().T + operands.bias.double())
+    assert error(operands.plain(), true) < error(operands.library(operands.plain_weight()), true)
 
 
 def test_inline_ptx_is_held_against_the_portable_form(monkeypatch: pytest.MonkeyPatch) -> None:
