@@ -38,6 +38,8 @@ SIXTEEN_BITS = re.compile(
     r"\.attn2\.to_[kv]$|^input_blocks\.0\.|^out\.|\bemb_layers\b|^time_embed\.|^label_emb\."
     r"|^input_hint_block\.|^zero_convs\.|^middle_block_out\."  # of a ControlNet
 )
+# A decoder's convolutions in 8 bits, by their names in an autoencoder.
+IN_DECODER = re.compile(r"decoder\..*\.(?:block\.\d+|block_\d)\.conv\d\.weight")
 
 
 def stays_wide(name: str) -> bool:
