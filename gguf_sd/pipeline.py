@@ -39,6 +39,7 @@ from gguf_sd.request import Job, Request, prepare
 from gguf_sd.runtime import memory
 from gguf_sd.runtime.cuda_graph import Graphing, use_graphs
 from gguf_sd.runtime.execution import Execution
+from gguf_sd.runtime.host_heap import be_frugal
 from gguf_sd.runtime.memory import MemoryPlan
 from gguf_sd.runtime.parts import LoadedAs, Parts
 from gguf_sd.runtime.plan import Planner, Workload
@@ -205,6 +206,8 @@ class Pipeline:
 
     def _run(self, plan: MemoryPlan, work: Callable[[MemoryPlan], T]) -> T:
         self._running = plan
+        if self.device.type == "cpu":
+            be_frugal(plan.frugal)
         try:
             return work(plan)
         finally:
@@ -313,7 +316,7 @@ class Pipeline:
         if not latents.isfinite().all():
             raise GgufSdError("the latents to decode hold values that are not finite")
         plan = plan or self._plan(latents)
-        with self.parts.vae(self.vae_dtype, plan.placement["vae"], plan.vae_weights) as vae:
+        with self.parts.vae(self.vae_dtype, plan.placement["vae"], plan.vae_weights, plan.vae_encodes) as vae:
             decoded = [tiled_vae.decode(vae, latent[None], plan.vae_tile) for latent in latents.to(self.vae_dtype)]
         pixels = torch.cat(decoded).float() / 2 + 0.5
         del decoded
@@ -328,7 +331,7 @@ class Pipeline:
         plan, config = self._plan(step.latents), self.model.config.vae
         tiny = self.vae_file is not None and self.vae_config == tiny_config(self.vae_config.latent_channels)
         if tiny or family(config) is None:
-            with self.parts.vae(self.vae_dtype, plan.placement["vae"], plan.vae_weights) as vae:
+            with self.parts.vae(self.vae_dtype, plan.placement["vae"], plan.vae_weights, plan.vae_encodes) as vae:
                 look = previews(step.denoised[:1], config, vae, plan.vae_tile)
         else:
             look = previews(step.denoised[:1], config, None)

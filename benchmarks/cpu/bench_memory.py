@@ -63,7 +63,7 @@ def measure(case: Case, batches: int, dtype: str) -> dict[str, Any]:
     if done.returncode:
         raise SystemExit(f"{case.key}: {done.stderr[-2000:]}")
     told = json.loads(done.stdout)
-    return row(told["memory"], told["seconds"], parse_memory(case.budget))
+    return {"dtype": told["dtype"]} | row(told["memory"], told["seconds"], parse_memory(case.budget))
 
 
 def row(memory: dict[str, Any], seconds: float, budget: int | None) -> dict[str, Any]:
@@ -77,6 +77,7 @@ def row(memory: dict[str, Any], seconds: float, budget: int | None) -> dict[str,
         "placement": memory["placement"],
         "batch_guidance": memory["batch_guidance"],
         "vae_tile": memory["vae_tile"],
+        "frugal": memory["frugal"],
     }
     if budget is not None:
         result |= {"budget_mb": round(budget / 1e6), "over_budget": round(measured / budget - 1, 3)}
@@ -115,7 +116,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--budgets", nargs="+", default=["auto"], help="as for --max-memory (auto: what is free)")
     parser.add_argument("--repeat", type=int, default=2, metavar="N", help="batches that are painted (2)")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--output", type=Path, default=RESULTS, help=f"JSON file to add to ({RESULTS.name})")
     args = parser.parse_args()
     known = json.loads(args.output.read_text()) if args.output.is_file() else {}
@@ -129,7 +130,6 @@ def main() -> None:
             "date": date.today().isoformat(),
             "machine": f"{cpu_name()}, {os.cpu_count()} processors",
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "dtype": args.dtype,
             "results": results,
         }
         args.output.write_text(json.dumps(facts, indent=2) + "\n")

@@ -14,6 +14,7 @@ from gguf_sd.config import SD15, SDXL, ControlConfig, UNetConfig, VAEConfig
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
+ENCODER = ("encoder.", "quant_conv.")  # behind it: of what only encodes
 TEXT = "cond_stage_model.transformer."
 XL_TEXT = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
 CONTROL = "control_model."

@@ -24,7 +24,9 @@ DTYPE_ALIASES = {"f32": "float32", "f16": "float16", "fp32": "float32", "fp16": 
 DTYPE_ALIASES |= {"bf16": "bfloat16"} | {f"torch.{name}": name for name in DTYPES}
 # Of a part: it stays loaded; it is loaded for its stage and goes behind it; its layers come and go one by one.
 PLACEMENTS = ("resident", "staged", "streamed")
-LATER_IMPORTS = 48 << 20  # bytes of what a first picture imports, of libraries' buffers and of compiled primitives
+# Bytes of what a first picture imports, of libraries' buffers and compiled primitives, and of libraries' code that runs
+# again. SD 1.5 in bfloat16: 45 MB and 30.
+LATER_IMPORTS = 76 << 20
 USUAL_PROCESS = 300 << 20  # where it cannot be measured
 GPU_LIBRARIES = 64 << 20  # workspaces of cuBLAS and cuDNN
 MARGIN = 0.2  # share of the free memory that is left to others, where no budget is given
@@ -151,10 +153,11 @@ class MemoryPlan:
     placement: Mapping[str, str]  # of PLACEMENTS, by the name of the part: text 0, text 1, unet, vae, safety
     batch_guidance: bool  # both halves of guidance in one UNet call
     vae_tile: int | None = None  # edge of a VAE tile in latent pixels; None = the whole picture at once
-    attention_bytes: int | None = None  # at most so much for the scores of a chunk; None = the kernel's own measure
+    frugal: bool = False  # on a CPU: what was freed goes back at once, see gguf_sd.runtime.host_heap
     peak: int = 0  # bytes that this takes, as modelled
     budget: int = 0  # bytes that it may take
     vae_weights: str = ""  # "int8" where the VAE's decoder computes in 8 bits
+    vae_encodes: bool = True  # whether the VAE is loaded with its encoder
 
     @property
     def keep(self) -> frozenset[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from gguf_sd.checkpoint import inventory
@@ -12,9 +12,9 @@ from gguf_sd.checkpoint.check_tensors import text_names
 from gguf_sd.checkpoint.control_file import ControlFile
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.checkpoint.tensor_names import CONTROL as CONTROL_NET
-from gguf_sd.checkpoint.tensor_names import SAFETY, UNET, VAE
+from gguf_sd.checkpoint.tensor_names import ENCODER, SAFETY, UNET, VAE
 from gguf_sd.checkpoint.vae_file import VAEFile
-from gguf_sd.models.int8 import stays_wide
+from gguf_sd.models.int8 import IN_DECODER, stays_wide
 from gguf_sd.models.tiny_vae import tiny_config
 from gguf_sd_kernels.formats import FORMATS
 
@@ -43,8 +43,14 @@ class PartBytes:
     stage_blocks: int = 0  # and the largest stage that comes and goes
     stage_plain: int = 0
     beside: int = 0  # values of LoRAs beside the weights
-    narrow: int = 0  # weights that take a byte each in a UNet that computes in 8 bits
+    narrow: int = 0  # weights that take a byte each in a UNet, or a VAE's decoder, that computes in 8 bits
     phases: int = 0  # bytes of some of them in a second form, see gguf_sd_kernels.cpu.enlarged
+    encoder: int = 0  # weights of a VAE's that only encode
+
+    @property
+    def decoder(self) -> PartBytes:
+        """Without them."""
+        return replace(self, values=self.values - self.encoder, plain=self.plain - self.encoder, encoder=0)
 
     def loaded(self, itemsize: int, weights: str = "resident") -> int:
         """Bytes of the part in memory with ``weights`` as in :class:`gguf_sd.runtime.memory.MemoryPlan`, ``itemsize`` a
@@ -70,7 +76,7 @@ def part_bytes(model: ModelFile, vae_file: VAEFile | None = None) -> dict[str, P
         own = text_names(model.names, encoders, index).values()
         parts[f"text {index}"] = _count(model, [name for name in own if name not in model.strays], quantized=False)
     parts["unet"] = _count(model, [name for name in names if name.startswith(UNET)], quantized=True)
-    parts["vae"] = _other_vae(vae_file) if vae_file else _count(model, [n for n in names if n.startswith(VAE)], False)
+    parts["vae"] = _other_vae(vae_file) if vae_file else _own_vae(model, [n for n in names if n.startswith(VAE)])
     if model.config.safety is not None:
         parts["safety"] = _count(model, [name for name in names if name.startswith(SAFETY)], quantized=False)
     return parts
@@ -116,6 +122,13 @@ def _count(model: ModelFile | ControlFile, names: Iterable[str], quantized: bool
 def _module(name: str) -> str:
     """Of a weight, in the names of the UNet or the ControlNet that it is of."""
     return name.removeprefix(UNET).removeprefix(CONTROL_NET).removesuffix(".weight")
+
+
+def _own_vae(model: ModelFile, names: Sequence[str]) -> PartBytes:
+    values = {name.removeprefix(VAE): prod(model.file.shape(model.names[name])) for name in names}
+    encoder = sum(count for name, count in values.items() if name.startswith(ENCODER))
+    narrow = sum(count for name, count in values.items() if IN_DECODER.fullmatch(name))
+    return replace(_count(model, names, quantized=False), encoder=encoder, narrow=narrow)
 
 
 def _other_vae(file: VAEFile) -> PartBytes:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -30,8 +31,9 @@ from gguf_sd.models.text import TextEncoder
 from gguf_sd.models.tiny_vae import TinyAutoencoder
 from gguf_sd.models.unet import UNet, UNetEncoder
 from gguf_sd.models.vae import Autoencoder
+from gguf_sd.runtime import library_pages
 from gguf_sd.runtime.cuda_graph import NO_GRAPHS, CudaCapture, GraphedUNet, Graphing
-from gguf_sd.runtime.host_heap import be_frugal
+from gguf_sd.runtime.host_heap import frugally
 from gguf_sd.runtime.kernel_modes import make_resident, use_kernels
 from gguf_sd.runtime.memory import give_back, held_bytes
 from gguf_sd.runtime.stages import Meter
@@ -50,6 +52,7 @@ class LoadedAs:
     placement: str = "resident"  # of gguf_sd.runtime.memory.PLACEMENTS
     loras: tuple[Active, ...] = ()  # beside the weights: they come and go without loading anew
     control: ControlFile | None = None  # where a ControlNet lies
+    encodes: bool = True  # of a VAE: whether it is loaded with its encoder
 
     def fits(self, wanted: LoadedAs) -> bool:
         """Whether what was loaded by these serves ``wanted``, once its LoRAs are exchanged: a staged part differs from
@@ -91,11 +94,13 @@ class Parts:
 
     @contextmanager
     def vae(
-        self, dtype: torch.dtype, placement: str = "resident", weights: str = ""
+        self, dtype: torch.dtype, placement: str = "resident", weights: str = "", encodes: bool = True
     ) -> Iterator[Autoencoder | TinyAutoencoder]:
         """Lends the VAE: that of ``vae_file`` where one was given, else the model's; with ``weights`` int8 its decoder
-        computes in 8 bits, whole pictures alone."""
-        with self._borrowed("vae", LoadedAs(dtype, weights, placement=placement)) as loaded:
+        computes in 8 bits, whole pictures alone; without ``encodes`` it is the decoder alone, where the model's."""
+        how = LoadedAs(dtype, weights, placement=placement, encodes=encodes)
+        # Its maps are few and large: that their memory goes back at once costs nothing, and leaves no holes.
+        with frugally(self.device), self._borrowed("vae", how) as loaded:
             yield cast(Autoencoder | TinyAutoencoder, loaded.part)
 
     @contextmanager
@@ -167,8 +172,6 @@ class Parts:
 
     @contextmanager
     def _borrowed(self, name: str, how: LoadedAs) -> Iterator[_Loaded]:
-        if self.device.type == "cpu":
-            be_frugal(how.placement == "streamed")
         try:
             yield self._get(name, how)
         finally:
@@ -185,6 +188,8 @@ class Parts:
                 self.loads[name] += 1
                 with torch.inference_mode(False), torch.no_grad():  # the same tensors whoever comes first
                     self._loaded[name] = self._loaded_anew(name, replace(how, loras=()))
+                if self.device.type == "cpu":
+                    library_pages.forget()  # of what was imported for it
             if self._loaded[name].how.loras != how.loras:
                 self._adapt(self._loaded[name], name, how)
             return self._loaded[name]
@@ -214,7 +219,8 @@ class Parts:
         if name == "unet" or how.control is not None:
             return self._load_unet(how)
         if name == "vae":
-            part = self.vae_file.load(how.dtype) if self.vae_file else self.model.load_vae(how.dtype)
+            own, given = partial(self.model.load_vae, encodes=how.encodes), self.vae_file
+            part = given.load(how.dtype) if given else own(how.dtype)
             if how.weights == "int8" and isinstance(part, Autoencoder):
                 use_int8_decoder(part)
         elif name == "safety":

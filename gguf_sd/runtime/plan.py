@@ -25,14 +25,15 @@ from gguf_sd.runtime import activations, plan_cost
 from gguf_sd.runtime.activations import Engine
 from gguf_sd.runtime.memory import PLACEMENTS, MemoryPlan
 from gguf_sd.runtime.part_bytes import CONTROL, PartBytes
-from gguf_sd_kernels.reference.products import CHUNK_VALUES
+from gguf_sd_kernels.reference.products import CHUNK_VALUES, PART_VALUES
 
 TILES = (64, 48, 32, 24, 16, 12, 8, 4)  # edges in latent pixels
 DECODING = 8  # bytes a value that decoding blocks takes besides the weight, on a CPU
-# What malloc's heap, where pieces of up to 32 MiB come from, loses to holes between them: as much as they take, up to
-# this. SD 1.5 at 512x512, two halves at once: 150 MB besides 157.
-HOLES = 160 << 20
-SLACK = 0.04  # share of what is allocated that lies idle in allocators
+# What malloc's heap, where pieces of up to 32 MiB come from, loses to holes between them, unless a plan is frugal, see
+# gguf_sd.runtime.host_heap: a share of what they take, up to this. SD 1.5 at 512x512 in bfloat16, both halves at once,
+# 87 MB: 77 MB in the first step, 125 in later ones.
+HOLES_SHARE, HOLES = 1.4, 160 << 20
+SLACK = 0.04  # share of what work allocates that lies idle in allocators
 STEP_DOWN = 0.7  # of the peak that ran out of memory
 HELD = ("resident", "int8")  # of weights, those that are in memory as a whole
 NAMES = {"sd1": "Stable Diffusion 1.x", "sdxl": "SDXL"}
@@ -79,16 +80,13 @@ class Stage(NamedTuple):
     work: int
     loading: int
 
-    @property
-    def nbytes(self) -> int:
-        return max(self.weights + self.work, self.loading)
-
 
 class _Choice(NamedTuple):
     weights: str
     placement: tuple[str, ...]  # in the order of Planner.own
     batch_guidance: bool
     tile: int | None
+    frugal: bool
 
 
 @dataclass(frozen=True)
@@ -166,12 +164,15 @@ class Planner:
 
     def _choice(self, plan: MemoryPlan) -> _Choice:
         placement = tuple(plan.placement[name] for name in self.own)
-        return _Choice(plan.weights, placement, plan.batch_guidance, plan.vae_tile)
+        return _Choice(plan.weights, placement, plan.batch_guidance, plan.vae_tile, plan.frugal)
 
     def _named(self, choice: _Choice, peak: int, budget: int) -> MemoryPlan:
-        in_vae = "int8" if self.vae_int8 and choice.tile is None else ""
         placement, batched = self._placement(choice), choice.batch_guidance
-        return MemoryPlan(choice.weights, placement, batched, choice.tile, None, peak, budget, in_vae)
+        in_vae, frugal = self._in_vae(choice), choice.frugal
+        return MemoryPlan(choice.weights, placement, batched, choice.tile, frugal, peak, budget, in_vae, self._encodes)
+
+    def _in_vae(self, choice: _Choice) -> str:
+        return "int8" if self.vae_int8 and choice.tile is None else ""
 
     @cached_property
     def _ranked(self) -> list[_Choice]:
@@ -183,8 +184,9 @@ class Planner:
         modes = [self.weights] if self.weights != "auto" else ["quantized", "resident", *["int8"] * self.int8]
         guidance = (True, False) if self.workload.guided else (True,)
         placements = [self._placements(name) for name in self.own]
-        for weights, placement, batched, tile in product(modes, product(*placements), guidance, self._tiles()):
-            choice = _Choice(weights, placement, batched, tile)
+        frugality = (False,) if self.machine.gpu else (False, True)
+        for choice in map(_Choice._make, product(modes, product(*placements), guidance, self._tiles(), frugality)):
+            weights = choice.weights
             if weights == "quantized" or self._placed(choice, "unet") != "streamed":
                 yield choice
 
@@ -212,7 +214,7 @@ class Planner:
 
     def _peaks(self, choice: _Choice) -> dict[str, int]:
         resident = {
-            name: self._weights(name, "resident", choice.weights)
+            name: self._weights(name, "resident", choice)
             for name, placement in self._placement(choice).items()
             if placement == "resident"
         }
@@ -221,20 +223,21 @@ class Planner:
         for name, part in self._order:
             stage = self._stage(name, part, choice)
             used = sum(resident.get(other, 0) for other in self._used(part))
-            peaks[name] = base + int((total - used + stage.nbytes) * (1 + SLACK))
+            peaks[name] = base + total - used + max(stage.weights + int(stage.work * (1 + SLACK)), stage.loading)
         return peaks
 
     @cached_property
     def _order(self) -> list[tuple[str, str]]:
         """Names of the stages and of their parts."""
         texts = [(name, name) for name in self.parts if name.startswith("text")]
-        encode = [("vae encode", "vae")] if self.workload.encodes or self._inpaints else []
+        encode = [("vae encode", "vae")] if self._encodes else []
         safety = [("safety", "safety")] if "safety" in self.parts else []
         return [*texts, *encode, ("unet", "unet"), ("vae decode", "vae"), *safety]
 
     @property
-    def _inpaints(self) -> bool:
-        return self.config.unet.in_channels != self.config.vae.latent_channels
+    def _encodes(self) -> bool:
+        inpaints = self.config.unet.in_channels != self.config.vae.latent_channels
+        return self.workload.encodes or inpaints
 
     def _used(self, part: str) -> list[str]:
         """The parts that run in the stage of one."""
@@ -244,7 +247,7 @@ class Planner:
         placement, quantized = self._placed(choice, part), choice.weights == "quantized"
         key = name, placement, *self._matters(name, choice)
         if key not in self._stages:
-            weights = sum(self._weights(other, placement, choice.weights) for other in self._used(part))
+            weights = sum(self._weights(other, placement, choice) for other in self._used(part))
             loading = weights
             if part == "unet" and not quantized and not self.machine.gpu:
                 loading += self.parts[part].stored  # the file's pages, until all of it is dequantised
@@ -259,16 +262,18 @@ class Planner:
     def _matters(stage: str, choice: _Choice) -> tuple[object, ...]:
         """What of a choice a stage depends on, beside its part's placement."""
         if stage == "unet":
-            return choice.weights, choice.batch_guidance
+            return choice.weights, choice.batch_guidance, choice.frugal
         return (choice.tile,) if stage.startswith("vae") else ()
 
-    def _weights(self, part: str, placement: str, weights: str) -> int:
-        counts = self.parts[part]
-        itemsize = self.machine.vae_itemsize if part == "vae" else self.machine.itemsize
+    def _weights(self, part: str, placement: str, choice: _Choice) -> int:
+        counts, itemsize = self.parts[part], self.machine.itemsize
+        if part == "vae":
+            counts = counts if self._encodes else counts.decoder
+            return counts.loaded(self.machine.vae_itemsize, self._in_vae(choice) or "resident")
         if placement == "streamed":
             return counts.streamed(itemsize)
         in_blocks = part == "unet" or part.startswith(CONTROL)
-        return counts.loaded(itemsize, weights if in_blocks else "resident")
+        return counts.loaded(itemsize, choice.weights if in_blocks else "resident")
 
     def _work(self, stage: str, choice: _Choice) -> int:
         load, machine = self.workload, self.machine
@@ -292,10 +297,12 @@ class Planner:
         quantized = choice.weights == "quantized"
         halves = 2 if load.guided and choice.batch_guidance else 1
         tokens = load.chunks * self.config.text[0].max_position_embeddings
+        if choice.frugal:
+            largest = min(largest, PART_VALUES)
         engine = machine.engine(decodes=quantized)
         step = activations.unet_step(self.config.unet, load.pictures, halves, load.size, tokens, engine, load.controls)
-        if not machine.gpu and self._placed(choice, "unet") != "streamed":  # see gguf_sd.runtime.host_heap
-            step += min(step, HOLES)
+        if not machine.gpu and not choice.frugal:
+            step += min(int(HOLES_SHARE * step), HOLES)
         step += load.adapters * machine.itemsize
         if choice.weights == "int8":
             step += activations.joined_values(self.config.unet, load.pictures * halves, load.size)
@@ -307,7 +314,7 @@ class Planner:
     def _seconds(self, choice: _Choice) -> float:
         placement = self._placement(choice)
         passes = 2 if self.workload.guided and not choice.batch_guidance else 1
-        return plan_cost.seconds(self.parts, placement, choice.weights, passes, choice.tile, self._sizes)
+        return plan_cost.seconds(self.parts, placement, choice.weights, passes, choice.tile, choice.frugal, self._sizes)
 
     @cached_property
     def _sizes(self) -> plan_cost.Sizes:

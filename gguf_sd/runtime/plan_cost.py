@@ -14,6 +14,7 @@ STEP_PRODUCTS, DECODE_PRODUCTS = 0.06, 6e8
 # What tiles cost of a whole decode: little while maps of the picture's size are kept, then convolutions run anew.
 TILE_EXTRA = 0.1
 TILE_EDGE = 4.0  # and a band of a few rows more than a large one
+FRUGAL_EXTRA = 0.08  # of a step on a CPU, with memory that goes back at once and weights decoded in parts
 SAVED_IN_INT8 = 0.3  # of a step on a CPU, in 8 bits
 
 
@@ -47,9 +48,11 @@ def seconds(
     weights: str,
     passes: int,
     tile: int | None,
+    frugal: bool,
     sizes: Sizes,
 ) -> float:
-    """Seconds that a way adds to one picture: parts read again, weights decoded, guidance in ``passes``, tiles."""
+    """Seconds that a way adds to one picture: parts read again, weights decoded, guidance in ``passes``, tiles, pages
+    that come anew where it is ``frugal``."""
     speed = GPU if sizes.gpu else CPU
     total = sum(_reading(name, parts[name], how, passes) for name, how in placement.items()) / speed.read
     decodes = STEPS * passes if weights == "quantized" else 0 if placement["unet"] == "resident" else 1
@@ -59,6 +62,8 @@ def seconds(
     step = STEP_PRODUCTS * parts["unet"].values * pixels * sizes.halves / speed.products
     if passes > 1:
         total += STEPS * speed.second_pass * step
+    if frugal:
+        total += STEPS * FRUGAL_EXTRA * step
     if weights != "int8" and not sizes.gpu:
         total += STEPS * SAVED_IN_INT8 * step
     if tile is not None:

@@ -26,6 +26,7 @@ def as_dict(plan: MemoryPlan, planner: Planner | None = None) -> dict[str, Any]:
         "placement": dict(plan.placement),
         "batch_guidance": plan.batch_guidance,
         "vae_tile": plan.vae_tile,
+        "frugal": plan.frugal,
     }
     return facts if planner is None else facts | {"stages": planner.stage_peaks(plan)}
 
@@ -45,6 +46,8 @@ def _lines(plan: MemoryPlan, planner: Planner) -> Iterator[str]:
     if load.guided:
         yield f"guidance   {'both halves at once' if plan.batch_guidance else 'in two passes'}"
     yield f"VAE        {_vae(plan)}"
+    if plan.frugal:
+        yield "heap       what is freed goes back at once"
     yield ""
     yield f"{'stage':<12}{'part':<26}{'weights':>10}{'work':>10}{'all':>10}"
     for stage in planner.stages(plan):
@@ -66,6 +69,8 @@ def changes(before: MemoryPlan, after: MemoryPlan) -> str:
         parts.append("guidance in two passes")
     if after.vae_tile != before.vae_tile:
         parts.append(f"the VAE {_vae(after)}")
+    if after.frugal and not before.frugal:
+        parts.append("what is freed goes back at once")
     return ", ".join(parts)
 
 

@@ -15,7 +15,7 @@ from gguf_sd.config import VAEConfig
 from gguf_sd.errors import GgufSdError
 from gguf_sd.models.tiny_vae import tiny_config
 from gguf_sd.request import Job
-from gguf_sd.runtime import memory
+from gguf_sd.runtime import library_pages, memory
 from gguf_sd.runtime.execution import Execution
 from gguf_sd.runtime.memory import MemoryPlan
 from gguf_sd.runtime.part_bytes import control_bytes, part_bytes
@@ -104,6 +104,8 @@ class Planning:
     def base(self) -> int:
         """Bytes that the process takes on the device besides parts and work: measured while nothing is loaded."""
         if not self.held.names or not self._base:
+            if self.execution.device.type == "cpu":
+                library_pages.forget()
             self._base = memory.process_memory(self.execution.device)
         return self._base
 

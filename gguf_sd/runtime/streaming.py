@@ -82,6 +82,7 @@ def load_streamed(
     and ControlNet), the same values."""
     deferred: dict[str, Deferred] = {}
     part = _without_weights(model, name, dtype, deferred)
+    model.file.forget_pages()
     in_place = used_in_place(device, kernels)
     for owner, weight in deferred.items():
         module = part.get_submodule(owner)

@@ -8,6 +8,7 @@ matrix product of gathered pixels, which are few, with the weight as it lies.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,16 +25,23 @@ MAX_PIXELS, MIN_WEIGHTS = 512, 10_000_000
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
     """``F.conv2d`` of ``x [B, IC, H, W]`` with ``weight [OC, IC, KH, KW]``, on a CPU in the faster form."""
-    kernel = weight.shape[2:]
+    tap_major = weight.is_contiguous(memory_format=torch.channels_last)
+    columns = gathered(x, weight.shape, stride, padding, tap_major)
+    if columns is None:
+        return F.conv2d(x, weight, bias, stride, padding)
+    flat = (weight.permute(0, 2, 3, 1) if tap_major else weight).reshape(weight.shape[0], -1)
+    return product(columns, flat, bias).permute(0, 3, 1, 2)
+
+
+def gathered(x: Tensor, shape: Sequence[int], stride: int, padding: int, tap_major: bool) -> Tensor | None:
+    """What each output pixel of a convolution sees, ``[B, H', W', KH * KW * IC]``, or IC * KH * KW unless
+    ``tap_major``; None where a convolution with a weight of ``shape`` (OC, IC, KH, KW) is faster without."""
+    kernel = shape[2], shape[3]
     height, width = ((n + 2 * padding - k) // stride + 1 for n, k in zip(x.shape[2:], kernel, strict=True))
     pixels = x.shape[0] * height * width
-    gathers = x.device.type == "cpu" and kernel != (1, 1) and 0 < pixels <= MAX_PIXELS
-    if not gathers or weight.numel() < MIN_WEIGHTS:
-        return F.conv2d(x, weight, bias, stride, padding)
-    tap_major = weight.is_contiguous(memory_format=torch.channels_last)
-    columns = _gather(x, (kernel[0], kernel[1]), (height, width), stride, padding, tap_major)
-    flat = (weight.permute(0, 2, 3, 1) if tap_major else weight).reshape(weight.shape[0], -1)
-    return product(columns, flat, bias).view(x.shape[0], height, width, -1).permute(0, 3, 1, 2)
+    if x.device.type != "cpu" or kernel == (1, 1) or not 0 < pixels <= MAX_PIXELS or math.prod(shape) < MIN_WEIGHTS:
+        return None
+    return _gather(x, kernel, (height, width), stride, padding, tap_major).view(x.shape[0], height, width, -1)
 
 
 def _gather(

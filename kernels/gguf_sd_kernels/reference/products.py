@@ -13,7 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from gguf_sd_kernels.cpu.conv import convolve
+from gguf_sd_kernels.cpu import scratch
+from gguf_sd_kernels.cpu.conv import convolve, gathered
 from gguf_sd_kernels.cpu.linear import product, product_geglu
 from gguf_sd_kernels.cpu.scratch import borrow
 from gguf_sd_kernels.formats import quant_format, row_bytes, row_values
@@ -22,6 +23,11 @@ from gguf_sd_kernels.reference.decoders import decode_into
 # Values decoded at a time. Zen 5, 2 threads, 32 MiB L3: seconds for 859 M Q4_0 weights to bfloat16 are 0.27 at
 # 2^18, 0.21 at 2^19, 0.19 at 2^20, 0.17 at 2^21, which takes 8 MiB for the float32 intermediate.
 CHUNK_VALUES = 1 << 20
+# Of a weight, where memory is short: what is decoded before it is multiplied with, in whole vectors of outputs. Not of
+# convolutions that oneDNN runs as such, whose sums it would take in another order. Zen 4, 2 threads, milliseconds whole
+# and with 2^20, 2^21, 2^22, 2^23: convolution of [2, 2560, 8, 8] -> 1280 32, 41, 48, 41, 42; of [2, 2560, 16, 16] 101,
+# 132, 127, 119, 106; linear [512, 5120] -> 1280 23, 29, 27, 24, 23; GEGLU [512, 1280] -> 10240 51, 56, 53, 50, 49.
+PART_VALUES, ROWS = 1 << 23, 64
 
 
 def dequantize(blocks: Tensor, qtype: str, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
@@ -59,7 +65,15 @@ def linear(x: Tensor, blocks: Tensor, qtype: str, bias: Tensor | None = None) ->
 
     Computes in ``x.dtype``. Raises ValueError when x or the bias does not fit the blocks.
     """
-    return _apply(product, x, blocks, qtype, bias)
+    out_features = _checked(x, blocks, qtype, bias)
+    rows = _rows_at_a_time(x, out_features)
+    if rows >= out_features:
+        return _apply(product, x, blocks, qtype, bias)
+    out = x.new_empty(*x.shape[:-1], out_features)
+    for start in range(0, out_features, rows):
+        part = slice(start, start + rows)
+        out[..., part] = _apply(product, x, blocks[part], qtype, None if bias is None else bias[part])
+    return out
 
 
 def linear_geglu(x: Tensor, blocks: Tensor, qtype: str, bias: Tensor | None = None) -> Tensor:
@@ -69,7 +83,16 @@ def linear_geglu(x: Tensor, blocks: Tensor, qtype: str, bias: Tensor | None = No
     """
     if blocks.shape[0] % 2:
         raise ValueError(f"GEGLU takes a weight with an even number of outputs, got {blocks.shape[0]}")
-    return _apply(product_geglu, x, blocks, qtype, bias)
+    width = _checked(x, blocks, qtype, bias) // 2
+    rows = _rows_at_a_time(x, 2 * width) // 2
+    if rows >= width:
+        return _apply(product_geglu, x, blocks, qtype, bias)
+    out = x.new_empty(*x.shape[:-1], width)
+    for start in range(0, width, rows):
+        value, gate = slice(start, min(start + rows, width)), slice(width + start, min(width + start + rows, 2 * width))
+        own = None if bias is None else torch.cat([bias[value], bias[gate]])
+        out[..., value] = _apply(product_geglu, x, torch.cat([blocks[value], blocks[gate]]), qtype, own)
+    return out
 
 
 def _apply(
@@ -79,15 +102,27 @@ def _apply(
     qtype: str,
     bias: Tensor | None,
 ) -> Tensor:
-    """Checks x and bias against the blocks, decodes the weight and multiplies."""
+    """Decodes the weight and multiplies."""
+    with _weight_buffer(x, blocks.shape[0], x.shape[-1]) as buffer:
+        weight = dequantize(blocks, qtype, x.dtype, buffer)
+        return multiply(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _checked(x: Tensor, blocks: Tensor, qtype: str, bias: Tensor | None) -> int:
+    """The outputs of a weight in blocks, which x and bias fit."""
     _check_blocks(blocks, qtype)
     out_features, in_features = blocks.shape[0], row_values(qtype, blocks.shape[1])
     if x.ndim < 1 or x.shape[-1] != in_features:
         raise ValueError(f"x {tuple(x.shape)} does not end in the weight's {in_features} inputs")
     _check_bias(bias, out_features)
-    with _weight_buffer(x, out_features, in_features) as buffer:
-        weight = dequantize(blocks, qtype, x.dtype, buffer)
-        return multiply(x, weight, None if bias is None else bias.to(x.dtype))
+    return out_features
+
+
+def _rows_at_a_time(x: Tensor, rows: int) -> int:
+    """How many rows of a weight are decoded together, see :func:`gguf_sd_kernels.cpu.scratch.decode_in_parts`."""
+    if x.device.type != "cpu" or not scratch.in_parts() or (torch.is_grad_enabled() and x.requires_grad):
+        return rows
+    return min(rows, max(ROWS, PART_VALUES // max(1, x.shape[-1]) // ROWS * ROWS))
 
 
 def conv2d(
@@ -111,6 +146,8 @@ def conv2d(
     if x.ndim != 4 or x.shape[1] != in_channels:
         raise ValueError(f"x {tuple(x.shape)} is not [B, {in_channels}, H, W], which a weight {shape} takes")
     _check_bias(bias, out_channels)
+    if (columns := gathered(x, shape, stride, padding, tap_major)) is not None:
+        return linear(columns, blocks, qtype, bias).permute(0, 3, 1, 2)
     with _weight_buffer(x, out_channels, math.prod(shape[1:])) as buffer:
         weight = conv_weight(blocks, qtype, shape, x.dtype, buffer, tap_major=tap_major)
         return convolve(x, weight, None if bias is None else bias.to(x.dtype), stride, padding)

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gguf_sd_kernels import ops
+from gguf_sd_kernels.cpu import conv, scratch
 from gguf_sd_kernels.formats import block_format
+from gguf_sd_kernels.reference import products
 from gguf_sd_kernels.reference.products import conv_weight
 
 QTYPES = [name for name, fmt in ops.FORMATS.items() if isinstance(fmt, ops.BlockFormat)]  # test_decoders.py: others
@@ -181,3 +183,32 @@ def test_errors_give_the_values() -> None:
         ops.conv2d(torch.randn(2, 64, 3, 3), blocks, "Q4_0", (4, 32, 1, 2), tap_major=True)
     with pytest.raises(ValueError, match=r"\[4, 54\], got \[4, 36\]"):
         ops.conv2d(torch.randn(2, 32, 3, 3), blocks, "Q4_0", (4, 32, 1, 3), tap_major=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_decoded_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit what whole ones give, and in a buffer that holds no more than a part."""
+    monkeypatch.setattr(products, "PART_VALUES", 64 * 96)
+    monkeypatch.setattr(conv, "MIN_WEIGHTS", 0)
+    blocks, _ = quantized("Q4_0", 200, 96, 1)
+    taps, _ = quantized("Q4_0", 200, 9 * 32, 2)
+    x, bias = torch.randn(5, 96, dtype=dtype), torch.randn(200)
+    picture = torch.randn(2, 32, 6, 7, dtype=dtype)
+
+    def results() -> tuple[Tensor, ...]:
+        scratch.release()
+        return (
+            ops.linear(x, blocks, "Q4_0", bias),
+            ops.linear_geglu(x, blocks, "Q4_0", bias),
+            ops.conv2d(picture, taps, "Q4_0", (200, 32, 3, 3), bias, padding=1, tap_major=True),
+            ops.conv2d(picture, taps, "Q4_0", (200, 32, 3, 3), bias, padding=1, tap_major=False),
+        )
+
+    whole, largest = results(), scratch._store.buffer.numel()  # type: ignore[union-attr]
+    scratch.decode_in_parts(True)
+    try:
+        parts, part = results(), scratch._store.buffer.numel()  # type: ignore[union-attr]
+    finally:
+        scratch.decode_in_parts(False)
+    assert all(map(torch.equal, whole, parts))
+    assert (largest, part) == (200 * 9 * 32 * dtype.itemsize, 64 * 9 * 32 * dtype.itemsize)
