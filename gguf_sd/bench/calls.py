@@ -17,10 +17,11 @@ from gguf_sd.sampling import NoiseSource, sample
 from gguf_sd.sampling.guidance import Conditioning, Denoise, Predictor
 from gguf_sd.sampling.schedules import alphas_cumprod
 
-POSITIONS = 1 << 17  # of latents in all calls that are kept: 32 calls at 512x512
+POSITIONS = 1 << 16  # of latents in all calls that are kept: 16 calls at 512x512
 MOST = 768  # calls kept of small models
-CALLS_PER_PROMPT = 8  # kept, about
-STEPS = 20  # at most, of a run
+CALLS_PER_PROMPT = 6  # kept, about
+STEPS, FEW_STEPS = 20, 10  # at most, of a run; and of one whose pictures have MANY positions or more
+MANY = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,17 @@ class Samples:
 
 def default_count(config: ModelConfig) -> int:
     """How many calls are kept of a model, its own size of picture assumed."""
+    return max(8, min(MOST, POSITIONS // _positions(config)))
+
+
+def prompts_for(count: int) -> int:
+    """How many prompts are painted to record so many calls, where there are as many."""
+    return max(2, -(-count // CALLS_PER_PROMPT))
+
+
+def _positions(config: ModelConfig) -> int:
     defaults, scale = config.defaults, config.vae.downscale
-    positions = (defaults.width // scale) * (defaults.height // scale)
-    return max(8, min(MOST, POSITIONS // positions))
+    return (defaults.width // scale) * (defaults.height // scale)
 
 
 class _Recorder:
@@ -95,11 +104,12 @@ def record(
     ``seed + i``; keeps ``count`` of the UNet's calls, both halves of guidance, drawn evenly. ``progress`` is called
     after every picture with its prompt."""
     runs: list[Samples] = []
-    for i, prompt in enumerate(prompts[: max(2, -(-count // CALLS_PER_PROMPT))]):
+    for i, prompt in enumerate(prompts[: prompts_for(count)]):
         request = Request(prompt=prompt, seed=seed + i)
         job = pipeline.prepare(request)
-        if job.steps > STEPS:
-            job = pipeline.prepare(replace(request, steps=STEPS))
+        most = FEW_STEPS if _positions(pipeline.model.config) >= MANY else STEPS
+        if job.steps > most:
+            job = pipeline.prepare(replace(request, steps=most))
         runs.append(_run(pipeline, job))
         progress(prompt)
     whole = _joined(runs)

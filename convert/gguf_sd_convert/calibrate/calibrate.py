@@ -105,13 +105,17 @@ def _making_good(xx: list[Tensor], dx: Tensor) -> Tensor:
     """The change of the weight that comes nearest to the changes of the output that are wished for."""
     if not bool(dx.any()):
         return dx
-    damped = xx[0].clone()
-    damped.diagonal().add_(RIDGE * float(xx[0].diagonal().mean()))
-    return torch.cholesky_solve(dx.T, torch.linalg.cholesky(damped)).T
+    diagonal = xx[0].diagonal()
+    before = diagonal.clone()
+    diagonal.add_(RIDGE * float(before.mean()))
+    factor = torch.linalg.cholesky(xx[0])
+    diagonal.copy_(before)
+    return torch.cholesky_solve(dx.T, factor).T
 
 
 def _rounded(weight: Tensor, xx: list[Tensor], spans: list[slice], stored: Stored) -> tuple[Tensor, Tensor]:
-    """Blocks in the order of the file, and values in tap-major order, of a weight [rows, cols] in the latter."""
+    """Blocks in the order of the file, and values in tap-major order, of a weight [rows, cols] in the latter. The
+    moments are used up: nobody holds them while the half gigabytes are made that rounding takes."""
     order = _file_order(stored)
     blocked = isinstance(FORMATS[stored.type], BlockFormat)
     whole = len(spans) == 1
@@ -120,10 +124,11 @@ def _rounded(weight: Tensor, xx: list[Tensor], spans: list[slice], stored: Store
         return blocks, _put_back(ops.dequantize(blocks, stored.type), order)
     round_ = round_compensated if blocked else round_on_grid
     if whole:
-        moments = xx[0] if order is None else xx[0][order][:, order]
-        rounded = round_(weight if order is None else weight[:, order], moments, stored.type)
+        if order is not None:
+            weight, xx[0] = weight[:, order], xx[0][order[:, None], order]
+        rounded = round_(weight, xx.pop(), stored.type)
         return rounded.blocks, _put_back(rounded.values, order)
-    parts = [round_(weight[:, s], h, stored.type) for s, h in zip(spans, xx, strict=True)]
+    parts = [round_(weight[:, s], xx.pop(0), stored.type) for s in spans]
     return torch.cat([p.blocks for p in parts], 1), torch.cat([p.values for p in parts], 1)
 
 

@@ -24,6 +24,7 @@ from gguf_sd_convert.quantize.scales import AFFINE_CUTS, SYMMETRIC_SCALES, pack,
 from gguf_sd_kernels.formats import BlockFormat, block_format, row_bytes
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
+LEAST = 512  # rows of a triangular matrix that are inverted at once
 
 
 @dataclass(frozen=True)
@@ -36,22 +37,35 @@ class Rounded:
     cost: Tensor
 
 
-def inverse_factor(moments: Tensor, damping: float = DAMPING) -> Tensor:
-    """U, upper triangular, with U^T U the inverse of the damped moments [n, n]. Inputs that were never other than zero
-    are as if each had the mean's share, so that they are rounded to the nearest."""
-    n = len(moments)
-    diagonal = moments.diagonal()
-    mean = float(diagonal.mean()) or 1.0
+def inverse_factor(moments: Tensor, order: Tensor | None = None, damping: float = DAMPING) -> Tensor:
+    """U, upper triangular, with U^T U the inverse of the damped moments [n, n], their columns in ``order``. Inputs that
+    were never other than zero are as if each had the mean's share, so that they are rounded to the nearest."""
+    mean = float(moments.diagonal().mean()) or 1.0
+    backwards = (torch.arange(len(moments)) if order is None else order).flip(0)
     while True:
-        damped = moments.flip(0, 1).clone()
+        damped = moments[backwards[:, None], backwards]  # moments = upper upper^T, from the end: half a gigabyte
         damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not int(failed):
             break
         damping *= 10
-    del damped
-    upper = lower.flip(0, 1)  # moments = upper upper^T, so their inverse is (upper^-1)^T upper^-1
-    return torch.linalg.solve_triangular(upper, torch.eye(n, dtype=upper.dtype), upper=True)
+    upper = lower.flip(0, 1)
+    del lower
+    return _inverse(upper)  # (upper upper^T)^-1 = (upper^-1)^T upper^-1
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    """Of an upper triangular matrix; in place where it is large. By halves, as a third of what solving for a whole
+    identity takes is not known to be zero."""
+    n = len(upper)
+    if n <= LEAST:
+        return torch.linalg.solve_triangular(upper, torch.eye(n, dtype=upper.dtype), upper=True)
+    a, b, d = (slice(0, n // 2), slice(0, n // 2)), (slice(0, n // 2), slice(n // 2, n)), (slice(n // 2, n),) * 2
+    solved = torch.linalg.solve_triangular(upper[a], upper[b], upper=True)
+    upper[b] = -torch.linalg.solve_triangular(upper[d], solved, upper=True, left=False)
+    upper[a], upper[d] = _inverse(upper[a]), _inverse(upper[d])
+    return upper
 
 
 def _of_diagonal(diagonal: Tensor, damping: float) -> Tensor:
@@ -78,7 +92,8 @@ def round_compensated(weight: Tensor, moments: Tensor, qtype: str, damping: floa
     size = fmt.block_size
     known = moments.dim() == 2
     order = block_order(moments.diagonal() if known else moments, size)
-    factor = inverse_factor(moments[order][:, order], damping) if known else _of_diagonal(moments[order], damping)
+    factor = inverse_factor(moments, order, damping) if known else _of_diagonal(moments[order], damping)
+    del moments  # of which there may be half a gigabyte
     w = weight.float()[:, order].clone()
     codes = torch.empty(rows, cols // size, size)
     fields: list[Tensor] = [torch.empty(rows, cols // size) for _ in range(2 if fmt.min_bytes else 1)]
@@ -171,27 +186,28 @@ def _best(
     """Rounds blocks [rows, 32] by every candidate, each column's error made good by the next ones, and keeps the
     cheapest, or what is ``known`` already where that is."""
     low, high = code_range(fmt)
-    d, m = to_f16(candidates[0].nan_to_num(0.0, 0.0, 0.0)), candidates[1].clamp(-65504, 65504).half().float()
+    d, m = (to_f16(candidates[0].nan_to_num(0.0, 0.0, 0.0)), candidates[1].clamp(-65504, 65504).half().float())
+    d, m, n = d[..., 0], m[..., 0], len(own)
     per_d = reciprocal(d)
-    left = w.expand(len(d), *w.shape).clone()
-    codes, values, errors = torch.empty_like(left), torch.empty_like(left), torch.empty_like(left)
-    for j in range(len(own)):
-        column = left[:, :, j : j + 1]
-        q = ((column - m) * per_d).round_().clamp_(low, high)
-        value = q * d + m
-        error = (column - value) / own[j, j]
-        codes[:, :, j : j + 1], values[:, :, j : j + 1], errors[:, :, j : j + 1] = q, value, error
-        if j + 1 < len(own):
-            left[:, :, j + 1 :] -= error * own[j, j + 1 :]
-    cost = errors.square().sum(2)
+    left = w.T[:, None].repeat(1, len(d), 1)  # [32, candidates, rows], as errors go from column to column
+    codes, errors = torch.empty_like(left), torch.empty_like(left)
+    for j in range(n):
+        torch.sub(left[j], m, out=codes[j]).mul_(per_d).round_().clamp_(low, high)
+        torch.addcmul(m, codes[j], d, out=errors[j])
+        torch.sub(left[j], errors[j], out=errors[j]).div_(own[j, j])
+        if j + 1 < n:
+            left[j + 1 :].view(n - j - 1, -1).addr_(own[j, j + 1 :], errors[j].view(-1), alpha=-1)
+    cost = errors.square().sum(0)
     least, index = cost.min(0)
-    rows = torch.arange(len(w))
+    index = index[None]
 
     def pick(x: Tensor) -> Tensor:
-        return x[index, rows]
+        return x.gather(-2, index.expand(*x.shape[:-2], *index.shape)).squeeze(-2)
 
-    fields = (pick(d)[:, 0],) if not fmt.min_bytes else (pick(d)[:, 0], pick(m)[:, 0])
-    choice = _Choice(pick(codes), fields, pick(values), pick(errors), least)
+    own_d, own_m, own_codes = pick(d), pick(m), pick(codes).T
+    fields = (own_d, own_m) if fmt.min_bytes else (own_d,)
+    values = torch.addcmul(own_m[:, None], own_codes, own_d[:, None])
+    choice = _Choice(own_codes, fields, values, pick(errors).T, least)
     if known is None:
         return choice
     worse = known.cost <= choice.cost

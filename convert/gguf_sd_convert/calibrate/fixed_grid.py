@@ -37,7 +37,8 @@ def round_on_grid(weight: Tensor, moments: Tensor, qtype: str, damping: float = 
     blocks = quantize(weight, qtype)
     grid = _grid(blocks.view(-1, fmt.type_size), qtype, (rows, cols))
     order = block_order(moments.diagonal(), fmt.block_size)
-    factor = inverse_factor(moments[order][:, order], damping)
+    factor = inverse_factor(moments, order, damping)
+    del moments
     w, scale, offset = (x[:, order].clone() for x in (weight.float(), *grid))
     per_scale = reciprocal(scale)
     codes, cost = torch.empty(rows, cols, dtype=torch.uint8), torch.zeros(rows)

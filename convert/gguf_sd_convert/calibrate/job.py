@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gguf_sd.bench.calls import Samples, default_count, record
+from gguf_sd.bench.calls import Samples, default_count, prompts_for, record
 from gguf_sd.bench.prompts import default_prompts, read_prompts
 from gguf_sd.checkpoint.assign import Deferred
 from gguf_sd.checkpoint.metadata_keys import CALIBRATION
@@ -120,6 +120,7 @@ def _record(full: Path, source: Path, options: Calibration, steps: _Steps) -> tu
     pipeline = Pipeline(ModelFile.open(full), Execution.choose())
     prompts = read_prompts(options.prompts) if options.prompts else default_prompts(source)
     count = options.samples or default_count(pipeline.model.config)
+    prompts = prompts[: prompts_for(count)]
     steps.begin(len(prompts), "recording")
     return record(pipeline, prompts, count, progress=steps), len(prompts)
 

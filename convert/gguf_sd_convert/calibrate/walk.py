@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from gguf_sd.bench.calls import Samples
 from gguf_sd.checkpoint.assign import Deferred
-from gguf_sd.models.unet import Stage, UNet, timestep_embedding
-from gguf_sd_convert.calibrate.moments import Moments, columns, matrix, places, spans, unmatrix
+from gguf_sd.models.unet import UNet, timestep_embedding
+from gguf_sd_convert.calibrate.moments import Moments, columns, count_places, matrix, places, spans, unmatrix
+from gguf_sd_convert.calibrate.pieces import Inputs, Piece, pieces
 from gguf_sd_convert.calibrate.watch import Seen, in_order, watch
 
 BATCH_POSITIONS = 8192  # of latents, run at once
@@ -118,21 +119,25 @@ class Walk:
 
     def _unit(self, name: str, unit: nn.Module, size: tuple[int, int]) -> None:
         """One residual block, transformer or resampling."""
-        loaded = self._full(unit, name)
-        modules = [Stage([loaded]), Stage([copy.deepcopy(loaded)])]
+        modules = [self._full(unit, name)]
+        modules.append(copy.deepcopy(modules[0]))
+        made = [list(stream.h) for stream in self.streams]
+        own = {n.removeprefix(f"{name}.") for n in self.layers if n.startswith(f"{name}.") and not n.endswith(CROSS)}
+        for beginnings, piece in pieces(modules[0]):
 
-        def call(which: int, i: int) -> Tensor:
-            stream, part = self.streams[which], self.parts[i]
-            projected = stream.projected[self.samples.prompt[part]]
-            out: Tensor = modules[which](stream.h[i], self.emb[part], projected, size)
-            return out
+            def call(which: int, i: int, piece: Piece = piece) -> Tensor:
+                stream, part = self.streams[which], self.parts[i]
+                projected = stream.projected[self.samples.prompt[part]]
+                return piece(modules[which], Inputs(stream.h[i], self.emb[part], projected, size), made[which][i])
 
-        own = {f"0{n.removeprefix(name)}" for n in self.layers if n.startswith(f"{name}.") and not n.endswith(CROSS)}
-        for group in in_order(modules[0], own, lambda: call(0, 0)) if own else []:
-            self._group(name, group, modules, call)
-        for i in range(len(self.parts)):
-            for which, stream in enumerate(self.streams):
-                stream.h[i] = call(which, i)
+            inside = {n for n in own if n.startswith(beginnings)}
+            for group in in_order(modules[0], inside, lambda call=call: call(0, 0)) if inside else []:  # type: ignore
+                self._group(name, group, modules, call)
+            for i in range(len(self.parts)):
+                for which in range(2):
+                    made[which][i] = call(which, i)
+        for stream, h in zip(self.streams, made, strict=True):
+            stream.h = h
 
     def _full(self, module: T, name: str) -> T:
         """A copy of a module of the UNet, in float32."""
@@ -155,7 +160,7 @@ class Walk:
             emb = emb + self._full(unet.label_emb, "label_emb")(s.vectors[s.prompt].float())
         return emb
 
-    def _group(self, unit: str, group: list[str], modules: list[Stage], call: Callable[[int, int], Tensor]) -> None:
+    def _group(self, unit: str, group: list[str], modules: list[nn.Module], call: Callable[[int, int], Tensor]) -> None:
         """Layers that are given the same input."""
         full = {name: modules[0].get_submodule(name) for name in group}
         sums: dict[str, Moments] = {}
@@ -165,15 +170,16 @@ class Walk:
                 for which, module in enumerate(modules)
             )
             for name, layer in full.items():
-                x, other = columns(layer, got[name].x), columns(layer, wanted[name].x)
+                count = count_places(layer, got[name].x)
+                each = count // (part.stop - part.start)
+                kept = self._kept(count, part)
+                x, other = columns(layer, got[name].x, kept), columns(layer, wanted[name].x, kept)
                 if name not in sums:
                     sums[name] = Moments(len(matrix(layer.weight)), spans(layer, x.shape[1]))  # type: ignore[arg-type]
-                d = _lacking(layer, other - x, wanted[name], got[name])
-                weights = self.samples.weights[part].repeat_interleave(len(x) // (part.stop - part.start))
-                kept = self._kept(len(x), part)
-                sums[name].add(x[kept], d[kept], weights[kept])
+                d = _lacking(layer, other - x, wanted[name], got[name], kept, each)
+                sums[name].add(x, d, self.samples.weights[part][kept // each])
         for name, layer in full.items():
-            whole = f"{unit}{name[1:]}"
+            whole = f"{unit}.{name}"
             values, bias = self.rounder(whole, matrix(layer.weight), layer.bias, sums.pop(name))  # type: ignore
             rounded = modules[1].get_submodule(name)
             rounded.weight = nn.Parameter(unmatrix(values, layer.weight.shape), requires_grad=False)  # type: ignore
@@ -181,10 +187,10 @@ class Walk:
                 rounded.bias = nn.Parameter(bias, requires_grad=False)
             self.progress(whole)
 
-    def _kept(self, rows: int, part: slice) -> slice | Tensor:
+    def _kept(self, rows: int, part: slice) -> Tensor:
         """Which of a batch's places are looked at: all, or an even share of MAX_PLACES."""
         share = MAX_PLACES * (part.stop - part.start) // len(self.samples)
-        return slice(None) if rows <= share else torch.randperm(rows, generator=_seeded(part.start))[:share]
+        return torch.arange(rows) if rows <= share else torch.randperm(rows, generator=_seeded(part.start))[:share]
 
 
 def kept(h: Tensor) -> Tensor:
@@ -192,14 +198,14 @@ def kept(h: Tensor) -> Tensor:
     return h.half() if h.shape[2] * h.shape[3] >= MANY else h
 
 
-def _lacking(layer: nn.Module, x: Tensor, wanted: Seen, got: Seen) -> Tensor:
-    """What the layer's output lacks, [places, rows], its input's difference being x [places, cols]."""
+def _lacking(layer: nn.Module, x: Tensor, wanted: Seen, got: Seen, kept: Tensor, each: int) -> Tensor:
+    """What the layer's output lacks at the places ``kept``, [places, rows], its input's difference there being x
+    [places, cols]; a picture has ``each`` places."""
     d = x @ matrix(layer.weight).T  # type: ignore[arg-type]
     if wanted.residual is not None and got.residual is not None:
-        d += places(wanted.residual) - places(got.residual)
+        d += places(wanted.residual)[kept] - places(got.residual)[kept]
     if wanted.emb is not None and got.emb is not None:
-        emb = wanted.emb - got.emb
-        d += emb.repeat_interleave(len(d) // len(emb), 0)
+        d += (wanted.emb - got.emb)[kept // each]
     return d
 
 
