@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Self
 
-from gguf_sd.field_checks import Between, Items, OneOf, checked_fields
+from gguf_sd.field_checks import Between, Items, OneOf, checked_fields, shown
 
 SIZE_IDS = 6 * 256  # of SDXL's vector: the embeddings of six sizes, beside the pooled text
 
@@ -73,14 +73,16 @@ class UNetConfig(_Config):
         levels = len(self.block_out_channels)
         for key in ("transformer_layers", "num_heads"):
             if len(value := getattr(self, key)) != levels:
-                raise ValueError(f"{key} is {list(value)}; it takes {levels} values, one a level of block_out_channels")
+                raise ValueError(
+                    f"{key} is {shown(value)}; it takes {levels} values, one a level of block_out_channels"
+                )
         _divided("norm_groups", self.norm_groups, "every width in block_out_channels", self.block_out_channels)
         if self.block_out_channels[0] % 2:
-            raise ValueError(f"block_out_channels is {list(self.block_out_channels)}; the first takes an even number")
+            raise ValueError(f"block_out_channels is {shown(self.block_out_channels)}; the first takes an even number")
         depths = (*self.transformer_layers[:-1], self.mid_transformer_layers)  # the mid block has the last level's
         for width, heads, depth in zip(self.block_out_channels, self.num_heads, depths, strict=True):
             if depth and width % heads:
-                raise ValueError(f"num_heads is {list(self.num_heads)}; each takes a divisor of its width, {width}")
+                raise ValueError(f"num_heads is {shown(self.num_heads)}; each takes a divisor of its width, {width}")
 
 
 @dataclass(frozen=True)

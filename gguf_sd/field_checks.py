@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any
 
+LONG_NAME = 200  # characters of a stranger's name that a sentence takes as it is
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
 
@@ -22,6 +23,11 @@ _SHORT.maxstring = _SHORT.maxother = 60
 def shown(value: object) -> str:
     """A value for an error message: short, however long or deep it is."""
     return _SHORT.repr(value)
+
+
+def called(text: str) -> str:
+    """A name, or another program's message, for a sentence: as it is, unless it is long or could not be printed."""
+    return text if len(text) <= LONG_NAME and text.isprintable() else shown(text)
 
 
 @dataclass(frozen=True)

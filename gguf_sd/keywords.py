@@ -11,6 +11,7 @@ from typing import Any
 
 from gguf_sd.checkpoint.hub_names import hub_name
 from gguf_sd.errors import GgufSdError
+from gguf_sd.field_checks import shown
 from gguf_sd.imaging.images import open_image
 from gguf_sd.request import MAX_SEED, Job, Request, requested_loras
 
@@ -37,7 +38,7 @@ ELSEWHERE = {
 def path(name: str, value: Any) -> Path:
     """A path, from a string or a path. Raises GgufSdError, with the setting's ``name``, for anything else."""
     if not isinstance(value, str | os.PathLike) or value == "":
-        raise GgufSdError(f"{name} takes a path, got {value!r}")
+        raise GgufSdError(f"{name} takes a path, got {shown(value)}")
     return Path(value)
 
 
@@ -108,7 +109,7 @@ def check_known(settings: Mapping[str, Any], known: Sequence[str]) -> None:
     """Raises GgufSdError for a name that is not known, with those that are near."""
     for name in settings:
         if name not in known:
-            raise GgufSdError(f"there is no setting {name!r}; {_near(name, known)}")
+            raise GgufSdError(f"there is no setting {shown(name)}; {_near(name, known)}")
 
 
 def _near(unknown: str, known: Sequence[str]) -> str:
@@ -128,5 +129,5 @@ def _texts(name: str, value: Any) -> list[str | None]:
         raise GgufSdError(f"{name} is an empty list; give at least one text")
     for text in texts:
         if not isinstance(text, str) and text is not None:
-            raise GgufSdError(f"{name} takes a text, or a list of texts, got {text!r}")
+            raise GgufSdError(f"{name} takes a text, or a list of texts, got {shown(text)}")
     return texts

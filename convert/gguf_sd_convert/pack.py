@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gguf_sd.checkpoint import inventory
 from gguf_sd.checkpoint import metadata_keys as keys
+from gguf_sd.checkpoint.file_bytes import read_bytes
 from gguf_sd.checkpoint.gguf_header import TensorInfo, is_gguf
 from gguf_sd.checkpoint.gguf_tensors import DTYPES
 from gguf_sd.checkpoint.mapped_file import JoinedFile, MappedFile
@@ -36,7 +37,6 @@ from gguf_sd_convert.progress import Progress, progress_bar
 from gguf_sd_convert.quantize.policy import Stored
 from gguf_sd_convert.quantize.requantize import file_type, type_label
 from gguf_sd_convert.sources.diffusers_config import checked_config
-from gguf_sd_convert.sources.entries import read_bytes
 from gguf_sd_convert.workers import in_order, workers
 from gguf_sd_convert.writer import GGUFSink, check_target
 

@@ -1,29 +1,28 @@
 """Textual inversion (Gal et al. 2022, arXiv:2208.01618): vectors that a word in a prompt stands for.
 
 Read are AUTOMATIC1111's files (``string_to_param`` or ``emb_params``), diffusers' (the word and its vectors) and pairs
-for SDXL (``clip_l`` and ``clip_g``). Pickles are opened with torch's weights-only unpickler.
+for SDXL (``clip_l`` and ``clip_g``). Pickles are read as descriptions, see :mod:`gguf_sd.checkpoint.pickles`.
 """
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gguf_sd.adapters.embedding_files import MAX_NAME, NO_NAME, EmbeddingFile
 from gguf_sd.checkpoint.finite import is_finite
+from gguf_sd.checkpoint.pickles import Call
 from gguf_sd.checkpoint.safetensors_header import is_safetensors
+from gguf_sd.checkpoint.torch_file import TorchFile
 from gguf_sd.config import ModelConfig
 from gguf_sd.errors import GgufSdError
-from gguf_sd.field_checks import shown
+from gguf_sd.field_checks import called, shown
 
 PAIRS = (("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1"))
 NAMELESS = {"*", "emb_params", "clip_l", "clip_g", "string_to_param.*", "text_encoders_0", "text_encoders_1"}
@@ -144,37 +143,17 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
             names = list(file.keys())
             return {name: file.get_tensor(name) for name in names[: MAX_TENSORS + 1]}
     except (OSError, SafetensorError) as error:
-        raise GgufSdError(f"cannot read the embedding {path}: {error}") from error
-
-
-class _ParameterDict:
-    """Stands for torch.nn.ParameterDict of old files: keeps its tensors, does nothing else."""
-
-    def __init__(self, *args: object) -> None:
-        self.found: dict[str, Tensor] = {}
-
-    def __setstate__(self, state: Any) -> None:
-        inner = state.get("_parameters", {}) if isinstance(state, dict) else {}
-        self.found = {str(key): value for key, value in dict(inner).items() if isinstance(value, Tensor)}
+        raise GgufSdError(f"cannot read the embedding {path}: {called(str(error))}") from error
 
 
 def _pickled(path: Path) -> dict[str, Tensor]:
-    stub: Any = (type("ParameterDict", (_ParameterDict,), {}), "torch.nn.modules.container.ParameterDict")
-    try:
-        with torch.serialization.safe_globals([stub]):
-            content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"Python code ({found[1]})" if found else "something other than tensors"
-        raise GgufSdError(f"{path} holds {what} and is refused; get the embedding as .safetensors") from error
-    except Exception as error:  # torch raises RuntimeError, EOFError, KeyError … for files that are damaged
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise GgufSdError(f"{path} is no embedding, or a damaged one: {reason[:100]}") from error
-    if isinstance(content, Mapping) and A1111 in content:
+    """Of a ParameterDict, in which old versions of AUTOMATIC1111 kept the vectors, the parameters are taken."""
+    file = TorchFile.open(path, "embedding")
+    content = file.content
+    if isinstance(content, dict) and A1111 in content:
         inner = content[A1111]
-        inner = inner.found if isinstance(inner, _ParameterDict) else inner
-        content = {f"{A1111}.*": value for value in inner.values()} if isinstance(inner, Mapping) else None
-    if isinstance(content, Tensor):
-        return {"*": content}
-    items = content.items() if isinstance(content, Mapping) else ()
-    return {str(name): value for name, value in items if isinstance(value, Tensor)}
+        if isinstance(inner, Call):
+            inner = inner.state.get("_parameters") if isinstance(inner.state, dict) else None
+        content = {f"{A1111}.*": value for value in inner.values()} if isinstance(inner, dict) else {}
+    found = file.tensors(content if isinstance(content, dict) else {"*": content})
+    return {name: tensor.load() for name, tensor in list(found.items())[: MAX_TENSORS + 1]}

@@ -18,6 +18,7 @@ from gguf_sd.checkpoint.safetensors_header import Table, is_safetensors, read_ta
 from gguf_sd.checkpoint.what_is_it import LORA, what_is
 from gguf_sd.config import ModelConfig
 from gguf_sd.errors import GgufSdError
+from gguf_sd.field_checks import called
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 # Leaves of each kind beside alpha: the sets of which one must be there whole, and those that may come with it.
@@ -76,7 +77,7 @@ class LoraFile:
         if not found:
             raise GgufSdError(
                 f"{path} fits no layer of this model ({_family(config)}){_made_for(table)}; its first tensor is "
-                f"{unmatched[0]}"
+                f"{called(unmatched[0])}"
             )
         changes = tuple(_change(path, table, config, target, leaves) for target, leaves in found.items())
         return cls(path, changes, tuple(unmatched))
@@ -92,7 +93,9 @@ def lora_table(path: Path) -> Table:
     table = read_table(path)
     if found := next(((kind, key) for key in table.tensors if (kind := refused(key))), None):
         kind, key = found
-        raise GgufSdError(f"{path} is a {kind} ({key}); gguf-sd takes LoRA, LoHa, LoKr and differences of weights")
+        raise GgufSdError(
+            f"{path} is a {kind} ({called(key)}); gguf-sd takes LoRA, LoHa, LoKr and differences of weights"
+        )
     if not any(split(key) for key in table.tensors):
         what_it_is = what_is({name: stored.shape for name, stored in table.tensors.items()})
         named = f" but {what_it_is.name}" if what_it_is not in (None, LORA) and what_it_is else ""

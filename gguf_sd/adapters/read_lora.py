@@ -17,6 +17,7 @@ from gguf_sd.adapters.targets import Target
 from gguf_sd.checkpoint.finite import is_finite
 from gguf_sd.config import ModelConfig
 from gguf_sd.errors import GgufSdError
+from gguf_sd.field_checks import called
 
 MAX_ALPHA = 1e6
 
@@ -49,9 +50,9 @@ def check_loras(loras: Iterable[Lora], config: ModelConfig) -> list[str]:
         file = _opened(lora.path, lora.stamp, config)
         _checked(lora.path, lora.stamp, config)
         if count := len(file.unmatched):
-            which = f"a tensor for no layer of this model: {file.unmatched[0]}"
+            which = f"a tensor for no layer of this model: {called(file.unmatched[0])}"
             if count > 1:
-                which = f"{count} tensors for no layer of this model, the first is {file.unmatched[0]}"
+                which = f"{count} tensors for no layer of this model, the first is {called(file.unmatched[0])}"
             notes.append(f"{lora.path} holds {which}; {len(file.changes)} layers take the others")
     return notes
 
@@ -96,4 +97,4 @@ def _read(path: Path, changes: Iterable[LayerChange]) -> Iterator[tuple[LayerCha
                         raise GgufSdError(f"{path}: tensor {key} holds NaN or infinity; get an intact copy of the LoRA")
                 yield change, tensors
     except (OSError, SafetensorError) as error:
-        raise GgufSdError(f"cannot read the LoRA {path}: {error}") from error
+        raise GgufSdError(f"cannot read the LoRA {path}: {called(str(error))}") from error

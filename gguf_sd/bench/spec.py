@@ -9,7 +9,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from gguf_sd.bench.prompts import MAX_PROMPTS
 from gguf_sd.errors import GgufSdError
+from gguf_sd.field_checks import called, shown
+from gguf_sd.input_files import open_input
 
 PEERS = ("diffusers",)
 # Settings of sampling: what each preset asks for, picture by picture.
@@ -21,6 +24,8 @@ PRESETS: dict[str, list[dict[str, Any]]] = {
 }
 SETTINGS = {"steps": (1, 1000), "guidance": (0, 100), "width": (8, 1 << 14), "height": (8, 1 << 14)}
 MAX_BYTES = 1 << 22
+KINDS = {"seed": int, "rounds": int, "device": str, "dtype": str, "weights": str, "clip": str, "recorded": dict}
+TAKES: dict[type, str] = {int: "a whole number", str: "texts", dict: "tables"}
 NAME = re.compile(r"[\w.+@-]{1,80}")
 
 
@@ -53,15 +58,15 @@ class Spec:
         if not names or len(set(names)) < len(names):
             raise GgufSdError("a comparison takes contestants of different names")
         if bad := [name for name in names if not NAME.fullmatch(name)]:
-            raise GgufSdError(f"{bad[0]!r} is no name for a contestant; it takes letters, digits and . + @ - _")
+            raise GgufSdError(f"{shown(bad[0])} is no name for a contestant; it takes letters, digits and . + @ - _")
         if programs := {c.program for c in self.contestants} - {"gguf-sd", *PEERS}:
-            raise GgufSdError(f"no peer {min(programs)!r}; choose from {', '.join(PEERS)}")
+            raise GgufSdError(f"no peer {shown(min(programs))}; choose from {', '.join(PEERS)}")
         if not self.prompts:
             raise GgufSdError("a comparison takes at least one prompt")
         if not 1 <= self.rounds <= 100:
-            raise GgufSdError(f"rounds is {self.rounds}; it takes 1 … 100")
+            raise GgufSdError(f"rounds is {shown(self.rounds)}; it takes 1 … 100")
         if not 0 <= self.seed < 1 << 63:
-            raise GgufSdError(f"seed is {self.seed}; it takes 0 … 2^63 - 1")
+            raise GgufSdError(f"seed is {shown(self.seed)}; it takes 0 … 2^63 - 1")
         for settings in self.settings:
             _check_settings(settings)
 
@@ -93,54 +98,69 @@ class Spec:
     @classmethod
     def from_toml(cls, path: Path) -> Spec:
         """Raises GgufSdError for a file that is none, or names and values that are unknown."""
-        try:
-            raw = path.read_bytes()
-            if len(raw) > MAX_BYTES:
-                raise GgufSdError(f"{path} has more than {MAX_BYTES} bytes; give a bench.toml")
-            table = tomllib.loads(raw.decode())
-        except OSError as error:
-            raise GgufSdError(f"cannot read {path}: {error.strerror}") from error
-        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise GgufSdError(f"{path} is no TOML: {error}") from error
+        table = _table(path)
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(table) - known):
-            raise GgufSdError(f"{path}: unknown key {unknown[0]!r}; it takes {', '.join(sorted(known))}")
+            raise GgufSdError(f"{path}: unknown key {shown(unknown[0])}; it takes {', '.join(sorted(known))}")
         try:
-            contestants = tuple(Contestant(**_strings(c)) for c in table.pop("contestants", []))
-            prompts = tuple(_text(p) for p in table.pop("prompts", []))
-            settings = tuple(dict(s) for s in table.pop("settings", [{}]))
-            kinds = {"seed": int, "rounds": int, "device": str, "dtype": str, "weights": str, "clip": str}
-            for name, kind in kinds.items():
+            contestants = tuple(Contestant(**_strings(c)) for c in _list(table, "contestants", dict))
+            prompts, settings = _list(table, "prompts", str), _list(table, "settings", dict)
+            for name, kind in KINDS.items():
                 if name in table and type(table[name]) is not kind:
-                    raise TypeError(f"{name} is {table[name]!r}")
-            return cls(contestants, prompts, settings or ({},), **table)
-        except (TypeError, ValueError) as error:
-            raise GgufSdError(f"{path}: {error}") from error
+                    raise TypeError(f"{name} is {shown(table[name])}; it takes {TAKES[kind]}")
+            if bad := next(
+                (x for x in table.get("recorded", {}).values() if not isinstance(x, str | int | float)), None
+            ):
+                raise TypeError(f"recorded holds {shown(bad)}; it takes texts and numbers")
+            return cls(contestants, tuple(prompts), tuple(settings) or ({},), **table)
+        except (TypeError, GgufSdError) as error:
+            raise GgufSdError(f"{path}: {called(str(error))}") from error
+
+
+def _table(path: Path) -> dict[str, Any]:
+    try:
+        with open_input(path) as file:
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise GgufSdError(f"{path} has more than {MAX_BYTES} bytes; give a bench.toml")
+        return tomllib.loads(raw.decode())
+    except OSError as error:
+        raise GgufSdError(f"cannot read {path}: {error.strerror}") from error
+    except RecursionError:
+        raise GgufSdError(f"{path} is no TOML that can be read: it is nested too deeply") from None
+    except ValueError as error:  # no UTF-8, no TOML, or a number of more digits than Python reads
+        raise GgufSdError(f"{path} is no TOML: {called(str(error))}") from error
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
     for key, value in settings.items():
         if key in ("sampler", "schedule"):
             if not isinstance(value, str):
-                raise GgufSdError(f"{key} is {value!r}; it takes a name")
+                raise GgufSdError(f"{key} is {shown(value)}; it takes a name")
         elif key not in SETTINGS:
-            raise GgufSdError(f"unknown setting {key!r}; choose from {', '.join([*SETTINGS, 'sampler', 'schedule'])}")
+            raise GgufSdError(
+                f"unknown setting {shown(key)}; choose from {', '.join([*SETTINGS, 'sampler', 'schedule'])}"
+            )
         elif isinstance(value, bool) or not isinstance(value, int | float):
-            raise GgufSdError(f"{key} is {value!r}; it takes a number")
+            raise GgufSdError(f"{key} is {shown(value)}; it takes a number")
         elif not SETTINGS[key][0] <= value <= SETTINGS[key][1]:
-            raise GgufSdError(f"{key} is {value}; it takes {SETTINGS[key][0]} … {SETTINGS[key][1]}")
+            raise GgufSdError(f"{key} is {shown(value)}; it takes {SETTINGS[key][0]} … {SETTINGS[key][1]}")
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"a prompt is {value!r}; it takes a text")
-    return value
+def _list(table: dict[str, Any], name: str, kind: type) -> list[Any]:
+    """Takes a list out of a table. Raises TypeError for what is none, or holds anything but ``kind``."""
+    values = table.pop(name, [])
+    if not isinstance(values, list) or len(values) > MAX_PROMPTS:
+        raise TypeError(f"{name} is {shown(values)}; it takes a list of up to {MAX_PROMPTS}")
+    if (bad := next((value for value in values if not isinstance(value, kind)), None)) is not None:
+        raise TypeError(f"{name} holds {shown(bad)}; it takes {TAKES[kind]}")
+    return values
 
 
 def _strings(table: dict[str, Any]) -> dict[str, str]:
     for key, value in table.items():
         if not isinstance(value, str):
-            raise TypeError(f"{key} of a contestant is {value!r}; it takes a text")
+            raise TypeError(f"{called(key)} of a contestant is {shown(value)}; it takes a text")
     return table
 
 

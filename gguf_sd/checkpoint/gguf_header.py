@@ -19,13 +19,12 @@ from typing import Any, BinaryIO
 
 from gguf_sd.checkpoint.ggml_types import GGML_TYPES, PLAIN, GGMLType
 from gguf_sd.errors import GgufSdError
-from gguf_sd.field_checks import shown
+from gguf_sd.field_checks import called
 from gguf_sd.input_files import open_input
 
 MAX_DIMS = 4
 MAX_ENTRIES = 1 << 16  # tensors, and metadata keys: SDXL has 2,600, ComfyUI-GGUF adds a key for each convolution
 MAX_NAME = 1 << 16  # bytes of a key or of a tensor's name
-LONG_NAME = 200  # characters of a name that a sentence takes as it is
 MAX_VALUE = 16 << 20  # bytes of one metadata value; the largest vocabularies have 10 MB
 MAX_STRINGS = 1 << 19  # in one array: a vocabulary and then some
 MAX_NESTED = 1 << 12  # arrays in arrays, in all
@@ -130,20 +129,15 @@ def _row(reader: _Reader) -> TensorInfo:
     name = reader.string(MAX_NAME)
     (dims,) = reader.unpack("I")
     if dims > MAX_DIMS:
-        raise reader.error(f"is damaged: tensor {_called(name)} has {dims} dimensions")
+        raise reader.error(f"is damaged: tensor {called(name)} has {dims} dimensions")
     shape = tuple(reversed(reader.unpack(f"{dims}Q")))
     number, offset = reader.unpack("IQ")
     if (kind := GGML_TYPES.get(number)) is None:
-        raise reader.error(f"holds tensor {_called(name)} in the unknown type {number}")
+        raise reader.error(f"holds tensor {called(name)} in the unknown type {number}")
     values, row = prod(shape), shape[-1] if shape else 1  # a tensor without dimensions is one value
     if values == 0 or values > reader.size * kind.block_size or row % kind.block_size:
-        raise reader.error(f"is damaged: tensor {_called(name)} of type {kind.name} has shape {list(shape)}")
+        raise reader.error(f"is damaged: tensor {called(name)} of type {kind.name} has shape {list(shape)}")
     return TensorInfo(name, kind, shape, offset, values // kind.block_size * kind.type_size)
-
-
-def _called(name: str) -> str:
-    """A tensor's name for a sentence, where damage may have made it anything."""
-    return name if len(name) <= LONG_NAME and name.isprintable() else shown(name)
 
 
 def _placed(reader: _Reader, rows: list[TensorInfo], start: int) -> dict[str, TensorInfo]:
@@ -151,10 +145,10 @@ def _placed(reader: _Reader, rows: list[TensorInfo], start: int) -> dict[str, Te
     for row in rows:
         end = start + row.offset + row.nbytes
         if row.name in tensors:
-            raise reader.error(f"is damaged: two tensors are called {_called(row.name)}")
+            raise reader.error(f"is damaged: two tensors are called {called(row.name)}")
         if end > reader.size:
             raise reader.error(
-                f"is truncated: tensor {_called(row.name)} ends at byte {end}, the file at {reader.size}; "
+                f"is truncated: tensor {called(row.name)} ends at byte {end}, the file at {reader.size}; "
                 "download or convert it again"
             )
         tensors[row.name] = TensorInfo(row.name, row.type, row.shape, start + row.offset, row.nbytes)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from gguf_sd.errors import GgufSdError
+from gguf_sd.field_checks import called
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "safety_checker")  # with weights
 SETTINGS = ("tokenizer", "tokenizer_2", "scheduler", "feature_extractor")  # without
@@ -31,13 +32,15 @@ def wanted_files(files: Iterable[str], where: str) -> tuple[list[str], str | Non
         if len(found) == 1:
             return found, found[0]
         if found:
-            raise GgufSdError(f"{where} holds several models, {listed(found)}; name one of them: {where}/{found[0]}")
+            raise GgufSdError(
+                f"{where} holds several models, {listed(found)}; name one of them: {where}/{called(found[0])}"
+            )
     held = f"it holds {listed(names)}" if names else "it is empty"
     raise GgufSdError(f"{where} holds no model that gguf-sd reads (.gguf, .safetensors, diffusers); {held}")
 
 
 def listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
+    return ", ".join(map(called, names[:NAMED])) + (", …" if len(names) > NAMED else "")
 
 
 def _pipeline(names: Sequence[str], where: str) -> list[str]:

@@ -13,12 +13,14 @@ from urllib.parse import unquote, urlsplit
 
 from gguf_sd.errors import GgufSdError
 from gguf_sd.field_checks import shown
+from gguf_sd.input_files import is_there
 
 FILES = (".gguf", ".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # of weights
 PART = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_-])?")  # of a repository's name, as the Hub has them
 LINK = re.compile(r"https?:/+", re.IGNORECASE)  # a Path has lost one of the slashes
 HOSTS = {"huggingface.co", "www.huggingface.co", "hf.co"}
 MAX_NAME = 1000  # characters
+EXAMPLE = "https://huggingface.co/org/repo/blob/main/file.gguf"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def hub_name(text: str | os.PathLike[str]) -> HubName | None:
     """What a model is called on the Hub; None for what is there on the disk, or looks like a path. Raises GgufSdError
     for links that lead to no model."""
     name = os.fspath(text)
-    if len(name) > MAX_NAME or Path(name).exists():
+    if len(name) > MAX_NAME or is_there(Path(name)):
         return None
     if LINK.match(name):
         return _of_link(LINK.sub("https://", name))
@@ -61,7 +63,10 @@ def _clean(parts: list[str]) -> bool:
 
 
 def _of_link(link: str) -> HubName:
-    address = urlsplit(link)
+    try:
+        address = urlsplit(link)
+    except ValueError:  # a bracket that belongs to no address
+        raise GgufSdError(f"{shown(link)} is no link; give one such as {EXAMPLE}") from None
     own = urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc
     if address.netloc.lower() not in HOSTS | ({own.lower()} if own else set()):
         raise GgufSdError(
@@ -74,9 +79,7 @@ def _of_link(link: str) -> HubName:
             parts[3:6] = ["/".join(parts[3:6])]
         revision, parts = parts[3], parts[:2] + parts[4:]
     if len(parts) < 2 or not all(PART.fullmatch(part) for part in parts[:2]) or not _clean(parts[2:]):
-        raise GgufSdError(
-            f"{shown(link)} is no link to a model; give one such as https://huggingface.co/org/repo/blob/main/file.gguf"
-        )
+        raise GgufSdError(f"{shown(link)} is no link to a model; give one such as {EXAMPLE}")
     return HubName(f"{parts[0]}/{parts[1]}", "/".join(parts[2:]), revision)
 
 

@@ -16,6 +16,7 @@ from gguf_sd.input_files import open_input
 from gguf_sd.json_text import MAX_TABLE, json_object
 
 MAX_DIMS = 8
+MAX_NAME = 1000  # characters of a tensor's name; the longest that any program writes have 150
 BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6,
     "F6_E3M2": 6, "C64": 64, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8,
@@ -72,6 +73,8 @@ def read_table(path: Path) -> Table:
         raise GgufSdError(
             f"{path} is damaged: __metadata__ in its header is {shown(metadata)}; it takes an object of texts"
         )
+    if (longest := max(map(len, header), default=0)) > MAX_NAME:
+        raise GgufSdError(f"{path} is damaged: a tensor has a name of {longest:,} characters")
     tensors = {name: _stored(path, name, row, 8 + length, size) for name, row in header.items()}
     return Table(size, metadata, tensors)
 

@@ -26,7 +26,7 @@ from gguf_sd.checkpoint.tensor_names import UNET, VAE, canonical_names, rename, 
 from gguf_sd.checkpoint.tiny_family import tiny_family
 from gguf_sd.config import SD15, VAEConfig
 from gguf_sd.errors import GgufSdError
-from gguf_sd.field_checks import shown
+from gguf_sd.field_checks import called, shown
 from gguf_sd.imaging.preview import family
 from gguf_sd.input_files import open_input
 from gguf_sd.json_text import read_json_object
@@ -292,7 +292,9 @@ def _open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise GgufSdError(f"{path} is damaged or no safetensors file: {error}; download it again") from error
+        raise GgufSdError(
+            f"{path} is damaged or no safetensors file: {called(str(error))}; download it again"
+        ) from error
 
 
 def _shapes(path: Path) -> Shapes:
@@ -310,4 +312,6 @@ def _read(file: Any, path: Path, name: str) -> Tensor:
     try:
         return file.get_tensor(name).clone()  # its own memory: what safetensors returns is the mapped file
     except (SafetensorError, AttributeError, RuntimeError) as error:
-        raise GgufSdError(f"{path}: cannot read tensor {name}: {error}; get the VAE in float16 or float32") from error
+        raise GgufSdError(
+            f"{path}: cannot read tensor {called(name)}: {called(str(error))}; get the VAE in float16 or float32"
+        ) from error

@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from gguf_sd.cli.controls import given_controls, ready_controls
     from gguf_sd.cli.recorded import make_request, recorded_vae, warn_of_other_model
     from gguf_sd.cli.recorded_adapters import recorded_adapters
+    from gguf_sd.cli.resume import with_earlier_seed
     from gguf_sd.imaging.outputs import Outputs
     from gguf_sd.imaging.png_metadata import read_parameters
 
@@ -64,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     outputs = Outputs(args.output, request.count, [path for path in given if path is not None], args.force)
     if args.preview:
         outputs.check_preview()
+    if args.resume:
+        request = with_earlier_seed(request, outputs)
     dtype = args.dtype or recorded.get("dtype", "auto")
     _check_engine(args, dtype, vae)
 
@@ -161,12 +164,14 @@ def paint(pipeline: Pipeline, job: Job, outputs: Outputs, args: argparse.Namespa
     """Paints, saves and tells what was saved, when it is interrupted too."""
     for note in [] if args.quiet else _notes(pipeline, args):
         print(note, file=sys.stderr)
+    text = _texts(pipeline, vae)
+    done = _finished(job, outputs, text, args) if args.resume else set()
     files: list[dict[str, Any]] = []
     ran: dict[str, Any] = {}  # how the last picture was painted
     started = time.perf_counter()
     interrupted = False
     try:
-        for file in _saved(pipeline, job, outputs, args, vae, ran):
+        for file in _saved(pipeline, job, outputs, args, text, done, ran):
             files.append(file)
     except KeyboardInterrupt:
         interrupted = True
@@ -174,7 +179,36 @@ def paint(pipeline: Pipeline, job: Job, outputs: Outputs, args: argparse.Namespa
     finally:
         seconds = round(time.perf_counter() - started, 3)
         if files or interrupted or sys.exc_info()[0] is None:
-            _tell(files, _report(pipeline, job, ran, seconds, interrupted) if args.json else None)
+            kept = [str(outputs.named(index)) for index in sorted(done)]
+            report = _report(pipeline, job, ran, seconds, interrupted) | {"kept": kept} if args.json else None
+            _tell(files, report)
+
+
+def _texts(pipeline: Pipeline, vae: Path | None) -> Callable[[Picture], str]:
+    """What gives the settings that a picture carries."""
+    from gguf_sd.cli.recorded import vae_hash
+    from gguf_sd.imaging.png_metadata import parameters
+
+    model, name, digest = pipeline.model, "" if vae is None else vae.name, vae_hash(vae)
+
+    def text(picture: Picture) -> str:
+        return parameters(picture, model.path.stem, model.source_hash, _dtype(pipeline), name, digest)
+
+    return text
+
+
+def _finished(job: Job, outputs: Outputs, text: Callable[[Picture], str], args: argparse.Namespace) -> set[int]:
+    """The pictures that an earlier run has left."""
+    from PIL import Image
+
+    from gguf_sd.cli.resume import finished
+    from gguf_sd.pipeline import Picture
+
+    nothing = Image.new("RGB", (1, 1))
+    done = finished(outputs, job, lambda seed: text(Picture(nothing, seed, job)))
+    if done and not args.quiet:
+        print(f"{len(done)} of {job.count} pictures are there already, and kept", file=sys.stderr)
+    return done
 
 
 def show_plan(pipeline: Pipeline, job: Job, as_json: bool) -> None:
@@ -191,22 +225,18 @@ def _saved(
     job: Job,
     outputs: Outputs,
     args: argparse.Namespace,
-    vae: Path | None,
+    text: Callable[[Picture], str],
+    done: set[int],
     ran: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
-    """Paints; yields path, seed and flag of each picture once it is on the disk."""
+    """Paints what is not ``done``; yields path, seed and flag of each picture once it is on the disk."""
     from gguf_sd.cli.progress import progress_bar
-    from gguf_sd.cli.recorded import vae_hash
-    from gguf_sd.imaging.png_metadata import parameters
+    from gguf_sd.cli.resume import remaining
     from gguf_sd.pipeline import Picture
 
-    model, vae_digest = pipeline.model, vae_hash(vae)
-
-    def text(picture: Picture) -> str:
-        name = "" if vae is None else vae.name
-        return parameters(picture, model.path.stem, model.source_hash, _dtype(pipeline), name, vae_digest)
-
-    with progress_bar(job.steps_run * len(list(job.batches())), args.quiet, unit="step") as bar:
+    parts = remaining(job, done)
+    batches = sum(len(list(part.batches())) for part, _ in parts)
+    with progress_bar(job.steps_run * batches, args.quiet, unit="step") as bar:
         if pipeline.kernels != "torch":
             bar.set_description("compiling kernels")  # on first use; Triton keeps them on disk
 
@@ -217,7 +247,10 @@ def _saved(
                 image = pipeline.preview(step, job.safety)
                 outputs.save_preview(image, text(Picture(image, job.seed, job)))
 
-        for index, picture in enumerate(pipeline.paint(job, on_step)):
+        indices = [index for _, part in parts for index in part]
+        for index, picture in zip(indices, pipeline.paint([part for part, _ in parts], on_step), strict=True):
+            if index in done:
+                continue
             path = outputs.save(picture.image, index, text(picture))
             ran |= {"weights": picture.weights, "graph_bytes": picture.graph_bytes, "plan": picture.plan}
             yield {"path": str(path), "seed": picture.seed, "flagged": picture.flagged}

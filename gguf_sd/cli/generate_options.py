@@ -45,6 +45,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "from --lora-dir")  # fmt: skip
     add("-n", "--negative-prompt", help="what to keep away from; needs guidance above 1")
     add("-o", "--output", type=Path, help="PNG to write; several get -1, -2, … (default: the next free out-0001.png)")
+    add("--resume", action="store_true", help="go on where an earlier run of the same command stopped: keep the "
+        "pictures of --output that are there and whole, paint the others")  # fmt: skip
     add("--force", action="store_true", help="let --output replace a file that gguf-sd did not write")
     add_adapters(parser)
     add_sampling(parser)

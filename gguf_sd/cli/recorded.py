@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gguf_sd.errors import GgufSdError
-from gguf_sd.input_files import open_input
+from gguf_sd.input_files import is_there, open_input
 
 if TYPE_CHECKING:
     from gguf_sd.request import Request
@@ -74,7 +74,7 @@ def recorded_vae(args: argparse.Namespace, recorded: dict[str, Any], model: Path
     name = Path(recorded["vae"]).name  # a stranger's picture names files, not places
     for folder in (Path(), model.parent, args.settings.parent):
         path = folder / name
-        if name and path.exists() and vae_hash(path).startswith(recorded.get("vae_hash", "")):
+        if name and is_there(path) and vae_hash(path).startswith(recorded.get("vae_hash", "")):
             return path
     log.warning("%s was painted with the VAE %s, which is not here; give it with --vae", args.settings, name)
     return None

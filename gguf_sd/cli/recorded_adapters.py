@@ -14,6 +14,7 @@ from gguf_sd.adapters.lora import SUFFIX, TAG, as_loras, parse_weights, short_ha
 from gguf_sd.errors import GgufSdError
 from gguf_sd.field_checks import shown
 from gguf_sd.imaging.png_metadata import read_hashes
+from gguf_sd.input_files import is_there
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,10 @@ def _loras(args: argparse.Namespace, recorded: dict[str, Any], folders: Iterable
 def _find(folders: Iterable[Path], names: Iterable[str], wanted: str, hash_of: Callable[[Path], str]) -> Path | None:
     """The first file of one of these names, and with this beginning of its hash if there is one."""
     for path in (folder / Path(name).name for folder in folders for name in names):
-        if path.is_file() and (not wanted or hash_of(path).startswith(wanted) or wanted.startswith(hash_of(path))):
+        if (
+            is_there(path)
+            and path.is_file()
+            and (not wanted or hash_of(path).startswith(wanted) or wanted.startswith(hash_of(path)))
+        ):
             return path
     return None

@@ -13,7 +13,8 @@ from pathlib import Path
 from PIL import Image
 
 from gguf_sd.errors import GgufSdError
-from gguf_sd.imaging.png_metadata import PARAMETERS, written_by_us
+from gguf_sd.imaging.images import open_image
+from gguf_sd.imaging.png_metadata import PARAMETERS, text_of, written_by_us
 from gguf_sd.imaging.save_png import save_png
 
 STEM = "out"
@@ -43,7 +44,20 @@ class Outputs:
         _check_folder(output)
         self.preview = output.with_suffix(".preview.png")
         for index in range(0 if self.numbered else count):
-            self._check(self._named(index))
+            self._check(self.named(index))
+
+    def finished(self, index: int) -> str | None:
+        """The settings in picture ``index``, where an earlier run has left it there whole. Raises GgufSdError for a run
+        without a name."""
+        if self.numbered:
+            raise GgufSdError("--resume goes on with the pictures of --output; give that of the earlier run")
+        path = self.named(index)
+        if not written_by_us(path):
+            return None
+        try:
+            return text_of(open_image(path))
+        except GgufSdError:  # damaged: it is painted again
+            return None
 
     def check_preview(self) -> None:
         """Raises GgufSdError where previews would replace a file that is not ours."""
@@ -58,7 +72,7 @@ class Outputs:
         """Writes picture ``index`` of the run with its settings; the path that it got."""
         if self.numbered:
             return self._save_numbered(image, text)
-        path = self._named(index)
+        path = self.named(index)
         try:
             self._check(path)
             save_png(image, path, {PARAMETERS: text}, replace=os.path.lexists(path))
@@ -82,7 +96,8 @@ class Outputs:
             except FileExistsError:  # another process was faster
                 continue
 
-    def _named(self, index: int) -> Path:
+    def named(self, index: int) -> Path:
+        """Where picture ``index`` of a run goes that has a name."""
         path = self.output
         return path if self.count == 1 else path.with_name(f"{path.stem}-{index + 1}{path.suffix}")
 

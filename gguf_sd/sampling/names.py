@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from gguf_sd.errors import GgufSdError
+from gguf_sd.field_checks import shown
 
 SPACINGS = ("leading", "trailing", "linspace")
 GRID_SCHEDULES = ("model", *SPACINGS)  # of samplers that step on the training timesteps
@@ -101,7 +102,7 @@ _SCHEDULE_NAMES = {name: name for name in SCHEDULES} | _SCHEDULE_ALIASES
 def _unknown(kind: str, name: str, known: Iterable[str], choices: Iterable[str]) -> GgufSdError:
     near = list(dict.fromkeys(difflib.get_close_matches(_normal(name), known, n=3, cutoff=0.6)))
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return GgufSdError(f"unknown {kind} {name!r}; {hint}choose from {', '.join(choices)}")
+    return GgufSdError(f"unknown {kind} {shown(name)}; {hint}choose from {', '.join(choices)}")
 
 
 def resolve_sampler(name: str) -> tuple[str, str | None]:
@@ -130,6 +131,6 @@ def resolve_schedule(name: str, sampler: str) -> str:
         known = [other for other, ours in _SCHEDULE_NAMES.items() if ours in choices]
         raise _unknown("schedule", name, known, choices)
     if wanted not in choices:
-        called = f"{wanted!r}" if wanted == _normal(name) else f"{wanted!r} ({name})"
+        called = shown(wanted) if wanted == _normal(name) else f"{shown(wanted)} ({shown(name)[1:-1]})"
         raise GgufSdError(f"sampler {sampler!r} has no schedule {called}; with it, choose from {', '.join(choices)}")
     return wanted

@@ -14,6 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -94,7 +95,7 @@ class Server:
         ]
         app = FastAPI(title="gguf-sd", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
         app.router.routes.extend(routes)
-        for kind in (GgufSdError, ApiError, QueueFullError, HTTPException, Exception):
+        for kind in (GgufSdError, ApiError, QueueFullError, HTTPException, ClientDisconnect, Exception):
             app.add_exception_handler(kind, _answer_error)
         rules = self.settings.rules
         if rules.origins:
@@ -113,6 +114,8 @@ class Server:
 
 async def _answer_error(http: HttpRequest, error: Exception) -> Response:
     interface = interface_of(http.url.path)
+    if isinstance(error, ClientDisconnect):  # before the request was whole: nobody reads this
+        error = ApiError(400, "the request is not complete")
     if isinstance(error, HTTPException):
         error = ApiError(error.status_code, _sentence(error))
     told = as_api_error(error, interface)

@@ -59,7 +59,8 @@ class Desk:
             raise ApiError(404, f"there is no model {shown(model)}; GET the list of models", "model_not_found", "model")
         self.limits.check(settings, count)
         for name in ("prompt", "negative_prompt"):
-            self._check_loras(settings.get(name) or "")
+            if isinstance(text := settings.get(name), str):  # what is none the request refuses
+                self._check_loras(text)
         request = Request(**settings, batch=self.line.batch, lora_dir=self.lora_dir)
         job = self.shelf.prepare(model, request)
         self.limits.check({"width": job.width, "height": job.height, "steps": job.steps}, count)

@@ -80,7 +80,7 @@ class Guard:
         if self.rules.hosts and _name(host) not in self.rules.hosts:
             raise ApiError(421, "the server is not known by this name; see --allow-host", "unknown_host")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host and not self._allows(origin):
+        if origin is not None and _place(origin) != host and not self._allows(origin):
             raise ApiError(403, "pages of other origins may not ask; see --cors-origin", "cross_origin")
         length = headers.get("content-length", "0")
         if length.isascii() and length.isdigit() and int(length[:20]) > self.rules.upload:
@@ -105,6 +105,14 @@ def _name(host: str) -> str:
         return (urlsplit(f"//{host}").hostname or "").lower()
     except ValueError:
         return ""
+
+
+def _place(origin: str) -> str | None:
+    """Name and port of an origin; None for what is none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def given_key(authorization: str) -> str:

@@ -153,7 +153,7 @@ class Evil:
         ({"emb_params": torch.ones(1, 32, dtype=torch.int64)}, "is no embedding"),
         ({}, "is no embedding"),
         (Evil(), r"holds Python code \(print\) and is refused"),
-        (b"nonsense", "holds something other than tensors and is refused"),
+        (b"nonsense", "is no embedding, or a damaged one"),
         (b"PK\x03\x04nonsense", "is no embedding, or a damaged one"),
     ],
 )

@@ -38,7 +38,7 @@ def test_every_picture_is_painted_once_and_has_its_own_seed() -> None:
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("prompts = [1]", "a prompt is 1"),
+        ("prompts = [1]", "prompts holds 1; it takes texts"),
         ("nonsense = 1", "unknown key 'nonsense'"),
         ("= 3", "is no TOML"),
         ('prompts = ["x"]', "takes contestants"),

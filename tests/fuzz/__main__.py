@@ -1,13 +1,18 @@
-"""A long run by hand: `python -m tests.fuzz --seconds 3600 --json benchmarks/results/fuzz.json`, from the repository's
-root. Cases go by their number, kind after kind; `--first` begins elsewhere, `--kind KIND --first N --cases 1` repeats
-one. Ends at the first case that ends in anything but success or one sentence."""
+"""A long run by hand: `python -m tests.fuzz --json benchmarks/results/fuzz.json`, from the repository's root.
+
+Cases go by their number, kind after kind; `--first` begins elsewhere, `--kind KIND --first N --cases 1` repeats one.
+Cases that end in anything but success or one sentence, take longer than a second of the processor's or add more than
+300 MB are told, and the run goes on; the figures are written every thousand cases.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import platform
 import resource
+import sys
 import tempfile
 import time
 import warnings
@@ -17,53 +22,86 @@ from typing import Any
 
 from tests.conftest import Tiny, save_pipeline
 from tests.fuzz.cases import Cases
+from tests.fuzz.material import SMALL
+
+SECONDS, MEGABYTES = 1.0, 300
+EVERY = 1000
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=1_000_000)
-    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no further case begins")
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--kind")
+    parser.add_argument("--kind", action="append", help="may be given several times; default: all")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source"
-        save_pipeline(Tiny(safety=True), source)
-        report = run(Cases(source, Path(folder)), args)
-    print(json.dumps(report, indent=1))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def run(cases: Cases, args: argparse.Namespace) -> dict[str, Any]:
-    kinds = [args.kind] if args.kind else list(cases.kinds)
-    counts: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
-    slowest = dict.fromkeys(kinds, (0.0, 0))
-    began, memory = time.monotonic(), peak()
-    number = args.first
-    while number < args.first + args.cases and time.monotonic() - began < args.seconds:
-        kind = kinds[number % len(kinds)]
+        save_pipeline(Tiny(safety=True, **SMALL), source)
+        run = Run(Cases(source, Path(folder)), args)
         try:
-            outcome = cases.run(kind, number)
-        except BaseException:
-            print(f"case {number} of kind {kind}")
+            run.all()
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+    print(json.dumps(run.report(), indent=1))
+    return 1 if run.findings else 0
+
+
+class Run:
+    def __init__(self, cases: Cases, args: argparse.Namespace):
+        self.cases, self.args = cases, args
+        self.kinds = args.kind or list(cases.kinds)
+        self.counts: dict[str, Counter[str]] = {kind: Counter() for kind in self.kinds}
+        self.slowest = dict.fromkeys(self.kinds, (0.0, 0))
+        self.findings: list[str] = []
+        self.began, self.used, self.memory = time.monotonic(), time.process_time(), peak()
+        self.number = args.first
+
+    def all(self) -> None:
+        end = self.args.first + self.args.cases
+        while self.number < end and time.monotonic() - self.began < self.args.seconds:
+            self._one(self.kinds[self.number % len(self.kinds)], self.number)
+            self.number += 1
+            if self.args.json and (self.number % EVERY == 0 or self.number == end):
+                self.args.json.write_text(json.dumps(self.report(), indent=1) + "\n")
+
+    def _one(self, kind: str, number: int) -> None:
+        before = peak()
+        try:
+            outcome = self.cases.run(kind, number)
+        except KeyboardInterrupt:
             raise
-        counts[kind]["refused" if outcome.refused else "fine"] += 1
-        slowest[kind] = max(slowest[kind], (round(outcome.seconds, 3), number))
-        number += 1
-    return {
-        "cases": number - args.first,
-        "first": args.first,
-        "kinds": {
-            kind: {**counts[kind], "slowest_s": slowest[kind][0], "its_number": slowest[kind][1]} for kind in kinds
-        },
-        "seconds": round(time.monotonic() - began),
-        "memory_growth_mb": round((peak() - memory) / 1024),
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+        except BaseException as error:
+            self._found(kind, number, f"{type(error).__name__}: {error}")
+            return
+        self.counts[kind]["refused" if outcome.refused else "fine"] += 1
+        self.slowest[kind] = max(self.slowest[kind], (round(outcome.seconds, 3), number))
+        if outcome.seconds > SECONDS or peak() - before > MEGABYTES << 10:
+            self._found(kind, number, f"{outcome.seconds:.1f} s, {(peak() - before) >> 10} MB")
+
+    def _found(self, kind: str, number: int, what: str) -> None:
+        self.counts[kind]["found"] += 1
+        self.findings.append(f"{kind} {number}: {what[:200]!r}")
+        print(self.findings[-1], file=sys.stderr, flush=True)
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "cases": self.number - self.args.first,
+            "first": self.args.first,
+            "findings": self.findings[:100],
+            "kinds": {
+                kind: {**self.counts[kind], "slowest_s": self.slowest[kind][0], "its_number": self.slowest[kind][1]}
+                for kind in self.kinds
+            },
+            "seconds": round(time.monotonic() - self.began),
+            "seconds_of_the_processor": round(time.process_time() - self.used),
+            "memory_growth_mb": (peak() - self.memory) >> 10,
+            "python": platform.python_version(),
+            "date": time.strftime("%Y-%m-%d"),
+        }
 
 
 def peak() -> int:
@@ -72,4 +110,4 @@ def peak() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

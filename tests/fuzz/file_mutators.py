@@ -12,7 +12,9 @@ import zipfile
 import zlib
 from typing import Any
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from tests.fuzz.gguf_mutator import NUMBERS, TEXTS, mutated_json, nasty
 from tests.fuzz.text_mutator import mutated_settings
@@ -26,6 +28,8 @@ INSTRUCTIONS = (
     b"ccollections\nOrderedDict\n", b"ctorch._utils\n_rebuild_sparse_tensor\n", b"L" + b"9" * 5000 + b"L\n", b"\xff",
     b"I01\n", b"Vtext\n", b"\x8f", b"\x90", b"\x91", b"\x93", b"d", b"l", b".", b"ctorch\nSize\n", b"\x80\x05",
 )  # fmt: skip
+LEAVES = ("alpha", "lora_down.weight", "lora_up.weight", "lora_mid.weight", "hada_w1_a", "hada_t1", "lokr_w1_b",
+          "lokr_t2", "diff", "diff_b", "dora_scale", "lora_A.weight", "oft_blocks", "clip_g")  # fmt: skip
 PICTURE_FORMATS = ("PNG", "PNG", "PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO", "PCX", "TGA")
 
 
@@ -65,6 +69,31 @@ def mutated_safetensors(header: dict[str, Any], rng: random.Random) -> tuple[byt
     length = len(raw) if rng.random() < 0.9 else rng.choice(NUMBERS)
     size = size + 8 + len(raw) - (rng.randrange(100) if rng.random() < 0.1 else 0)
     return struct.pack("<Q", length) + raw, size
+
+
+def mutated_state(state: dict[str, Tensor], rng: random.Random) -> dict[str, Tensor]:
+    """A sound file's tensors, one or two of them of another name, shape, type or value."""
+    state = dict(state)
+    for _ in range(rng.choice((0, 1, 1, 1, 2))):
+        name, what = rng.choice(list(state)), rng.randrange(6)
+        tensor = state[name]
+        if what == 0:
+            del state[name]
+        elif what == 1:
+            stem, _, leaf = name.rpartition(".")
+            state[rng.choice((f"{stem}.{rng.choice(LEAVES)}", f"x{name}", f"{name}.{leaf}", leaf))] = state.pop(name)
+        elif what == 2:
+            shapes = ([0], [1], [2, 3], [1] * 9, [*tensor.shape, 1], [*tensor.shape[::-1]], [*tensor.shape[:-1], 7])
+            state[name] = torch.ones(rng.choice(shapes))
+        elif what == 3:
+            state[name] = tensor.to(rng.choice((torch.float16, torch.int64, torch.bool, torch.float8_e4m3fn)))
+        elif what == 4:
+            state[name] = torch.full_like(tensor.float(), rng.choice((float("nan"), float("inf"), -1e38, 0.0)))
+        else:
+            state[f"{name.rpartition('.')[0]}.{rng.choice(LEAVES)}"] = tensor
+        if not state:
+            break
+    return {name: tensor.clone().contiguous() for name, tensor in state.items()}
 
 
 def instructions(pickled: bytes) -> list[bytes]:

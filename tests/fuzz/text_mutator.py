@@ -15,11 +15,16 @@ PIECES = (
     "Schedule type: Karras", "Clip skip: 2", "Denoising strength: 0.5", "Model hash: 1234567890", "Crop: 1x2",
     'Version: "a, b"', "Hires upscale: 2", "Template: \"Negative prompt: x\\nSteps: 3\"",
 )  # fmt: skip
+SHORT = [piece for piece in PIECES if len(piece) < 100]
+LONG = 0.03  # of the texts: a hundred times as slow as the others, they find what is not linear
 
 
 def mutated_text(rng: random.Random) -> str:
-    """Up to a dozen pieces, some of them hundreds of times."""
-    pieces = [rng.choice(PIECES) * rng.choice((1, 1, 1, 1, 1, 1, 2, 300)) for _ in range(rng.randrange(1, 12))]
+    """Up to a dozen pieces, in some texts long ones and hundreds of times."""
+    if rng.random() < LONG:
+        pieces = [rng.choice(PIECES) * rng.choice((1, 1, 1, 1, 1, 1, 2, 300)) for _ in range(rng.randrange(1, 12))]
+    else:
+        pieces = [rng.choice(SHORT) * rng.choice((1, 1, 1, 1, 1, 1, 2, 30)) for _ in range(rng.randrange(1, 12))]
     return "".join(pieces)[:200_000]
 
 

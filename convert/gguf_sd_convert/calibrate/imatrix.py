@@ -88,7 +88,7 @@ def _calls(file: GGUFFile, config: ModelConfig) -> Samples:
         raise GgufSdError(f"{file.path} is damaged: it lacks {OWN}{missing[0]}")
     latents, timesteps, prompt, weights, contexts = (_plain(file, OWN + name) for name in FIELDS)
     vectors = _plain(file, OWN + "vectors") if OWN + "vectors" in file.tensors else None
-    unet, n = config.unet, len(latents)
+    unet, n = config.unet, len(latents) if latents.dim() else 0
     fits = latents.dim() == 4 and latents.shape[1] == unet.in_channels and 0 < n <= MAX_CALLS
     fits = fits and all(x.shape == (n,) for x in (timesteps, prompt, weights))
     fits = fits and contexts.dim() == 3 and contexts.shape[2] == unet.context_dim

@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gguf_sd.checkpoint.file_bytes import read_bytes
 from gguf_sd.checkpoint.safetensors_header import Stored, read_table
+from gguf_sd.checkpoint.torch_file import TorchFile, kind_of
 from gguf_sd.errors import GgufSdError
 from gguf_sd.field_checks import shown
 from gguf_sd.input_files import open_input
 from gguf_sd.json_text import MAX_TABLE, read_json_object
-from gguf_sd_convert.sources.entries import Checkpoint, Entry, read_bytes
-from gguf_sd_convert.sources.torch_file import open_torch_file
+from gguf_sd_convert.sources.entries import Checkpoint, Entry
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -49,7 +50,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if head[8:9] == b"{":  # first: the length before it may begin as a pickle does
         return open_safetensors(path)
     if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
-        return open_torch_file(path)
+        return open_ckpt(path)
     if path.suffix == ".safetensors":
         return open_safetensors(path)
     raise GgufSdError(
@@ -73,6 +74,17 @@ def _safetensors_entry(path: Path, name: str, stored: Stored) -> Entry:
 
 def _load(path: Path, stored: Stored, dtype: torch.dtype) -> Tensor:
     return read_bytes(path, stored.offset, stored.nbytes).view(dtype).view(stored.shape)
+
+
+def open_ckpt(path: Path) -> Checkpoint:
+    """A file of ``torch.save``: the tensors of its ``state_dict``, or else its own. Raises GgufSdError for what is
+    damaged, names Python code, or holds tensors that are not plain values in the file."""
+    file = TorchFile.open(path)
+    state = file.content.get("state_dict", file.content) if isinstance(file.content, dict) else file.content
+    if not isinstance(state, dict):
+        raise GgufSdError(f"{path} holds no state dict but {kind_of(state)}")
+    entries = {name: Entry(x.shape, x.dtype, x.load) for name, x in file.tensors(state).items()}
+    return Checkpoint(entries, (path,))
 
 
 def open_sharded(index: Path) -> Checkpoint:

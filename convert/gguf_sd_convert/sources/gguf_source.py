@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gguf_sd.checkpoint import metadata_keys as keys
 from gguf_sd.checkpoint.check_tensors import XL_TEXTS, text_names
+from gguf_sd.checkpoint.file_bytes import read_bytes
 from gguf_sd.checkpoint.gguf_file import GGUFFile
 from gguf_sd.checkpoint.gguf_header import TensorInfo
 from gguf_sd.checkpoint.gguf_tensors import DTYPES, as_tensor, dequantized
@@ -17,7 +18,7 @@ from gguf_sd.checkpoint.mapped_file import MappedFile
 from gguf_sd.checkpoint.model_file import ModelFile, own_config
 from gguf_sd.checkpoint.quant_tensor import QuantTensor
 from gguf_sd.config import ModelConfig
-from gguf_sd_convert.sources.entries import Blocks, Entry, read_bytes
+from gguf_sd_convert.sources.entries import Blocks, Entry
 from gguf_sd_kernels.formats import FORMATS
 
 

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 
+from gguf_sd.checkpoint import pickles, torch_file
+from gguf_sd.checkpoint.pickles import PickleError, read_pickle
 from gguf_sd.cli.main import main
 from gguf_sd.errors import GgufSdError
-from gguf_sd_convert.sources import pickles, torch_file
 from gguf_sd_convert.sources.checkpoints import open_checkpoint
-from gguf_sd_convert.sources.pickles import PickleError, read_pickle
 
 FLOAT8 = torch.arange(6.0).reshape(2, 3).to(torch.float8_e4m3fn)
 BASE = torch.arange(60.0).reshape(6, 10)

@@ -21,6 +21,7 @@ HARMLESS = re.compile(
     r"torch\.(\w*Storage|storage\.\w*Storage|Tensor|Size|device|nn\.parameter\.Parameter|serialization\._get_layout)"
     r"|torch\.(u?int[0-9]{1,2}|float[0-9]{1,2}|bfloat16|float8_\w+|bool|complex[0-9]{2,3}|per_\w+|q\w*int[0-9]{1,2})"
     r"|torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_from_type_v2"
+    r"|torch\.nn\.modules\.container\.ParameterDict"
     r"|collections\.(OrderedDict|defaultdict|Counter)|_codecs\.encode|numpy\.(dtype|ndarray)"
     r"|numpy\._?core\.multiarray\.(scalar|_reconstruct)"
     r"|(builtins|__builtin__)\.(set|frozenset|dict|list|tuple|bytearray|complex|slice|int|float|object)"
@@ -55,12 +56,13 @@ class Name:
     name: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Call:
-    """What a name was called with."""
+    """What a name was called with, and what was then set on what it returned."""
 
     name: str
     args: tuple[Any, ...]
+    state: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +159,9 @@ class _Machine:
     _newobj = _reduce
 
     def _build(self) -> None:
-        self.pop()  # attributes, which nobody here asks for
+        state = self.pop()
+        if isinstance(made := self.stack[-1], Call):
+            made.state = state
 
     def _binpersid(self) -> None:
         self.stack.append(Persistent(self.pop()))

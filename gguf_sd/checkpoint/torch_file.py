@@ -11,10 +11,9 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,15 +21,16 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from gguf_sd.checkpoint.file_bytes import read_bytes
+from gguf_sd.checkpoint.pickles import Call, ForbiddenNameError, Name, Persistent, PickleError, read_pickle
 from gguf_sd.errors import GgufSdError
-from gguf_sd.field_checks import shown
+from gguf_sd.field_checks import called, shown
 from gguf_sd.input_files import open_input
-from gguf_sd_convert.sources.entries import Checkpoint, Entry, read_bytes
-from gguf_sd_convert.sources.pickles import Call, ForbiddenNameError, Name, Persistent, PickleError, read_pickle
 
 MAX_PICKLE = 16 << 20  # bytes; a full training checkpoint of SDXL has 1 MB
 MAX_DIRECTORY = 8 << 20  # bytes of a zip archive's table of contents: 60,000 files
 MAX_DIMS = 8
+REBUILT = ("torch._utils._rebuild", "torch._tensor._rebuild")  # what makes tensors
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 STORAGES = {
     "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
@@ -61,30 +61,76 @@ class _Strided:
     stride: tuple[int, ...]
 
 
-def open_torch_file(path: Path) -> Checkpoint:
-    """The tensors of a file that ``torch.save`` wrote, of its ``state_dict`` where it has one. Raises GgufSdError for
-    what is damaged, names Python code, or holds tensors that are not plain values in the file."""
-    try:
-        with open_input(path) as file:
-            zipped = file.read(2) == b"PK"
-            file.seek(0)
-            content, places = _zipped(file, path) if zipped else _legacy(file, path)
-        state = content.get("state_dict", content) if isinstance(content, dict) else content
-        if not isinstance(state, dict):
-            raise GgufSdError(f"{path} holds no state dict but {_kind(state)}")
-        entries = {name: entry for name, value in state.items() if (entry := _entry(path, name, value, places))}
-    except OSError as error:
-        raise GgufSdError(f"cannot read {path}: {error.strerror}") from error
-    except ForbiddenNameError as error:
-        what = f"{path} holds Python code ({shown(error.args[0])[1:-1]}) and is refused"
-        raise GgufSdError(f"{what}; get the model as .safetensors") from None
-    except PickleError as error:
-        raise GgufSdError(f"{path} is no checkpoint, or a damaged one: {error}") from None
-    return Checkpoint(entries, (path,))
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file, read when it is asked for."""
+
+    path: Path
+    begin: int  # of the bytes that it touches
+    strided: _Strided
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.strided.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.strided.dtype
+
+    def load(self) -> Tensor:
+        """Contiguous. Raises GgufSdError where the file has become shorter or cannot be read."""
+        tensor = self.strided
+        values = read_bytes(self.path, self.begin, tensor.length * tensor.dtype.itemsize).view(tensor.dtype)
+        return values.as_strided(tensor.shape, tensor.stride).contiguous()
 
 
-def _kind(value: object) -> str:
-    return value.name if isinstance(value, Call | Name) else type(value).__name__
+@dataclass(frozen=True)
+class TorchFile:
+    """``content``: what was saved, as :func:`gguf_sd.checkpoint.pickles.read_pickle` describes it."""
+
+    path: Path
+    content: Any
+    places: Places
+
+    @classmethod
+    def open(cls, path: Path, what: str = "checkpoint") -> TorchFile:
+        """Raises GgufSdError, which calls the file ``what``, for what is damaged or names Python code."""
+        try:
+            with open_input(path) as file:
+                zipped = file.read(2) == b"PK"
+                file.seek(0)
+                return cls(path, *(_zipped(file, path) if zipped else _legacy(file, path)))
+        except OSError as error:
+            raise GgufSdError(f"cannot read {path}: {error.strerror}") from error
+        except ForbiddenNameError as error:
+            code = f"{path} holds Python code ({shown(error.args[0])[1:-1]}) and is refused"
+            raise GgufSdError(f"{code}; get the {what} as .safetensors") from None
+        except PickleError as error:
+            raise GgufSdError(f"{path} is no {what}, or a damaged one: {error}") from None
+
+    def tensors(self, values: Mapping[str, Any]) -> dict[str, StoredTensor]:
+        """The tensors among values out of ``content``. Raises GgufSdError for those that are not plain values in the
+        file."""
+        return {name: tensor for name, value in values.items() if (tensor := self._tensor(name, value)) is not None}
+
+    def _tensor(self, name: str, value: Any) -> StoredTensor | None:
+        while isinstance(value, Call) and value.name.startswith("torch._utils._rebuild_parameter") and value.args:
+            value = value.args[0]
+        if not isinstance(value, Call) or not value.name.startswith(REBUILT):
+            return None
+        try:
+            tensor = _strided(value, self.places)
+        except _ForeignError as error:
+            raise GgufSdError(
+                f"{self.path}: tensor {called(name)} is {error}; gguf-sd takes plain values on the CPU: save the model "
+                "so, or get it as .safetensors"
+            ) from None
+        return StoredTensor(self.path, self.places[tensor.storage][0] + tensor.offset * tensor.dtype.itemsize, tensor)
+
+
+def kind_of(value: object) -> str:
+    """What something in a description is, for a sentence."""
+    return called(value.name) if isinstance(value, Call | Name) else type(value).__name__
 
 
 class _Bounded(io.BufferedReader):
@@ -206,23 +252,6 @@ def _storage(value: Any) -> tuple[str, torch.dtype, int]:
     return key[2], STORAGES[kind], key[4]
 
 
-def _entry(path: Path, name: str, value: Any, places: Places) -> Entry | None:
-    """None for what is no tensor. Raises GgufSdError for a tensor that is not taken."""
-    while isinstance(value, Call) and value.name.startswith("torch._utils._rebuild_parameter") and value.args:
-        value = value.args[0]
-    if not isinstance(value, Call) or not value.name.startswith(("torch._utils._rebuild", "torch._tensor._rebuild")):
-        return None
-    try:
-        tensor = _strided(value, places)
-    except _ForeignError as error:
-        raise GgufSdError(
-            f"{path}: tensor {name} is {error}; gguf-sd takes plain values on the CPU: save the model so, or get it as "
-            ".safetensors"
-        ) from None
-    begin = places[tensor.storage][0] + tensor.offset * tensor.dtype.itemsize
-    return Entry(tensor.shape, tensor.dtype, partial(_load, path, begin, tensor))
-
-
 def _strided(call: Call, places: Places) -> _Strided:
     """``_rebuild_tensor`` takes storage, offset, size and stride; version 3 says the dtype of an untyped storage."""
     function = call.name.rpartition(".")[2]
@@ -234,7 +263,7 @@ def _strided(call: Call, places: Places) -> _Strided:
     if function.endswith("v3"):
         named = call.args[6] if len(call.args) > 6 else None
         if not isinstance(named, Name) or named.name not in DTYPES:
-            raise _ForeignError(f"of the dtype {_kind(named)}, which is not read")
+            raise _ForeignError(f"of the dtype {kind_of(named)}, which is not read")
         dtype, count = DTYPES[named.name], count // DTYPES[named.name].itemsize
     shape, stride = _whole(shape), _whole(stride)
     if len(shape) != len(stride) or type(offset) is not int or offset < 0:
@@ -253,12 +282,7 @@ def _whole(numbers: Any) -> tuple[int, ...]:
     if isinstance(numbers, Call) and numbers.name == "torch.Size" and numbers.args:
         numbers = numbers.args[0]
     if not isinstance(numbers, tuple | list) or len(numbers) > MAX_DIMS:
-        raise _ForeignError(f"damaged: its shape or stride is {_kind(numbers)}")
+        raise _ForeignError(f"damaged: its shape or stride is {kind_of(numbers)}")
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
         raise _ForeignError("damaged: its shape or stride is negative or no numbers")
     return tuple(numbers)
-
-
-def _load(path: Path, begin: int, tensor: _Strided) -> Tensor:
-    values = read_bytes(path, begin, tensor.length * tensor.dtype.itemsize).view(tensor.dtype)
-    return values.as_strided(tensor.shape, tensor.stride).contiguous()
