@@ -49,12 +49,21 @@ def _joined(pieces: list[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
 
 
+def plain_weights(conv: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a convolution, which is run here with other edges than its own. Raises TypeError for one whose
+    weights are in blocks, in 8 bits or still in a file: the memory plan gives bands an autoencoder that has none."""
+    if not isinstance(conv, nn.Conv2d) or conv.weight.is_meta:
+        raise TypeError(f"bands of rows take convolutions with plain weights, got {type(conv).__name__}")
+    return conv.weight, conv.bias
+
+
 def convolved(rows: Rows, conv: nn.Conv2d) -> Rows:
     """A 3x3 convolution of stride 1, with a pixel of zeros around the map."""
+    weight, bias = plain_weights(conv)
     above = band = None
     for below in chain(rows, (None,)):
         if band is not None:
-            made = [F.conv2d(_between(above, band, below), conv.weight, conv.bias, padding=(0, 1))]
+            made = [F.conv2d(_between(above, band, below), weight, bias, padding=(0, 1))]
             above, band = band[:, :, -1:].clone(), None
             yield made.pop()
         band = below
@@ -70,6 +79,7 @@ def _between(above: Tensor | None, band: Tensor, below: Tensor | None) -> Tensor
 def strided(rows: Rows, conv: nn.Conv2d, pad: Pad = BOTH_SIDES) -> Rows:
     """A 3x3 convolution of stride 2 of the map with ``pad`` zeros around it."""
     left, right, top, bottom = pad
+    weight, bias = plain_weights(conv)
     waiting: Tensor | None = None
     for band in chain(rows, (None,)):
         if band is None:
@@ -83,7 +93,7 @@ def strided(rows: Rows, conv: nn.Conv2d, pad: Pad = BOTH_SIDES) -> Rows:
         waiting = x[:, :, 2 * made :].clone()
         if made > 0:
             x = x[:, :, : 2 * made + 1].contiguous(memory_format=torch.channels_last)
-            yield F.conv2d(x, conv.weight, conv.bias, 2)
+            yield F.conv2d(x, weight, bias, 2)
 
 
 def upsampled(rows: Rows, conv: nn.Conv2d, values: int) -> Rows:
@@ -92,12 +102,13 @@ def upsampled(rows: Rows, conv: nn.Conv2d, values: int) -> Rows:
     Each of the four pixels that one becomes sees only 2x2 pixels of the small map, with the taps that fall on the same
     pixel summed. So four 2x2 convolutions do, 4/9 of the products, and the enlarged map never exists.
     """
-    kernels = _phase_kernels(conv.weight)
+    weight, bias = plain_weights(conv)
+    kernels = _phase_kernels(weight)
     small = (piece for band in rows for piece in bands(band, values, 4 * conv.out_channels))
     above = band = None
     for below in chain(small, (None,)):
         if band is not None:
-            made = [_phases(F.pad(_between(above, band, below), (1, 1)), kernels, conv.bias)]
+            made = [_phases(F.pad(_between(above, band, below), (1, 1)), kernels, bias)]
             above, band = band[:, :, -1:].clone(), None
             yield made.pop()
         band = below
