@@ -4,6 +4,7 @@
     gguf-sd convert /tmp/sd15.safetensors -o /tmp/sd15-q4_0.gguf --type q4_0 --tokenizer PATH
     python -m benchmarks.cpu.bench_memory --models sd15=/tmp/sd15-q4_0.gguf --budgets 0.8GB 1GB 1.5GB 2GB 3GB 6GB
     python -m benchmarks.cpu.bench_memory --models sd15=/tmp/sd15-q4_0.gguf --sizes 512 768 1024 --batches 1 2 4
+    python -m benchmarks.cpu.memory_table     # the README's
 
 Two batches of one step are painted, so that the second runs beside all parts that stay loaded. A budget that nothing
 fits is refused; the row says so. Results are added to those that the JSON file has, under model, size, batch and
@@ -42,10 +43,13 @@ class Case:
     size: int
     batch: int
     budget: str  # as for --max-memory; auto: what is free
+    steps: int = 1
+    options: str = ""  # more of generate's
 
     @property
     def key(self) -> str:
-        return f"{self.name} {self.size}x{self.size} batch {self.batch} {self.budget}"
+        more = (f" {self.steps} steps" if self.steps > 1 else "") + (f" {self.options}" if self.options else "")
+        return f"{self.name} {self.size}x{self.size} batch {self.batch} {self.budget}{more}"
 
 
 def measure(case: Case, batches: int, dtype: str) -> dict[str, Any]:
@@ -53,10 +57,10 @@ def measure(case: Case, batches: int, dtype: str) -> dict[str, Any]:
     guidance = "0" if ModelFile.open(case.path).config.unet.vector_dim else "7.5"
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "gguf_sd", "generate", str(case.path), "-p", "a lighthouse", "--json"]
-        command += ["--quiet", "--steps", "1", "--sampler", "euler", "--guidance", guidance, "--seed", "1"]
+        command += ["--quiet", "--steps", str(case.steps), "--sampler", "euler", "--guidance", guidance, "--seed", "1"]
         command += ["--device", "cpu", "--dtype", dtype, "--max-memory", case.budget, "-o", f"{folder}/out.png"]
         command += ["--width", str(case.size), "--height", str(case.size)]
-        command += ["--batch", str(case.batch), "--count", str(case.batch * batches)]
+        command += ["--batch", str(case.batch), "--count", str(case.batch * batches), *case.options.split()]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 2:
         return {"refused": done.stderr.strip()}
@@ -104,7 +108,7 @@ def shown(key: str, result: dict[str, Any]) -> str:
 def cases(args: argparse.Namespace) -> list[Case]:
     models = [model.split("=", 1) for model in args.models]
     return [
-        Case(name, Path(path), size, batch, budget)
+        Case(name, Path(path), size, batch, budget, args.steps, args.options)
         for (name, path), size, batch, budget in product(models, args.sizes, args.batches, args.budgets)
     ]
 
@@ -117,6 +121,8 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", default=["auto"], help="as for --max-memory (auto: what is free)")
     parser.add_argument("--repeat", type=int, default=2, metavar="N", help="batches that are painted (2)")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--steps", type=int, default=1, help="of each batch (1)")
+    parser.add_argument("--options", default="", help="more of generate's, such as --options=--medvram")
     parser.add_argument("--output", type=Path, default=RESULTS, help=f"JSON file to add to ({RESULTS.name})")
     args = parser.parse_args()
     known = json.loads(args.output.read_text()) if args.output.is_file() else {}

@@ -51,12 +51,21 @@ def _joined(pieces: list[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
 
 
+def plain_weights(conv: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a convolution, which is run here with other edges than its own. Raises TypeError for one whose
+    weights are in blocks, in 8 bits or still in a file: the memory plan gives bands an autoencoder that has none."""
+    if not isinstance(conv, nn.Conv2d) or conv.weight.is_meta:
+        raise TypeError(f"bands of rows take convolutions with plain weights, got {type(conv).__name__}")
+    return conv.weight, conv.bias
+
+
 def convolved(rows: Rows, conv: nn.Conv2d) -> Rows:
     """A 3x3 convolution of stride 1, with a pixel of zeros around the map."""
+    weight, bias = plain_weights(conv)
     above = band = None
     for below in chain(rows, (None,)):
         if band is not None:
-            made = [F.conv2d(_between(above, band, below), conv.weight, conv.bias, padding=(0, 1))]
+            made = [F.conv2d(_between(above, band, below), weight, bias, padding=(0, 1))]
             above, band = band[:, :, -1:].clone(), None
             yield made.pop()
         band = below
@@ -72,6 +81,7 @@ def _between(above: Tensor | None, band: Tensor, below: Tensor | None) -> Tensor
 def strided(rows: Rows, conv: nn.Conv2d, pad: Pad = BOTH_SIDES) -> Rows:
     """A 3x3 convolution of stride 2 of the map with ``pad`` zeros around it."""
     left, right, top, bottom = pad
+    weight, bias = plain_weights(conv)
     waiting: Tensor | None = None
     for band in chain(rows, (None,)):
         if band is None:
@@ -85,19 +95,20 @@ def strided(rows: Rows, conv: nn.Conv2d, pad: Pad = BOTH_SIDES) -> Rows:
         waiting = x[:, :, 2 * made :].clone()
         if made > 0:
             x = x[:, :, : 2 * made + 1].contiguous(memory_format=torch.channels_last)
-            yield F.conv2d(x, conv.weight, conv.bias, 2)
+            yield F.conv2d(x, weight, bias, 2)
 
 
 def upsampled(rows: Rows, conv: nn.Conv2d, values: int) -> Rows:
     """Twice the size by nearest neighbours, then a 3x3 convolution, see :mod:`gguf_sd_kernels.cpu.enlarged`; bands of
     about ``values`` numbers come out."""
-    kernels = phase_weights(conv.weight)
+    weight, bias = plain_weights(conv)
+    kernels = phase_weights(weight)
     small = (piece for band in rows for piece in bands(band, values, 4 * conv.out_channels))
     above = band = None
     for below in chain(small, (None,)):
         if band is not None:
             around = _between(above, band, below)
-            phases = (F.conv2d(around, kernel, conv.bias, padding=(0, 1)) for kernel in kernels)
+            phases = (F.conv2d(around, kernel, bias, padding=(0, 1)) for kernel in kernels)
             made = [interleaved(phases, band.shape[2], band.shape[3])]
             del around, phases
             above, band = band[:, :, -1:].clone(), None

@@ -30,9 +30,9 @@ from gguf_sd_kernels.reference.products import CHUNK_VALUES, PART_VALUES
 TILES = (64, 48, 32, 24, 16, 12, 8, 4)  # edges in latent pixels
 DECODING = 8  # bytes a value that decoding blocks takes besides the weight, on a CPU
 # What malloc's heap, where pieces of up to 32 MiB come from, loses to holes between them, unless a plan is frugal, see
-# gguf_sd.runtime.host_heap: a share of what they take, up to this. SD 1.5 at 512x512 in bfloat16, both halves at once,
-# 87 MB: 77 MB in the first step, 125 in later ones.
-HOLES_SHARE, HOLES = 1.4, 160 << 20
+# gguf_sd.runtime.host_heap: as much as they take, up to this. Measured in bfloat16 at 512x512: SD 1.5, both halves at
+# once, of 87 MB 77 in the first step and up to 125 in later ones; SDXL, one half, of 73 MB none to 60.
+HOLES = 160 << 20
 SLACK = 0.04  # share of what work allocates that lies idle in allocators
 STEP_DOWN = 0.7  # of the peak that ran out of memory
 HELD = ("resident", "int8")  # of weights, those that are in memory as a whole
@@ -302,7 +302,7 @@ class Planner:
         engine = machine.engine(decodes=quantized)
         step = activations.unet_step(self.config.unet, load.pictures, halves, load.size, tokens, engine, load.controls)
         if not machine.gpu and not choice.frugal:
-            step += min(int(HOLES_SHARE * step), HOLES)
+            step += min(step, HOLES)
         step += load.adapters * machine.itemsize
         if choice.weights == "int8":
             step += activations.joined_values(self.config.unet, load.pictures * halves, load.size)

@@ -17,10 +17,12 @@ from gguf_sd.config import VAEConfig
 from gguf_sd.demo import model_folder
 from gguf_sd.errors import GgufSdError
 from gguf_sd.models import tiled_vae
+from gguf_sd.models.int8 import use_int8_decoder
 from gguf_sd.models.kl_bands import Limits, Store
 from gguf_sd.models.tiny_vae import TinyAutoencoder
 from gguf_sd.models.vae import Autoencoder
 from gguf_sd.runtime.activations import Engine, vae_banded
+from gguf_sd_kernels.cpu import int8
 
 TAESD = Path(__file__).resolve().parents[3] / "shared" / "data" / "taesd"
 TILES = (1, 3, 6, 13)
@@ -173,3 +175,17 @@ def test_peak_memory_is_what_the_plan_counts_on(tile: int) -> None:
     peak = traced_peak(build)
     assert peak < 1.7 * map_bytes, "more than the finest map and the bands on their way"
     assert peak < 1.1 * vae_banded(config, (edge, edge), tile, Engine(4))
+
+
+def test_other_weights_than_plain_are_refused() -> None:
+    """Bands read weights themselves: what holds them otherwise must not be passed by."""
+    latents = torch.randn(1, SMALL.latent_channels, 16, 16)
+    if int8.has_operators():
+        vae = Autoencoder(SMALL).eval()
+        use_int8_decoder(vae)
+        with pytest.raises(TypeError, match="take convolutions with plain weights, got Int8Conv2d"):
+            tiled_vae.decode(vae, latents, 8)
+    with torch.device("meta"):
+        empty = Autoencoder(SMALL)
+    with pytest.raises(TypeError, match="got Conv2d"):
+        tiled_vae.decode(empty, latents, 8)

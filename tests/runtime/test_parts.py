@@ -14,9 +14,12 @@ from torch import Tensor
 from gguf_sd.models.layers import Quantized
 from gguf_sd.pipeline import Pipeline
 from gguf_sd.request import Request
+from gguf_sd.runtime import host_heap
 from gguf_sd.runtime.cuda_graph import Graphing
 from gguf_sd.runtime.part_bytes import part_bytes
 from gguf_sd.runtime.plan import Planner
+from gguf_sd_kernels.cpu import scratch
+from gguf_sd_kernels.reference import products
 
 SETTINGS: dict[str, Any] = {"steps": 2, "width": 32, "height": 32, "seed": 3, "safety": "off"}
 EVERY_PART = {"text 0", "unet", "vae"}
@@ -176,3 +179,31 @@ def test_the_sizes_of_parts(tiny_model: Path, weights: str) -> None:
         assert blocks + 4 * values == counts.loaded(4, weights if name == "unet" else "resident")
         if weights == "resident":
             assert values == counts.values
+
+
+def test_a_vae_that_only_decodes_is_its_decoder(tiny_model: Path) -> None:
+    """The encoder comes once a picture is started from, and both give the same picture."""
+    pipeline = load(tiny_model)
+    (picture,) = pipeline("a cat", **SETTINGS)
+    assert not hasattr(pipeline.parts._loaded["vae"].part, "encoder")
+    pipeline("a cat", image=picture, **SETTINGS)
+    assert hasattr(pipeline.parts._loaded["vae"].part, "encoder")
+    latents = torch.randn(1, pipeline.model.config.vae.latent_channels, 4, 4)
+    halves = [pipeline.model.load_vae(torch.float32, encodes).decode(latents) for encodes in (False, True)]
+    assert torch.equal(*halves)
+
+
+def test_a_frugal_plan_paints_the_same(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, with large weights decoded in parts, and what is freed given back at once."""
+    monkeypatch.setattr(products, "PART_VALUES", 1 << 10)
+    expected = load(tiny_model)("a cat", **SETTINGS)[0].tobytes()
+    pipeline, told = load(tiny_model), []
+    original = pipeline.planning.plan
+    monkeypatch.setattr(pipeline.planning, "plan", lambda planner: replace(original(planner), frugal=True))
+    job = pipeline.prepare(Request("a cat", **SETTINGS))
+    try:
+        (picture,) = pipeline.paint(job, lambda step: told.append((scratch.in_parts(), host_heap._state["frugal"])))
+    finally:
+        host_heap.be_frugal(False)
+    assert told == [(True, True)] * 2
+    assert picture.image.tobytes() == expected

@@ -68,6 +68,7 @@ def test_what_is_promised_of_every_plan(some: Planner, shares: list[float]) -> N
         assert plan.weights == some.weights or some.weights == "auto"
         assert plan.weights == "quantized" or plan.placement["unet"] != "streamed"
         assert plan.vae_tile is None or plan.vae_tile < max(some.workload.size)
+        assert not (plan.frugal and some.machine.gpu)
         seconds.append(some.seconds(plan))
         assert replace(some).plan(budget) == plan
     assert all(tight >= roomy for tight, roomy in itertools.pairwise(seconds))
