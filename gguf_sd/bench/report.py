@@ -37,8 +37,10 @@ COLUMNS = (
     ("psnr_mean", "mean PSNR", 2, 1),
     ("ssim", "SSIM", 4, 1),
     ("ms_ssim", "MS-SSIM", 4, 1),
+    ("lpips", "LPIPS", 4, 1),
     ("weighted", "UNet error", 4, 1),
     ("clip", "CLIP score", 2, 1),
+    ("fid", "FID", 2, 1),
     ("correct", "correct", 3, 1),
 )
 TIMED = {"load_s", "first_step_s", "step_s", "vae_s", "picture_s", "peak_rss", "peak_vram", "joules_picture"}

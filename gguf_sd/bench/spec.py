@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from gguf_sd.bench.peers import PEERS
 from gguf_sd.errors import GgufSdError
 
-PEERS = ("diffusers",)
 # Settings of sampling: what each preset asks for, picture by picture.
 PRESETS: dict[str, list[dict[str, Any]]] = {
     "quick": [{"steps": 8}],
@@ -20,17 +20,23 @@ PRESETS: dict[str, list[dict[str, Any]]] = {
     "turbo": [{"steps": n, "guidance": 0} for n in (1, 2, 4)],
 }
 SETTINGS = {"steps": (1, 1000), "guidance": (0, 100), "width": (8, 1 << 14), "height": (8, 1 << 14)}
+KINDS = {"seed": int, "rounds": int} | dict.fromkeys(
+    ("device", "dtype", "weights", "clip", "lpips", "fid", "sdcpp"), str
+)  # of what is not a list
 MAX_BYTES = 1 << 22
 NAME = re.compile(r"[\w.+@-]{1,80}")
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model and the program that paints with it: ``gguf-sd``, or one of PEERS."""
+    """A model and the program that paints with it: ``gguf-sd``, or one of PEERS. ``source`` and ``way``: what the
+    model was converted from, as the command named it, and how, so that it can be made again."""
 
     name: str
     model: str  # path
     program: str = "gguf-sd"
+    source: str = ""
+    way: str = ""  # a word of --types
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,9 @@ class Spec:
     dtype: str = "auto"
     weights: str = "auto"
     clip: str = ""  # folder of a CLIP model, for CLIP scores
+    lpips: str = ""  # file of a backbone, for LPIPS
+    fid: str = ""  # file of an Inception, for FID
+    sdcpp: str = ""  # stable-diffusion.cpp's program
     recorded: dict[str, Any] = field(default_factory=dict)  # versions, device, command
 
     def __post_init__(self) -> None:
@@ -81,7 +90,7 @@ class Spec:
             if folder is not None and path.is_relative_to(folder.resolve()):
                 contestant["model"] = path.relative_to(folder.resolve()).as_posix()
         lines = ["# gguf-sd bench FILE makes this comparison again.", ""]
-        for name in ("seed", "rounds", "device", "dtype", "weights", "clip"):
+        for name in KINDS:
             lines.append(f"{name} = {_value(plain[name])}")
         lines += ["prompts = [", *(f"  {_value(prompt)}," for prompt in self.prompts), "]"]
         lines += ["settings = [", *(f"  {_value(settings)}," for settings in self.settings), "]", ""]
@@ -109,8 +118,7 @@ class Spec:
             contestants = tuple(Contestant(**_strings(c)) for c in table.pop("contestants", []))
             prompts = tuple(_text(p) for p in table.pop("prompts", []))
             settings = tuple(dict(s) for s in table.pop("settings", [{}]))
-            kinds = {"seed": int, "rounds": int, "device": str, "dtype": str, "weights": str, "clip": str}
-            for name, kind in kinds.items():
+            for name, kind in KINDS.items():
                 if name in table and type(table[name]) is not kind:
                     raise TypeError(f"{name} is {table[name]!r}")
             return cls(contestants, prompts, settings or ({},), **table)

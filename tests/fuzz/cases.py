@@ -25,7 +25,8 @@ from gguf_sd.imaging.png_metadata import parse_parameters, read_parameters, writ
 from gguf_sd.prompt.find_tokenizer import read_tokenizer
 from gguf_sd.prompt.prompts import parse, unsupported
 from gguf_sd.prompt.tokenizer import Tokenizer
-from gguf_sd_convert.convert import ConvertOptions, convert, source_config
+from gguf_sd_convert.convert import ConvertOptions, convert
+from gguf_sd_convert.prepare import source_config
 from gguf_sd_convert.sources.checkpoints import open_checkpoint
 from tests.fuzz import file_mutators as files
 from tests.fuzz.gguf_mutator import mutated, mutated_json, take_apart
