@@ -127,7 +127,7 @@ def _paint(task: Task, folder: Path) -> Result:
         clock.put_into(result)
         picture.image.save(folder / f"{number:05}.png")
     result.joules = meter.joules() if meter else None
-    result.peak_vram = torch.cuda.max_memory_allocated(pipeline.device) if cuda else 0
+    result.peak_rss, result.peak_vram = peak_rss(), torch.cuda.max_memory_allocated(pipeline.device) if cuda else 0
     if task.calls is not None:
         from gguf_sd.bench.calls_file import predict
 

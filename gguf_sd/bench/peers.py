@@ -86,9 +86,10 @@ def check_samplers(names: Collection[str], samplers: Collection[str]) -> None:
 
 
 def sdcpp_program(given: str) -> str:
-    """The absolute path of stable-diffusion.cpp's program; raises GgufSdError where there is none."""
+    """stable-diffusion.cpp's program, as a name that is found in PATH or an absolute path; raises GgufSdError where
+    there is none."""
     if not given:
         raise GgufSdError(f"the peer sdcpp is a program: give its path by --sdcpp or in {SDCPP_ENV}")
     if (found := shutil.which(given)) is None:
         raise GgufSdError(f"{given} is no program; the peer sdcpp needs stable-diffusion.cpp's sd-cli")
-    return str(Path(found).resolve())
+    return given if given == Path(given).name else str(Path(found).resolve())

@@ -62,7 +62,7 @@ def run(
                 device=spec.device,
                 dtype=spec.dtype,
                 weights=spec.weights,
-                calls=str(folder / CALLS) if number == 0 and contestant.program == "gguf-sd" else None,
+                calls=str(folder / CALLS) if spec.errors and not number and contestant.program == "gguf-sd" else None,
                 record=i == 0,
                 sdcpp=spec.sdcpp,
             )

@@ -20,7 +20,7 @@ PRESETS: dict[str, list[dict[str, Any]]] = {
     "turbo": [{"steps": n, "guidance": 0} for n in (1, 2, 4)],
 }
 SETTINGS = {"steps": (1, 1000), "guidance": (0, 100), "width": (8, 1 << 14), "height": (8, 1 << 14)}
-KINDS = {"seed": int, "rounds": int} | dict.fromkeys(
+KINDS = {"seed": int, "rounds": int, "errors": bool} | dict.fromkeys(
     ("device", "dtype", "weights", "clip", "lpips", "fid", "sdcpp"), str
 )  # of what is not a list
 MAX_BYTES = 1 << 22
@@ -51,6 +51,7 @@ class Spec:
     device: str = "auto"
     dtype: str = "auto"
     weights: str = "auto"
+    errors: bool = True  # of the UNet's output by timestep, on recorded calls
     clip: str = ""  # folder of a CLIP model, for CLIP scores
     lpips: str = ""  # file of a backbone, for LPIPS
     fid: str = ""  # file of an Inception, for FID
@@ -83,12 +84,15 @@ class Spec:
         return list(range(len(self.prompts)))[number :: self.rounds]
 
     def to_toml(self, folder: Path | None = None) -> str:
-        """The text of ``bench.toml``; models inside ``folder`` are named from there, so that it can be moved."""
+        """The text of ``bench.toml``; models inside ``folder`` are named from there, so that it can
+        be moved, others as the command named them."""
         plain = asdict(self)
         for contestant in plain["contestants"]:
             path = Path(contestant["model"])
             if folder is not None and path.is_relative_to(folder.resolve()):
                 contestant["model"] = path.relative_to(folder.resolve()).as_posix()
+            elif contestant["source"] and not contestant["way"]:
+                contestant["model"] = contestant["source"]
         lines = ["# gguf-sd bench FILE makes this comparison again.", ""]
         for name in KINDS:
             lines.append(f"{name} = {_value(plain[name])}")

@@ -55,6 +55,8 @@ def add_parser(subparsers: Any) -> None:
     add("--device", default="auto", help="auto, cpu, cuda, …")
     add("--dtype", default="auto", help="auto, float32, float16, bfloat16")
     add("--weights", default="auto", help="auto, quantized or resident")
+    add("--no-errors", action="store_false", dest="errors", help="do not record the UNet's calls and measure its "
+        "output's error on them: minutes with large models on a CPU")  # fmt: skip
     add("--no-times", action="store_false", dest="times", help="leave times and memory out of the report: the machine "
         "is busy with other work")  # fmt: skip
     add("--resume", action="store_true", help="go on with an interrupted comparison in OUTPUT")
@@ -109,12 +111,12 @@ def _of_file(args: argparse.Namespace) -> Spec:
     base = path.resolve().parent
     found, conversions = [], []
     for contestant in spec.contestants:
-        model = base / contestant.model
-        if not model.exists():
+        model = next((p for p in (base / contestant.model, Path(contestant.model)) if p.exists()), None)
+        if model is None:
             source = next((p for p in (base / contestant.source, Path(contestant.source)) if p.exists()), None)
-            if not contestant.source or source is None:
-                told = f", nor does {contestant.source}, of which it was made" if contestant.source else ""
-                raise GgufSdError(f"{path}: {model} does not exist{told}")
+            if not contestant.way or source is None:
+                told = f", nor does {contestant.source}, of which it was made" if contestant.way else ""
+                raise GgufSdError(f"{path}: {contestant.model} does not exist{told}")
             model = args.output / "models" / f"{contestant.name}.gguf"
             conversions.append((source, model, _way(contestant.way)[1]))
         found.append(replace(contestant, model=str(model.resolve())))
@@ -148,14 +150,15 @@ def _of_arguments(args: argparse.Namespace) -> Spec:
     contestants, conversions = [], []
     for path in paths:
         if is_gguf(path):
-            contestants.append(Contestant(_name(path.stem), str(path.resolve())))
+            contestants.append(Contestant(_name(path.stem), str(path.resolve()), source=str(path)))
             continue
         for word, options in ways:
             target = args.output / "models" / f"{_name(path.stem)}-{word}.gguf"
             contestants.append(Contestant(target.stem, str(target.resolve()), source=str(path), way=word))
             conversions.append((path, target, options))
         joining = [peer for peer in peers if peer in PEERS and PEERS[peer].reads(path)]
-        contestants += [Contestant(f"{_name(path.stem)}-{peer}", str(path.resolve()), peer) for peer in joining]
+        model = str(path.resolve())
+        contestants += [Contestant(f"{_name(path.stem)}-{peer}", model, peer, str(path)) for peer in joining]
     asked = {name: getattr(args, name) for name in ("steps", "sampler", "width", "height")}
     asked = {name: value for name, value in asked.items() if value is not None}
     if args.sampler is not None:
@@ -170,6 +173,7 @@ def _of_arguments(args: argparse.Namespace) -> Spec:
         device=args.device,
         dtype=args.dtype,
         weights=args.weights,
+        errors=args.errors,
         sdcpp=program,
         **{name: str(path.resolve()) for name in ("clip", "lpips", "fid") if (path := getattr(args, name))},
     )
@@ -275,7 +279,7 @@ def _recorded(args: argparse.Namespace, models: list[Path]) -> dict[str, Any]:
     from gguf_sd.runtime.memory import choose_device
 
     device = choose_device(args.device)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     versions = {name: metadata.version(name) for name in ("torch", "numpy", "transformers", "torchmetrics")}
     return {
         "gguf_sd": gguf_sd.__version__,
@@ -287,3 +291,13 @@ def _recorded(args: argparse.Namespace, models: list[Path]) -> dict[str, Any]:
         "models": json.dumps({model.name: fingerprint(model) for model in models}),
         "command": shlex.join(["gguf-sd", *sys.argv[1:]]),
     }
+
+
+def _processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
