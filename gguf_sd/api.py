@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gguf_sd.errors import GgufSdError
 
 if TYPE_CHECKING:
-    from gguf_sd_convert.convert import ConvertReport
+    from gguf_sd_convert.report import ConvertReport
 
 StrPath = str | os.PathLike[str]
 

@@ -23,7 +23,7 @@ from gguf_sd_convert.sources.entries import Entry
 from gguf_sd_convert.sources.source import fit_tensors
 
 if TYPE_CHECKING:
-    from gguf_sd_convert.convert import ConvertOptions
+    from gguf_sd_convert.options import ConvertOptions
 
 LAYOUT = "native"
 OF_MODELS = ("ema", "config", "preset", "tokenizer", "loras")  # options that a ControlNet has no use for

@@ -30,9 +30,10 @@ from gguf_sd.checkpoint.tensor_names import SAFETY, VAE
 from gguf_sd.checkpoint.vae_file import full_vae
 from gguf_sd.errors import GgufSdError
 from gguf_sd.prompt.find_tokenizer import ClipTokenizer, find_tokenizer, tokenizer_in_file
-from gguf_sd_convert.convert import PENDING_HASH, PRESETS
+from gguf_sd_convert.convert import PENDING_HASH
 from gguf_sd_convert.hashing import hash_files
 from gguf_sd_convert.inherit import shape_keys
+from gguf_sd_convert.options import PRESETS
 from gguf_sd_convert.progress import Progress, progress_bar
 from gguf_sd_convert.quantize.policy import Stored
 from gguf_sd_convert.quantize.requantize import file_type, type_label
@@ -44,7 +45,7 @@ from gguf_sd_convert.writer import GGUFSink, check_target
 @dataclass(frozen=True)
 class PackOptions:
     """``tokenizer``: a folder or a BPE merges file, for parts that carry none; ``preset``: whose schedule and defaults
-    the file gets, a key of gguf_sd_convert.convert.PRESETS."""
+    the file gets, a key of gguf_sd_convert.options.PRESETS."""
 
     tokenizer: Path | None = None
     preset: str | None = None

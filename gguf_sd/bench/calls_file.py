@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gguf_sd.adapters.targets import UNET_PART
-from gguf_sd.bench.calls import Samples, record
+from gguf_sd.bench.calls import Samples, default_count, record
 from gguf_sd.pipeline import Pipeline
 from gguf_sd.request import Request
 from gguf_sd.runtime.parts import LoadedAs
 
-COUNT = 96  # calls, of as many prompts as that takes
-BATCH = 16
+COUNT = 96  # calls at most, of as many prompts as that takes
+BATCH_POSITIONS = 8192  # of latents, predicted at once
 PREDICTIONS = "predictions.safetensors"
 BINS = ((0, 150), (150, 350), (350, 650), (650, 1000))  # timesteps
 
@@ -24,7 +24,7 @@ def predict(pipeline: Pipeline, calls: Path, folder: Path, prompts: list[str] | 
     """Writes what the UNet predicts for the calls in a file; ``prompts``: records them first, from other seeds than
     the pictures'."""
     if prompts is not None and not calls.exists():
-        kept = record(pipeline, prompts, COUNT, seed=1 << 20)
+        kept = record(pipeline, prompts, min(COUNT, default_count(pipeline.model.config)), seed=1 << 20)
         tensors = {name: getattr(kept, name) for name in ("latents", "timesteps", "prompt", "weights", "contexts")}
         if kept.vectors is not None:
             tensors["vectors"] = kept.vectors
@@ -40,10 +40,10 @@ def _predictions(pipeline: Pipeline, s: Samples) -> Tensor:
     def placed(x: Tensor) -> Tensor:
         return x.to(pipeline.device, pipeline.dtype)
 
-    made = []
+    made, batch = [], max(1, BATCH_POSITIONS // (s.latents.shape[2] * s.latents.shape[3]))
     with pipeline.parts.unet(how) as unet:
-        for i in range(0, len(s), BATCH):
-            part = slice(i, i + BATCH)
+        for i in range(0, len(s), batch):
+            part = slice(i, i + batch)
             prompt = s.prompt[part]
             projected = unet.project(placed(s.contexts[prompt]))
             vectors = None if s.vectors is None else placed(s.vectors[prompt])

@@ -14,11 +14,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from gguf_sd.atomic_write import put_in_place, temporary_beside
+from gguf_sd.bench.peers import PEERS
 
 RESULT = "result.json"
 
@@ -37,6 +39,7 @@ class Task:
     weights: str = "auto"
     calls: str | None = None
     record: bool = False
+    sdcpp: str = ""  # stable-diffusion.cpp's program, for that peer
 
 
 @dataclass
@@ -60,13 +63,9 @@ def main(path: str) -> None:
     task = Task(**json.loads(Path(path).read_text()))
     folder = Path(task.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paint: Callable[[Task, Path], Result]
-    if task.program == "diffusers":
-        from gguf_sd.bench.peer_diffusers import paint
-    else:
-        paint = _paint
-    result = paint(task, folder)
-    result.peak_rss = peak_rss()
+    peer = PEERS.get(task.program)
+    result: Result = (import_module(peer.module).paint if peer else _paint)(task, folder)
+    result.peak_rss = result.peak_rss or peak_rss()
     with temporary_beside(folder / RESULT) as temporary:
         temporary.write_text(json.dumps(asdict(result), indent=1))
         put_in_place(temporary, folder / RESULT)
@@ -128,7 +127,7 @@ def _paint(task: Task, folder: Path) -> Result:
         clock.put_into(result)
         picture.image.save(folder / f"{number:05}.png")
     result.joules = meter.joules() if meter else None
-    result.peak_vram = torch.cuda.max_memory_allocated(pipeline.device) if cuda else 0
+    result.peak_rss, result.peak_vram = peak_rss(), torch.cuda.max_memory_allocated(pipeline.device) if cuda else 0
     if task.calls is not None:
         from gguf_sd.bench.calls_file import predict
 

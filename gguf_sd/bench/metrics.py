@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,26 +47,6 @@ def scale_weights(edge: int) -> tuple[float, ...]:
     count = max((n for n in range(1, len(SCALES) + 1) if edge // max(1, n - 1) ** 2 >= WINDOW), default=0)
     total = sum(SCALES[:count])
     return tuple(weight / total for weight in SCALES[:count])
-
-
-def clip_scores(pictures: Sequence[Image.Image], prompts: Sequence[str], folder: Path) -> list[float]:
-    """100 x the cosine between each picture's and its prompt's embedding (Hessel et al. 2021), by the CLIP model in a
-    transformers folder."""
-    from transformers import CLIPModel, CLIPProcessor
-
-    if not (folder / "config.json").is_file():
-        raise GgufSdError(f"{folder} holds no CLIP model: give a transformers folder with config.json and weights")
-    model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
-    processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
-    scores = []
-    with torch.inference_mode():
-        for picture, prompt in zip(pictures, prompts, strict=True):
-            inputs = processor(
-                text=[prompt], images=[picture.convert("RGB")], return_tensors="pt", padding=True, truncation=True
-            )
-            out = model(**inputs)
-            scores.append(max(0.0, 100 * float((out.image_embeds * out.text_embeds).sum())))
-    return scores
 
 
 def _torchmetrics() -> Any:

@@ -6,23 +6,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gguf_sd.bench.contestant import Clock, Result, Task
-from gguf_sd.errors import GgufSdError
-
-SCHEDULERS = {
-    "pndm": "PNDMScheduler",
-    "ddim": "DDIMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-    "lcm": "LCMScheduler",
-}
+from gguf_sd.bench.contestant import Clock, EnergyMeter, Result, Task
+from gguf_sd.bench.peers import DIFFUSERS
 
 
 def paint(task: Task, folder: Path) -> Result:
     """Paints with ``DiffusionPipeline.from_pretrained``. ``dtype`` auto is what our engine would compute in."""
     started = time.perf_counter()
-    import torch
     from diffusers import DiffusionPipeline
 
     from gguf_sd.runtime.memory import choose_device, choose_dtype
@@ -30,37 +20,42 @@ def paint(task: Task, folder: Path) -> Result:
     device = choose_device(task.device)
     dtype = choose_dtype(task.dtype, device)
     pipe = DiffusionPipeline.from_pretrained(task.model, torch_dtype=dtype, safety_checker=None).to(device)
+    result = Result(device=str(device), dtype=str(dtype).removeprefix("torch."), weights="full")
+    return paint_with(pipe, task, folder, started, result)
+
+
+def paint_with(pipe: Any, task: Task, folder: Path, started: float, result: Result) -> Result:
+    """Paints with a pipeline of diffusers', begun to load at ``started``."""
+    import torch
+
     pipe.set_progress_bar_config(disable=True)
     _set_sampler(pipe, task)
-    result = Result(device=str(device), dtype=str(dtype).removeprefix("torch."), weights="full")
     result.load_s = time.perf_counter() - started
+    cuda, meter = result.device.startswith("cuda"), None
     pictures = [task.pictures[0], *task.pictures] if task.pictures else []
     for i, (number, prompt, seed, settings) in enumerate(pictures):  # the first, to warm up
         clock = Clock()
         generator = torch.Generator().manual_seed(seed)
-        image = pipe(prompt, generator=generator, callback_on_step_end=_ticking(clock), **_arguments(settings)).images[
-            0
-        ]
+        made = pipe(prompt, generator=generator, callback_on_step_end=_ticking(clock), **_arguments(settings))
         if i == 0:
             result.first_step_s = clock.ticks[0] - started
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
+            if cuda:
+                torch.cuda.reset_peak_memory_stats(result.device)
+                meter = EnergyMeter(torch.device(result.device).index or 0)
             continue
         clock.put_into(result)
-        image.save(folder / f"{number:05}.png")
-    result.peak_vram = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        made.images[0].save(folder / f"{number:05}.png")
+    result.joules = meter.joules() if meter else None
+    result.peak_vram = torch.cuda.max_memory_allocated(result.device) if cuda else 0
     return result
 
 
 def _set_sampler(pipe: Any, task: Task) -> None:
-    """The scheduler that is our sampler, of the model's own settings; raises GgufSdError for one that has none."""
+    """The scheduler that is our sampler, of the model's own settings."""
     import diffusers
 
-    samplers = {settings["sampler"] for *_, settings in task.pictures if "sampler" in settings}
-    for sampler in samplers:
-        if sampler not in SCHEDULERS:
-            raise GgufSdError(f"no scheduler of diffusers is known for {sampler!r}: {', '.join(SCHEDULERS)}")
-        pipe.scheduler = getattr(diffusers, SCHEDULERS[sampler]).from_config(pipe.scheduler.config)
+    for sampler in {settings["sampler"] for *_, settings in task.pictures if "sampler" in settings}:
+        pipe.scheduler = getattr(diffusers, DIFFUSERS[sampler]).from_config(pipe.scheduler.config)
 
 
 def _ticking(clock: Clock) -> Any:

@@ -17,6 +17,7 @@ def quality_against_size(rows: Sequence[Row]) -> bytes:
         if (psnr := row.values.get("psnr")) is not None and psnr != float("inf"):
             axes.errorbar(row.unet_bytes / 1e6, psnr, row.spread.get("psnr", 0.0), fmt="o", capsize=3)
             axes.annotate(row.name, (row.unet_bytes / 1e6, psnr), textcoords="offset points", xytext=(5, 5))
+    axes.margins(0.2)  # names stand beside the points
     return _png(figure)
 
 
@@ -28,6 +29,7 @@ def time_against_memory(rows: Sequence[Row]) -> bytes:
         seconds = row.values.get("step_s") or 0.0
         axes.errorbar(memory, seconds, row.spread.get("step_s", 0.0), fmt="o", capsize=3)
         axes.annotate(row.name, (memory, seconds), textcoords="offset points", xytext=(5, 5))
+    axes.margins(0.2)
     axes.set_ylim(bottom=0)
     return _png(figure)
 

@@ -37,8 +37,10 @@ COLUMNS = (
     ("psnr_mean", "mean PSNR", 2, 1),
     ("ssim", "SSIM", 4, 1),
     ("ms_ssim", "MS-SSIM", 4, 1),
+    ("lpips", "LPIPS", 4, 1),
     ("weighted", "UNet error", 4, 1),
     ("clip", "CLIP score", 2, 1),
+    ("fid", "FID", 2, 1),
     ("correct", "correct", 3, 1),
 )
 TIMED = {"load_s", "first_step_s", "step_s", "vae_s", "picture_s", "peak_rss", "peak_vram", "joules_picture"}
@@ -51,7 +53,9 @@ def write_report(spec: Spec, rows: Sequence[Row], folder: Path, timed: bool = Tr
     """Writes all into ``folder``; returns the HTML file's path. Without ``timed``, times and memory are left out: of a
     machine that did other work meanwhile they would say nothing."""
     columns = [c for c in COLUMNS if (timed or c[0] not in TIMED) and any(_cell(row, c[0]) is not None for row in rows)]
-    images = {"quality-size": plots.quality_against_size(rows)}
+    images = {}
+    if any("psnr" in row.values for row in rows):
+        images["quality-size"] = plots.quality_against_size(rows)
     if timed:
         images["time-memory"] = plots.time_against_memory(rows)
     if any(row.errors for row in rows):

@@ -17,8 +17,12 @@ from PIL import Image
 
 from gguf_sd.bench.calls_file import PREDICTIONS, errors_by_timestep
 from gguf_sd.bench.contestant import RESULT, Result, Task
-from gguf_sd.bench.metrics import clip_scores, compare
+from gguf_sd.bench.learned import clip_scores, fid, lpips_scores
+from gguf_sd.bench.metrics import compare
 from gguf_sd.bench.spec import Contestant, Spec
+from gguf_sd.checkpoint.gguf_header import is_gguf
+from gguf_sd.checkpoint.safetensors_header import is_safetensors, read_table
+from gguf_sd.checkpoint.tensor_names import UNET
 from gguf_sd.errors import GgufSdError
 
 CALLS = "calls.safetensors"
@@ -58,8 +62,9 @@ def run(
                 device=spec.device,
                 dtype=spec.dtype,
                 weights=spec.weights,
-                calls=str(folder / CALLS) if number == 0 and contestant.program == "gguf-sd" else None,
+                calls=str(folder / CALLS) if spec.errors and not number and contestant.program == "gguf-sd" else None,
                 record=i == 0,
+                sdcpp=spec.sdcpp,
             )
             if not (resume and _finished(task)):
                 _run(task, contestant)
@@ -125,10 +130,15 @@ def _quality(spec: Spec, folder: Path, contestant: Contestant, row: Row) -> None
     first = spec.contestants[0]
     pictures = load_pictures(spec, folder, contestant)
     if contestant != first:
-        found = [compare(a, b) for a, b in zip(pictures, load_pictures(spec, folder, first), strict=True)]
+        references = load_pictures(spec, folder, first)
+        found = [compare(a, b) for a, b in zip(pictures, references, strict=True)]
         for name in found[0]:
             _put(row, name, [one[name] for one in found])
         row.values["psnr_mean"] = statistics.mean(min(one["psnr"], 100.0) for one in found)
+        if spec.lpips:
+            _put(row, "lpips", lpips_scores(pictures, references, Path(spec.lpips)))
+        if spec.fid:
+            row.values["fid"] = fid(pictures, references, Path(spec.fid))
         paths = [_folder(folder, c, 0) for c in (contestant, first)]
         if all((path / PREDICTIONS).is_file() for path in paths):
             row.errors = errors_by_timestep(folder / CALLS, *paths)
@@ -166,6 +176,11 @@ def _sizes(contestant: Contestant) -> tuple[int, int]:
     if path.is_dir():
         files = [f for f in path.rglob("*") if f.suffix in (".safetensors", ".bin")]
         return sum(f.stat().st_size for f in files), sum(f.stat().st_size for f in files if f.parent.name == "unet")
+    if is_safetensors(path):
+        own = (t.nbytes for name, t in read_table(path).tensors.items() if name.startswith(UNET))
+        return path.stat().st_size, sum(own)
+    if not is_gguf(path):
+        return path.stat().st_size, 0
     from gguf_sd.checkpoint.model_file import ModelFile
     from gguf_sd.cli.inspect import describe
 

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from gguf_sd.bench.peers import PEERS
 from gguf_sd.bench.prompts import MAX_PROMPTS
 from gguf_sd.errors import GgufSdError
 from gguf_sd.field_checks import called, shown
 from gguf_sd.input_files import open_input
 
-PEERS = ("diffusers",)
 # Settings of sampling: what each preset asks for, picture by picture.
 PRESETS: dict[str, list[dict[str, Any]]] = {
     "quick": [{"steps": 8}],
@@ -23,19 +23,24 @@ PRESETS: dict[str, list[dict[str, Any]]] = {
     "turbo": [{"steps": n, "guidance": 0} for n in (1, 2, 4)],
 }
 SETTINGS = {"steps": (1, 1000), "guidance": (0, 100), "width": (8, 1 << 14), "height": (8, 1 << 14)}
+KINDS: dict[str, type] = {"seed": int, "rounds": int, "errors": bool} | dict.fromkeys(
+    ("device", "dtype", "weights", "clip", "lpips", "fid", "sdcpp"), str
+)  # of what is not a list
 MAX_BYTES = 1 << 22
-KINDS = {"seed": int, "rounds": int, "device": str, "dtype": str, "weights": str, "clip": str, "recorded": dict}
-TAKES: dict[type, str] = {int: "a whole number", str: "texts", dict: "tables"}
+TAKES: dict[type, str] = {int: "a whole number", bool: "true or false", str: "texts", dict: "tables"}
 NAME = re.compile(r"[\w.+@-]{1,80}")
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model and the program that paints with it: ``gguf-sd``, or one of PEERS."""
+    """A model and the program that paints with it: ``gguf-sd``, or one of PEERS. ``source`` and ``way``: what the
+    model was converted from, as the command named it, and how, so that it can be made again."""
 
     name: str
     model: str  # path
     program: str = "gguf-sd"
+    source: str = ""
+    way: str = ""  # a word of --types
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,11 @@ class Spec:
     device: str = "auto"
     dtype: str = "auto"
     weights: str = "auto"
+    errors: bool = True  # of the UNet's output by timestep, on recorded calls
     clip: str = ""  # folder of a CLIP model, for CLIP scores
+    lpips: str = ""  # file of a backbone, for LPIPS
+    fid: str = ""  # file of an Inception, for FID
+    sdcpp: str = ""  # stable-diffusion.cpp's program
     recorded: dict[str, Any] = field(default_factory=dict)  # versions, device, command
 
     def __post_init__(self) -> None:
@@ -79,14 +88,17 @@ class Spec:
         return list(range(len(self.prompts)))[number :: self.rounds]
 
     def to_toml(self, folder: Path | None = None) -> str:
-        """The text of ``bench.toml``; models inside ``folder`` are named from there, so that it can be moved."""
+        """The text of ``bench.toml``; models inside ``folder`` are named from there, so that it can
+        be moved, others as the command named them."""
         plain = asdict(self)
         for contestant in plain["contestants"]:
             path = Path(contestant["model"])
             if folder is not None and path.is_relative_to(folder.resolve()):
                 contestant["model"] = path.relative_to(folder.resolve()).as_posix()
+            elif contestant["source"] and not contestant["way"]:
+                contestant["model"] = contestant["source"]
         lines = ["# gguf-sd bench FILE makes this comparison again.", ""]
-        for name in ("seed", "rounds", "device", "dtype", "weights", "clip"):
+        for name in KINDS:
             lines.append(f"{name} = {_value(plain[name])}")
         lines += ["prompts = [", *(f"  {_value(prompt)}," for prompt in self.prompts), "]"]
         lines += ["settings = [", *(f"  {_value(settings)}," for settings in self.settings), "]", ""]
@@ -105,7 +117,7 @@ class Spec:
         try:
             contestants = tuple(Contestant(**_strings(c)) for c in _list(table, "contestants", dict))
             prompts, settings = _list(table, "prompts", str), _list(table, "settings", dict)
-            for name, kind in KINDS.items():
+            for name, kind in (KINDS | {"recorded": dict}).items():
                 if name in table and type(table[name]) is not kind:
                     raise TypeError(f"{name} is {shown(table[name])}; it takes {TAKES[kind]}")
             if bad := next(

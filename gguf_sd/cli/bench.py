@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import shlex
@@ -12,11 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gguf_sd.bench.peers import PEERS, SDCPP_ENV, check_peers, check_samplers, sdcpp_program
 from gguf_sd.checkpoint.gguf_header import is_gguf
 from gguf_sd.errors import GgufSdError
 
 if TYPE_CHECKING:
-    from gguf_sd.bench.spec import Contestant, Spec
+    from gguf_sd.bench.spec import Spec
 
 TYPES = "f16,q8_0,q4_1,q4_0"
 WAY = re.compile(r"(?P<type>[a-z0-9_]+)(?:@(?P<bpw>\d+(?:\.\d+)?))?(?P<calibrated>\+calibrated)?")
@@ -35,16 +37,26 @@ def add_parser(subparsers: Any) -> None:
     add("-o", "--output", type=Path, default=Path("report"), help="folder of the report (report)")
     add("--types", default=TYPES, help="of checkpoints, the first is what the others are compared with; mixed@4.8 has "
         f"4.8 bits a weight, +calibrated behind a type calibrates ({TYPES})")  # fmt: skip
+    add("--tokenizer", type=Path, help="of checkpoints that have none, as for `gguf-sd convert`")
     add("--prompts", type=Path, help="text file, one a line (some that come with the program)")
     add("--count", type=int, help="pictures by each contestant (16)")
     add("--preset", default="model", help="quick, model, sd15-card or turbo: steps and guidance (model)")
+    add("--steps", type=int, help="of every picture, in place of the preset's")
+    add("--sampler", help="of every picture, in place of the model's")
+    add("--width", type=int, help="of every picture, pixels (the model's)")
+    add("--height", type=int, help="of every picture, pixels (the model's)")
     add("--rounds", type=int, default=3, help="fresh processes of each contestant, which share the prompts (3)")
-    add("--peers", default="", help="other programs to compare with, that read a diffusers folder: diffusers")
+    add("--peers", default="", help="other programs to compare with, on the same weights: diffusers, openvino, sdcpp")
+    add("--sdcpp", metavar="PROGRAM", help=f"stable-diffusion.cpp's sd-cli, for that peer (${SDCPP_ENV})")
+    add("--lpips", type=Path, help="file of torchvision's AlexNet, VGG16 or SqueezeNet 1.1, for LPIPS")
     add("--clip", type=Path, help="folder of a CLIP model, for CLIP scores")
+    add("--fid", type=Path, help="file of torch-fidelity's Inception, for FID against the first's pictures")
     add("--seed", type=int, default=0, help="of the first picture (0)")
     add("--device", default="auto", help="auto, cpu, cuda, …")
     add("--dtype", default="auto", help="auto, float32, float16, bfloat16")
     add("--weights", default="auto", help="auto, quantized or resident")
+    add("--no-errors", action="store_false", dest="errors", help="do not record the UNet's calls and measure its "
+        "output's error on them: minutes with large models on a CPU")  # fmt: skip
     add("--no-times", action="store_false", dest="times", help="leave times and memory out of the report: the machine "
         "is busy with other work")  # fmt: skip
     add("--resume", action="store_true", help="go on with an interrupted comparison in OUTPUT")
@@ -97,67 +109,112 @@ def _of_file(args: argparse.Namespace) -> Spec:
     path = Path(args.models[0])
     spec = Spec.from_toml(path)
     base = path.resolve().parent
-    found = tuple(replace(c, model=str(base / c.model)) for c in spec.contestants)
-    for contestant in found:
-        if not Path(contestant.model).exists():
-            raise GgufSdError(f"{path}: {contestant.model} does not exist")
-    return replace(spec, contestants=found, recorded=_recorded(args, [Path(c.model) for c in found]))
+    found, conversions = [], []
+    for contestant in spec.contestants:
+        model = next((p for p in (base / contestant.model, Path(contestant.model)) if p.exists()), None)
+        if model is None:
+            source = next((p for p in (base / contestant.source, Path(contestant.source)) if p.exists()), None)
+            if not contestant.way or source is None:
+                told = f", nor does {contestant.source}, of which it was made" if contestant.way else ""
+                raise GgufSdError(f"{path}: {contestant.model} does not exist{told}")
+            model = args.output / "models" / f"{contestant.name}.gguf"
+            conversions.append((source, model, _way(contestant.way)[1]))
+        found.append(replace(contestant, model=str(model.resolve())))
+    models = [Path(c.model) for c in found]
+    peers = sorted({c.program for c in found} - {"gguf-sd"})
+    program = _program(peers, models, spec.device, args.sdcpp or spec.sdcpp)
+    spec = _checked(replace(spec, contestants=tuple(found), sdcpp=program), peers)
+    for conversion in conversions:
+        _convert(*conversion, args)
+    return replace(spec, recorded=_recorded(args, models))
 
 
 def _of_arguments(args: argparse.Namespace) -> Spec:
     from gguf_sd.bench.prompts import read_prompts
-    from gguf_sd.bench.spec import PEERS, PRESETS, Contestant, Spec
+    from gguf_sd.bench.spec import PRESETS, Contestant, Spec
+    from gguf_sd.sampling.names import resolve_sampler
 
     if args.preset not in PRESETS:
         raise GgufSdError(f"no preset {args.preset!r}; choose from {', '.join(PRESETS)}")
     if args.count is not None and not 1 <= args.count <= 10_000:
         raise GgufSdError(f"--count is {args.count}; it takes 1 … 10000")
-    peers = [peer for peer in args.peers.split(",") if peer]
-    if unknown := [peer for peer in peers if peer not in PEERS]:
-        raise GgufSdError(f"no peer {unknown[0]!r}; choose from {', '.join(PEERS)}")
     paths = [Path(model) for model in args.models]
     for path in paths:
         if not path.exists():
             raise GgufSdError(f"{path} does not exist; give .gguf files, checkpoints or diffusers folders")
-    if peers and not any(path.is_dir() for path in paths):
-        raise GgufSdError(f"{peers[0]} reads diffusers folders; name one beside the .gguf files")
+    peers = [peer for peer in args.peers.split(",") if peer]
+    program = _program(peers, paths, args.device, args.sdcpp)
     ways = [_way(word) for word in args.types.split(",")]
     prompts = read_prompts(args.prompts) if args.prompts else _prompts(paths[0], args.count or 16)
     prompts = prompts[: args.count] if args.count else prompts
-    contestants = []
+    contestants, conversions = [], []
     for path in paths:
         if is_gguf(path):
-            contestants.append(Contestant(_name(path.stem), str(path.resolve())))
+            contestants.append(Contestant(_name(path.stem), str(path.resolve()), source=str(path)))
             continue
         for word, options in ways:
             target = args.output / "models" / f"{_name(path.stem)}-{word}.gguf"
-            _convert(path, target, options, args)
-            contestants.append(Contestant(target.stem, str(target.resolve())))
-        if path.is_dir():
-            contestants += [Contestant(f"{_name(path.stem)}-{peer}", str(path.resolve()), peer) for peer in peers]
-    return Spec(
+            contestants.append(Contestant(target.stem, str(target.resolve()), source=str(path), way=word))
+            conversions.append((path, target, options))
+        joining = [peer for peer in peers if peer in PEERS and PEERS[peer].reads(path)]
+        model = str(path.resolve())
+        contestants += [Contestant(f"{_name(path.stem)}-{peer}", model, peer, str(path)) for peer in joining]
+    asked = {name: getattr(args, name) for name in ("steps", "sampler", "width", "height")}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if args.sampler is not None:
+        asked["sampler"], _ = resolve_sampler(args.sampler)
+    own = _defaults(paths[0])
+    spec = Spec(
         contestants=tuple(contestants),
         prompts=tuple(prompts),
-        settings=tuple(_defaults(contestants) | settings for settings in PRESETS[args.preset]),
+        settings=tuple(own | settings | asked for settings in PRESETS[args.preset]),
         seed=args.seed,
         rounds=min(args.rounds, len(prompts)),
         device=args.device,
         dtype=args.dtype,
         weights=args.weights,
-        clip=str(args.clip.resolve()) if args.clip else "",
-        recorded=_recorded(args, [Path(c.model) for c in contestants]),
+        errors=args.errors,
+        sdcpp=program,
+        **{name: str(path.resolve()) for name in ("clip", "lpips", "fid") if (path := getattr(args, name))},
     )
+    _checked(spec, peers)
+    for path, target, options in conversions:
+        _convert(path, target, options, args)
+    return replace(spec, recorded=_recorded(args, [Path(c.model) for c in contestants]))
 
 
-def _defaults(contestants: list[Contestant]) -> dict[str, Any]:
+def _program(peers: list[str], models: list[Path], device: str, sdcpp: str | None) -> str:
+    """The path of stable-diffusion.cpp's program where it takes part; raises GgufSdError for peers that cannot."""
+    from gguf_sd.runtime.memory import choose_device
+
+    if not peers:
+        return ""
+    program = sdcpp or os.environ.get(SDCPP_ENV, "")
+    check_peers(peers, models, choose_device(device).type, program)
+    return sdcpp_program(program) if "sdcpp" in peers else ""
+
+
+def _checked(spec: Spec, peers: list[str]) -> Spec:
+    """Raises GgufSdError for samplers that a peer lacks and weights of metrics that are not there."""
+    from gguf_sd.bench.learned import check_weights
+
+    check_samplers(peers, {settings["sampler"] for settings in spec.settings if "sampler" in settings})
+    check_weights(spec.clip, spec.lpips, spec.fid)
+    return spec
+
+
+def _defaults(path: Path) -> dict[str, Any]:
     """The first model's own settings, said to every program."""
-    from gguf_sd.checkpoint.model_file import ModelFile
+    if is_gguf(path):
+        from gguf_sd.checkpoint.model_file import ModelFile
 
-    own = next((c for c in contestants if c.program == "gguf-sd"), None)
-    if own is None:
-        return {}
-    defaults = ModelFile.open(own.model).config.defaults
-    return {"steps": defaults.steps, "guidance": defaults.guidance, "sampler": defaults.sampler}
+        defaults = ModelFile.open(path).config.defaults
+    else:
+        from gguf_sd_convert.options import ConvertOptions
+        from gguf_sd_convert.prepare import source_config
+
+        defaults = source_config(path, ConvertOptions()).defaults
+    return {name: getattr(defaults, name) for name in ("steps", "guidance", "sampler", "width", "height")}
 
 
 def _name(stem: str) -> str:
@@ -192,7 +249,12 @@ def _convert(source: Path, target: Path, options: dict[str, Any], args: argparse
         data = target.parent / f"{_name(source.stem)}.imatrix.gguf"
         shared = replace(calibration, imatrix=data) if data.exists() else replace(calibration, save=data)
         options = options | {"calibration": shared}
-    convert(source, target, ConvertOptions(force=args.force or args.resume, **options), quiet=args.quiet)
+    convert(
+        source,
+        target,
+        ConvertOptions(tokenizer=args.tokenizer, force=args.force or args.resume, **options),
+        quiet=args.quiet,
+    )
 
 
 def _prompts(path: Path, count: int) -> list[str]:
@@ -217,7 +279,7 @@ def _recorded(args: argparse.Namespace, models: list[Path]) -> dict[str, Any]:
     from gguf_sd.runtime.memory import choose_device
 
     device = choose_device(args.device)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     versions = {name: metadata.version(name) for name in ("torch", "numpy", "transformers", "torchmetrics")}
     return {
         "gguf_sd": gguf_sd.__version__,
@@ -229,3 +291,13 @@ def _recorded(args: argparse.Namespace, models: list[Path]) -> dict[str, Any]:
         "models": json.dumps({model.name: fingerprint(model) for model in models}),
         "command": shlex.join(["gguf-sd", *sys.argv[1:]]),
     }
+
+
+def _processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())

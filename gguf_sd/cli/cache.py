@@ -103,7 +103,8 @@ def model_config(model: Path, kind: str | None = None, **options: Any) -> ModelC
         from gguf_sd.checkpoint.model_file import ModelFile
 
         return ModelFile.open(model).config
-    from gguf_sd_convert.convert import ConvertOptions, source_config
+    from gguf_sd_convert.options import ConvertOptions
+    from gguf_sd_convert.prepare import source_config
 
     return source_config(model, ConvertOptions(**_settings(kind, options)))
 

@@ -15,7 +15,7 @@ from gguf_sd.errors import GgufSdError
 
 if TYPE_CHECKING:
     from gguf_sd_convert.calibrate.options import Calibration
-    from gguf_sd_convert.convert import ConvertReport
+    from gguf_sd_convert.report import ConvertReport
 
 
 def add_parser(subparsers: Any) -> None:

@@ -75,6 +75,13 @@ def test_a_comparison_and_going_on(
     pairs = [sorted((path / "runs").rglob("*.png")) for path in (out, tmp_path / "second")]
     assert [a.read_bytes() for a in pairs[0]] == [b.read_bytes() for b in pairs[1]]
 
+    alone = tmp_path / "alone" / "bench.toml"  # without the models, which are made again
+    alone.parent.mkdir()
+    alone.write_bytes((out / "bench.toml").read_bytes())
+    assert main(["bench", str(alone), "-o", str(tmp_path / "third"), "--quiet", "--json"]) == 0
+    third = sorted((tmp_path / "third" / "runs").rglob("*.png"))
+    assert [a.read_bytes() for a in pairs[0]] == [b.read_bytes() for b in third]
+
 
 @pytest.mark.slow
 def test_layers(tiny_pipeline: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:

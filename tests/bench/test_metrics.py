@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from gguf_sd.bench.metrics import as_tensor, clip_scores, compare, scale_weights
+from gguf_sd.bench.metrics import as_tensor, compare, scale_weights
 
 
 def pictures(edge: int = 64) -> tuple[Image.Image, Image.Image]:
@@ -49,36 +48,6 @@ def test_ms_ssim_is_torchmetrics_and_takes_all_scales_that_fit() -> None:
     assert len(scale_weights(176)) == 5
     one_scale = float(ms_ssim(as_tensor(a), as_tensor(b), data_range=255.0, betas=scale_weights(32)))
     assert compare(a, b)["ms_ssim"] == pytest.approx(one_scale)
-
-
-def test_clip_score_is_the_cosine_of_transformers_features(tmp_path: Path, write_tokenizer_to: object) -> None:
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
-
-    write_tokenizer_to(tmp_path)  # type: ignore[operator]
-    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = {
-        **small,
-        "vocab_size": len(tokenizer),
-        "eos_token_id": tokenizer.eos_token_id,
-        "max_position_embeddings": 77,
-    }
-    vision = small | {"image_size": 32, "patch_size": 8}
-    torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    model.save_pretrained(tmp_path)
-    CLIPProcessor(images, tokenizer).save_pretrained(tmp_path)
-    prompts = ["a red cat", "a dog"]
-    both = list(pictures())
-    got = clip_scores(both, prompts, tmp_path)
-    with torch.inference_mode():
-        pixels = images(both, return_tensors="pt")["pixel_values"]
-        seen = model.visual_projection(model.vision_model(pixels).pooler_output)
-        for i, prompt in enumerate(prompts):
-            said = model.text_projection(model.text_model(**tokenizer([prompt], return_tensors="pt")).pooler_output)
-            cosine = float(torch.nn.functional.cosine_similarity(seen[i : i + 1], said))
-            assert got[i] == pytest.approx(max(0.0, 100 * cosine), abs=1e-3)
 
 
 def test_pictures_of_two_sizes_are_refused() -> None:

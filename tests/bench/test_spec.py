@@ -12,7 +12,11 @@ from gguf_sd.cli.main import main
 from gguf_sd.errors import GgufSdError
 
 SPEC = Spec(
-    contestants=(Contestant("a", "/m/a.gguf"), Contestant("b+c@4.8", "/m/ö\\b", "diffusers")),
+    contestants=(
+        Contestant("a", "/m/a.gguf"),
+        Contestant("b+c@4.8", "/m/ö\\b", "diffusers"),
+        Contestant("c", "c.gguf", source="../m", way="mixed@4.8+calibrated"),
+    ),
     prompts=('a "quoted" cat', "tab\tand \\ é"),
     settings=({"steps": 4, "guidance": 1.5, "sampler": "euler"}, {}),
     seed=7,
@@ -63,7 +67,7 @@ def test_what_is_wrong_is_told(text: str, complaint: str, tmp_path: Path) -> Non
         (["missing.gguf"], "missing.gguf does not exist"),
         (["missing.toml"], "cannot read missing.toml"),
         ([".", "--preset", "slow"], "no preset 'slow'"),
-        ([".", "--peers", "openvino"], "no peer 'openvino'"),
+        ([".", "--peers", "comfy"], "no peer 'comfy'"),
         ([".", "--types", "f16,q9"], "no type 'q9'"),
         ([".", "--types", "mixed"], "bits a weight go with mixed"),
         ([".", "--count", "0"], "--count is 0"),

@@ -148,7 +148,8 @@ def test_text_that_is_no_configuration(tmp_path: Path, text: str) -> None:
      "feature_extractor/preprocessor_config.json", "scheduler/scheduler_config.json", "model_index.json"],
 )  # fmt: skip
 def test_every_setting_of_a_folder(tiny_pipeline: Make, tmp_path: Path, name: str) -> None:
-    from gguf_sd_convert.convert import ConvertOptions, source_config
+    from gguf_sd_convert.options import ConvertOptions
+    from gguf_sd_convert.prepare import source_config
 
     folder = tmp_path / "model"
     shutil.copytree(tiny_pipeline(safety=True), folder)

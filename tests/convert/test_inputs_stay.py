@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.cli.main import main
 from gguf_sd.errors import GgufSdError
-from gguf_sd_convert.convert import ConvertOptions, convert, source_config
+from gguf_sd_convert.convert import ConvertOptions, convert
+from gguf_sd_convert.prepare import source_config
 from gguf_sd_convert.sources.source import open_source
 
 Make = Callable[..., Any]

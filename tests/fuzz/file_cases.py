@@ -30,7 +30,8 @@ from gguf_sd.imaging.png_metadata import read_parameters, written_by_us
 from gguf_sd.prompt.find_tokenizer import read_tokenizer
 from gguf_sd.prompt.tokenizer import Tokenizer
 from gguf_sd_convert.calibrate.imatrix import read_imatrix
-from gguf_sd_convert.convert import ConvertOptions, convert, source_config
+from gguf_sd_convert.convert import ConvertOptions, convert
+from gguf_sd_convert.prepare import source_config
 from gguf_sd_convert.sources.checkpoints import open_checkpoint
 from tests.fuzz import file_mutators as files
 from tests.fuzz import material
