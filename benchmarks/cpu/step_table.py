@@ -20,13 +20,19 @@ ROWS = {
 }
 
 
+DECODES = {
+    "diffusers": "VAE decode: diffusers, bfloat16",
+    "gguf-sd": "gguf-sd, bfloat16",
+    "gguf-sd int8": "gguf-sd, 8 bits",
+}
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """A column a file: time against diffusers' in the same run, and the peak memory of ``generate``."""
     lines = ["| | " + " | ".join(heading(result) for result in results) + " |", "|---" * (len(results) + 1) + "|"]
-    for name, words in ROWS.items():
-        cells = [cell(result, name) for result in results]
-        if any(cells):
-            lines.append(f"| {words} | " + " | ".join(cells) + " |")
+    rows = {words: [cell(result, name) for result in results] for name, words in ROWS.items()}
+    rows |= {words: [decode_cell(result, name) for result in results] for name, words in DECODES.items()}
+    lines += [f"| {words} | " + " | ".join(cells) + " |" for words, cells in rows.items() if any(cells)]
     return "\n".join(lines)
 
 
@@ -43,6 +49,13 @@ def cell(result: dict[str, Any], name: str) -> str:
     peak = result["generate_peak_rss_mb"].get(name)
     seconds = f" ({result['step_seconds'][name]:.2f} s)" if name == "diffusers" else ""
     return f"{ratio:.2f}{seconds}" + (f", {peak / 1000:.2f} GB" if peak else "")
+
+
+def decode_cell(result: dict[str, Any], name: str) -> str:
+    ratio = result["vae_ratio_to_diffusers"].get(name)
+    if ratio is None:
+        return ""
+    return f"{ratio:.2f}" + (f" ({result['vae_decode_seconds'][name]:.2f} s)" if name == "diffusers" else "")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,33 @@
+"""README.md says of steps on a CPU what the committed results say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks.cpu.step_table import table
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_readme_has_the_results_table() -> None:
+    results = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks/results").glob("cpu-step-*.json"))]
+    assert len(results) == 2
+    assert table(results) in (ROOT / "README.md").read_text()
+
+
+def test_what_did_not_run_leaves_no_row() -> None:
+    result = {
+        "model": "sd15-q4_0.gguf",
+        "date": "2026-01-02",
+        "step_seconds": {"diffusers": 2.0, "int8": 1.0},
+        "step_ratio_to_diffusers": {"diffusers": 1.0, "int8": 0.5},
+        "generate_peak_rss_mb": {"int8": 1234},
+        "vae_decode_seconds": {"diffusers": 3.0},
+        "vae_ratio_to_diffusers": {"diffusers": 1.0},
+    }
+    assert table([result]).splitlines()[2:] == [
+        "| diffusers, bfloat16, channels-last | 1.00 (2.00 s) |",
+        "| gguf-sd q4_0, `--kernels int8` | 0.50, 1.23 GB |",
+        "| VAE decode: diffusers, bfloat16 | 1.00 (3.00 s) |",
+    ]
