@@ -175,12 +175,18 @@ def _of_arguments(args: argparse.Namespace) -> Spec:
         weights=args.weights,
         errors=args.errors,
         sdcpp=program,
-        **{name: str(path.resolve()) for name in ("clip", "lpips", "fid") if (path := getattr(args, name))},
+        clip=_path(args.clip),
+        lpips=_path(args.lpips),
+        fid=_path(args.fid),
     )
     _checked(spec, peers)
     for path, target, options in conversions:
         _convert(path, target, options, args)
     return replace(spec, recorded=_recorded(args, [Path(c.model) for c in contestants]))
+
+
+def _path(given: Path | None) -> str:
+    return "" if given is None else str(given.resolve())
 
 
 def _program(peers: list[str], models: list[Path], device: str, sdcpp: str | None) -> str:

@@ -46,7 +46,7 @@ def pieces(block: nn.Module) -> Iterator[tuple[tuple[str, ...], Piece]]:
         yield ("",), lambda module, given, _: Stage([module])(given.x, given.emb, given.projected, given.size)
 
 
-def _enter(module: nn.Module, given: Inputs, _: Tensor) -> Tensor:
+def _enter(module: nn.Module, given: Inputs, before: Tensor) -> Tensor:
     assert isinstance(module, ResBlock)
     norm, _, conv = module.in_layers
     return conv.normed(norm, given.x, emb=module.emb_layers(given.emb))  # type: ignore[operator]
@@ -59,7 +59,7 @@ def _finish(module: nn.Module, given: Inputs, h: Tensor) -> Tensor:
 
 
 def _inside(i: int, piece: Callable[[TransformerBlock, Inputs, Tensor], Tensor]) -> Piece:
-    return lambda module, given, rows: piece(module.transformer_blocks[i], given, rows)  # type: ignore[index,union-attr]
+    return lambda module, given, rows: piece(module.transformer_blocks[i], given, rows)  # type: ignore
 
 
 def _attend(block: TransformerBlock, given: Inputs, rows: Tensor) -> Tensor:
