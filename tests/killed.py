@@ -9,16 +9,18 @@ import time
 from multiprocessing.process import BaseProcess
 
 
-def start(arguments: list[str], folder: str) -> BaseProcess:
-    """A process that runs a command of gguf-sd's in a folder; silent."""
+def start(arguments: list[str], folder: str, environment: dict[str, str] | None = None) -> BaseProcess:
+    """A process that runs a command of gguf-sd's in a folder; silent. ``environment`` is added to that of the process
+    that all are forked from."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.killed_imports"])
-    process = context.Process(target=_command, args=(arguments, folder), daemon=True)
+    process = context.Process(target=_command, args=(arguments, folder, environment or {}), daemon=True)
     process.start()
     return process
 
 
-def _command(arguments: list[str], folder: str) -> None:
+def _command(arguments: list[str], folder: str, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     import threading
 
     from tqdm import tqdm

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shutil
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from PIL import Image
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.imaging.png_metadata import read_parameters
 from gguf_sd_convert.convert import ConvertOptions, convert
+from tests.fuzz.material import SMALL
 from tests.killed import kill, start
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, and asks /proc")
@@ -24,65 +28,84 @@ SIZE = ["--steps", "1", "--width", "32", "--height", "32", "--device", "cpu", "-
 class Killer:
     """Runs a command to its end once, then kills it at random moments of that time."""
 
-    def __init__(self, source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def __init__(self, source: Path, folder: Path):
         self.source, self.folder = source, folder
         self.whole = folder.parent / "whole.gguf"
         convert(source, self.whole, ConvertOptions(type="q4_0"))
         os.utime(self.whole)
-        monkeypatch.setenv("GGUF_SD_CACHE", str(folder))
+        self.environment = {"GGUF_SD_CACHE": str(folder), "TRITON_INTERPRET": "1", "GGUF_SD_SELF_CHECK": "1"}
+        prompts = folder.parent / "prompts.txt"
+        prompts.write_text("a cat\n" * 4)
+        whole, count = str(self.whole), ["--count", "4", "--seed", "1"]
         self.commands = {
             "convert": ["convert", str(source), "-o", "m.gguf", "--type", "q4_0", "--force"],
-            "generate": ["generate", str(self.whole), "-p", "a cat", "--count", "4", "--seed", "1", *SIZE],
+            "generate": ["generate", whole, "-p", "a cat", *count, *SIZE],
             "cache": ["generate", str(source), "-p", "a cat", "-o", "x.png", "--force", "--seed", "1", *SIZE],
+            "resume": ["generate", whole, "-p", "a cat", "-o", "y.png", "--batch", "2", "--resume", *count, *SIZE],
+            "batch": ["batch", str(prompts), "-m", whole, "-o", "pictures", "--batch", "2", "--resume", *SIZE],
+            "tune": ["tune", whole, "--device", "cpu", "--size", "64x64", "--seconds", "off", "--dtype", "float16"],
         }
         self.seconds = {name: self.run(name) for name in self.commands}
-        self.picture = (folder / "out-0001.png").read_bytes()
+        self.pictures = self.painted()
+        assert len(self.pictures) == 4 + 1 + 4 + 4
         self.clear()
 
     def run(self, name: str) -> float:
         started = time.monotonic()
-        process = start(self.commands[name], str(self.folder))
-        process.join(100)
+        process = self.start(name)
+        process.join(200)
         assert process.exitcode == 0, name
         return time.monotonic() - started
 
+    def start(self, name: str) -> BaseProcess:
+        return start(self.commands[name], str(self.folder), self.environment)
+
     def clear(self) -> None:
         for path in self.folder.iterdir():
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def painted(self) -> dict[str, bytes]:
+        return {str(path.relative_to(self.folder)): path.read_bytes() for path in sorted(self.folder.rglob("*.png"))}
 
     def check(self) -> int:
         """Looks at what lies there; the number of unfinished files."""
-        for path in self.folder.iterdir():
+        for path in self.folder.rglob("*"):
             if path.suffix == ".gguf":
                 assert path.read_bytes() == self.whole.read_bytes() or ModelFile.open(path).config
             elif path.suffix == ".png":
                 Image.open(path).load()
                 assert read_parameters(path)["prompt"] == "a cat"
+            elif path.suffix == ".json":
+                json.loads(path.read_text())
+            elif path.suffix == ".jsonl":
+                *lines, _ = path.read_text().split("\n")  # the last may be cut short
+                assert all(json.loads(line)["file"] for line in lines)
             else:
-                assert path.suffix in (".partial", ".json")
-        return len(list(self.folder.glob(".*.partial")))
+                assert path.suffix in (".partial", ".lock") or path.is_dir(), path
+        return len(list(self.folder.rglob(".*.partial")))
 
     def kill(self, count: int) -> tuple[int, int]:
         """How many were killed in time, and how many unfinished files they left."""
         rng, killed, left = random.Random(0), 0, 0
         for index in range(count):
             name = list(self.commands)[index % len(self.commands)]
-            killed += kill(start(self.commands[name], str(self.folder)), self.seconds[name] * rng.random())
+            killed += kill(self.start(name), self.seconds[name] * rng.random())
             left += self.check()
         for name in self.commands:
             self.run(name)
         assert self.check() == 0, "the next run removes what a killed one left"
         assert (self.folder / "m.gguf").read_bytes() == self.whole.read_bytes()
-        assert (self.folder / "x.png").exists()
-        assert (self.folder / "out-0001.png").read_bytes() == self.picture
+        found = self.painted()
+        same = [name for name in self.pictures if name == "out-0001.png" or not name.startswith("out-")]
+        assert [found.get(name) == self.pictures[name] for name in same] == [True] * 10, "as if nothing had been"
         return killed, left
 
 
 @pytest.fixture
-def killer(tiny_pipeline: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Killer:
+def killer(tiny_pipeline: Callable[..., Path], tmp_path: Path) -> Killer:
     folder = tmp_path / "folder"
     folder.mkdir()
-    return Killer(tiny_pipeline(), folder, monkeypatch)
+    return Killer(tiny_pipeline(**SMALL), folder)
 
 
 def test_ten_kills(killer: Killer) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gguf_sd.cli.preflight import check_control
 from gguf_sd.errors import GgufSdError
+from gguf_sd.field_checks import called
 from gguf_sd.input_files import is_there
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ def _found_again(one: dict[str, Any], folders: Iterable[Path], settings: Path) -
     for path in (folder / f"{name}{suffix}" for folder in folders for suffix in SUFFIXES):
         if name and is_there(path) and (path.is_dir() or not wanted or _hash(path).startswith(wanted)):
             return path
-    raise GgufSdError(f"{settings} was painted with the ControlNet {name}, which is not here; give it with --control")
+    what = f"the ControlNet {called(name)}, which is not here"
+    raise GgufSdError(f"{settings} was painted with {what}; give it with --control")
 
 
 def _hash(path: Path) -> str:
@@ -91,7 +93,7 @@ def _picture_again(name: str, folders: Iterable[Path], settings: Path) -> Path:
     for path in (folder / Path(name).name for folder in folders):
         if name and is_there(path) and path.is_file():
             return path
-    what = f"the picture {Path(name).name}, which is not here" if name else "a picture that it does not name"
+    what = f"the picture {called(Path(name).name)}, which is not here" if name else "a picture that it does not name"
     raise GgufSdError(f"{settings} was painted with a ControlNet and {what}; give it with --control-image")
 
 

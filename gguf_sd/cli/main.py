@@ -8,7 +8,7 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from gguf_sd.cli.parse_errors import sentence
 from gguf_sd.cli.terminal import complain, discard_output, of_the_system, open_streams, printable
@@ -95,6 +95,10 @@ class _Parser(argparse.ArgumentParser):
     """Bad arguments are bad input as any other: one sentence, no usage."""
 
     command = ""  # that is asked for: argparse lets the topmost parser complain of what its command does not know
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """argparse's own keeps silent about a disk that is full."""
+        (file or sys.stderr).write(message)
 
     def error(self, message: str) -> NoReturn:
         program = f"{self.prog} {self.command}" if self.command else self.prog

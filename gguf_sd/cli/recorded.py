@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gguf_sd.errors import GgufSdError
+from gguf_sd.field_checks import called
 from gguf_sd.input_files import is_there, open_input
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def recorded_vae(args: argparse.Namespace, recorded: dict[str, Any], model: Path
         path = folder / name
         if name and is_there(path) and vae_hash(path).startswith(recorded.get("vae_hash", "")):
             return path
-    log.warning("%s was painted with the VAE %s, which is not here; give it with --vae", args.settings, name)
+    log.warning("%s was painted with the VAE %s, which is not here; give it with --vae", args.settings, called(name))
     return None
 
 

@@ -12,7 +12,7 @@ from gguf_sd.adapters.embedding_files import SUFFIXES, EmbeddingFile, as_embeddi
 from gguf_sd.adapters.embedding_files import short_hash as embedding_hash
 from gguf_sd.adapters.lora import SUFFIX, TAG, as_loras, parse_weights, short_hash
 from gguf_sd.errors import GgufSdError
-from gguf_sd.field_checks import shown
+from gguf_sd.field_checks import called, shown
 from gguf_sd.imaging.png_metadata import read_hashes
 from gguf_sd.input_files import is_there
 
@@ -43,7 +43,9 @@ def _embeddings(args: argparse.Namespace, recorded: dict[str, Any], folders: Ite
         path = _find(folders, [name + suffix for suffix in SUFFIXES], wanted, embedding_hash)
         if path is None:
             log.warning(
-                "%s was painted with the embedding %s, which is not here; give it with --embedding", args.settings, name
+                "%s was painted with the embedding %s, which is not here; give it with --embedding",
+                args.settings,
+                called(name),
             )
         else:
             found.append(EmbeddingFile(path, name))

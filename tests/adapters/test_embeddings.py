@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from gguf_sd.errors import GgufSdError
 from gguf_sd.pipeline import Pipeline
 from gguf_sd.request import Request, checked
 from tests.adapters.conftest import config_of
+from tests.convert.sources.test_torch_file import HOSTILE, archive
 from tests.test_pipeline import oracle
 
 WIDTH = 32  # of the tiny encoders
@@ -171,6 +173,28 @@ def test_bad_files(
     with pytest.raises(GgufSdError, match=sentence):
         load_embeddings(as_embeddings(path), config_of(tiny_file()))
     assert "executed" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["exponential key", "long claim", "large number", "numpy array", "storage"])
+def test_pickles_that_would_hang_or_fill_memory(tiny_file: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    path = archive(tmp_path / "bad.pt", {"data.pkl": HOSTILE[name]})
+    began = time.process_time()
+    with pytest.raises(GgufSdError, match=r"bad\.pt (is no embedding|holds Python code)"):
+        load_embeddings(as_embeddings(path), config_of(tiny_file()))
+    assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize(
+    ("tensor", "what"),
+    [(torch.empty(1, 32, device="meta"), "without data"), (torch.eye(32).to_sparse(), "sparse")],
+)
+def test_tensors_that_are_no_plain_values(
+    tiny_file: Callable[..., Path], tmp_path: Path, tensor: Tensor, what: str
+) -> None:
+    for number, content in enumerate(({"*": tensor}, {"string_to_param": {"*": tensor}}, tensor)):
+        torch.save(content, tmp_path / f"{number}.pt")
+        with pytest.raises(GgufSdError, match=f"is {what}"):
+            load_embeddings(as_embeddings(tmp_path / f"{number}.pt"), config_of(tiny_file()))
 
 
 def test_bad_names(tiny_file: Callable[..., Path], tmp_path: Path) -> None:

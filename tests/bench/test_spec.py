@@ -52,6 +52,13 @@ def test_every_picture_is_painted_once_and_has_its_own_seed() -> None:
         ('prompts = ["x"]\n[[contestants]]\nname="a"\nmodel="m"\nprogram="rm"', "no peer 'rm'"),
         ('prompts = ["x"]\nsettings=[{steps=0}]\n[[contestants]]\nname="a"\nmodel="m"', "steps is 0"),
         ('prompts = ["x"]\nsettings=[{dance=1}]\n[[contestants]]\nname="a"\nmodel="m"', "unknown setting 'dance'"),
+        ("seed = " + "9" * 5000, "is no TOML"),
+        ("x = " + "[" * 5000, "nested too deeply"),
+        ("contestants = 'abc'", "contestants is 'abc'; it takes a list"),
+        ("contestants = [3]", "contestants holds 3; it takes tables"),
+        ("settings = [[1]]", r"settings holds \[1\]; it takes tables"),
+        ('prompts = ["x"]\nrounds = [' + "0, " * 900 + "]", r"rounds is \[0, 0"),
+        ("[recorded]\ntorch = 1979-05-27", "recorded holds datetime.date"),
     ],
 )
 def test_what_is_wrong_is_told(text: str, complaint: str, tmp_path: Path) -> None:

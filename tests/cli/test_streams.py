@@ -44,6 +44,8 @@ FULL = "gguf-sd: cannot write the output: No space left on device\n"
     ("command", "code", "error"),
     [
         ('sd inspect "$M" > /dev/full', 2, FULL),
+        ("sd --help > /dev/full", 2, FULL),
+        ("sd generate --help > /dev/full", 2, FULL),
         ('sd inspect "$M" <&- >&- 2>&-', 0, ""),
         ("sd inspect nope.gguf >&-", 2, "gguf-sd: cannot read nope.gguf: No such file or directory\n"),
         ("sd inspect nope.gguf 2> /dev/full", 2, ""),

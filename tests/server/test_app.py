@@ -74,6 +74,7 @@ def test_other_pages_and_other_names(server_with: Start) -> None:
 
     assert ask(Host="rebound.example").status_code == 421
     assert ask(Origin="https://evil.example").status_code == 403
+    assert ask(Origin="http://[").status_code == 403, "no address at all"
     assert ask(Origin=server.url).status_code == 200
     allowed = ask(Origin="https://chat.example")
     assert allowed.headers["access-control-allow-origin"] == "https://chat.example"
@@ -95,6 +96,25 @@ def test_no_path_leads_to_the_file_system(served: Running) -> None:
         prepared = requests.Request("GET", served.url).prepare()
         prepared.url = served.url + path
         assert requests.Session().send(prepared, timeout=9).status_code == 404
+
+
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
+@pytest.mark.parametrize("value", [3, [1], {"a": 1}, True])
+def test_prompts_that_are_no_text(served: Running, field: str, value: Any) -> None:
+    answer = served.post("/api/paint", **({"prompt": "a"} | {field: value}))
+    assert answer.status_code == 400
+    assert "must be a text" in answer.json()["detail"]
+
+
+def test_a_request_that_breaks_off_is_no_failure(served: Running, caplog: pytest.LogCaptureFixture) -> None:
+    host, _, port = served.url.removeprefix("http://").partition(":")
+    head = f"POST {PATH} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+    before = metrics(served)
+    with socket.create_connection((host, int(port)), timeout=9) as connection:
+        connection.sendall(head.encode() + b'{"prompt"')
+    until(lambda: metrics(served) != before)
+    assert "failed" not in caplog.text
+    assert "Exception" not in caplog.text
 
 
 @pytest.mark.parametrize("how", ["at once", "in pieces"])
