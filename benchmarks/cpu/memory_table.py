@@ -44,7 +44,7 @@ def planned(row: Row | None) -> str:
     """Empty where it was not measured."""
     if row is None or "refused" in row:
         return taken(row)
-    return f"{row['planned_mb'] / 1000:.2f}, {row['measured_mb'] / 1000:.2f} GB ({row['error']:+.0%})"
+    return f"{row['planned_mb'] / 1000:.2f}, {row['measured_mb'] / 1000:.2f} GB ({row['error']:+.1%})"
 
 
 def misses(results: dict[str, Row]) -> str:

@@ -21,7 +21,7 @@ _state = {"frugal": False}
 
 def be_frugal(frugal: bool) -> None:
     """Whether tensors' memory goes back to the system as soon as they are freed, and large weights are decoded in
-    parts. A step of SD 1.5 at 512x512 in bfloat16 peaked 110 MB lower so, of 450, and took 5 to 20 % longer, most of it
+    parts. A step of SD 1.5 at 512x512 in bfloat16 peaked 110 MB lower so, of 450, and took 28 to 50 % longer, mostly
     for pages that come anew. Other C libraries than glibc know no such choice."""
     scratch.decode_in_parts(frugal)
     if frugal != _state["frugal"] and (mallopt := _glibc("mallopt")):
