@@ -21,6 +21,7 @@ TINY_WIDTH = 64  # channels of a tiny autoencoder, see gguf_sd.models.tiny_vae
 FLOAT32 = 4
 # On their way at a time through a VAE in bands: 2.3 by traces, and what convolutions work with in a process.
 BANDS, PHASE_KERNELS = 3.4, 1.6
+ENCODING = 1.12  # of decoding's: bands are joined and divided anew where a map shrinks
 TINY_BANDS, TINY_KEPT = 15, 0.75  # through a tiny one, and the share of its finest map that is held besides
 
 
@@ -281,10 +282,12 @@ def _tiny(size: tuple[int, int], engine: Engine) -> int:
     return (3 * n * TINY_WIDTH + engine.conv(TINY_WIDTH, TINY_WIDTH, 3, n, n)) * engine.itemsize
 
 
-def vae_banded(config: VAEConfig, size: tuple[int, int], tile: int, engine: Engine, tiny: bool = False) -> int:
-    """Bytes of decoding or encoding one picture in bands, see :mod:`gguf_sd.models.kl_bands`: the maps that are kept
-    whole, the bands on their way, and the four kernels that an enlarging convolution is made into. Fitted to traces at
-    512x512 with tiles of 8 to 48, and to what a process took with one of 48."""
+def vae_banded(
+    config: VAEConfig, size: tuple[int, int], tile: int, engine: Engine, tiny: bool = False, encodes: bool = False
+) -> int:
+    """Bytes of decoding (or encoding) one picture in bands, as :mod:`gguf_sd.models.kl_bands` does: the
+    maps that are kept whole, the bands on their way, and the four kernels that an enlarging convolution is made into.
+    Fitted to traces at 512x512 with tiles of 8 to 48, and to what a process took with one of 48."""
     limits = Limits.of(config, tile, *size)
     if limits is None:
         return max(vae_decode(config, size, engine, tiny), vae_encode(config, size, engine, tiny))
@@ -292,7 +295,8 @@ def vae_banded(config: VAEConfig, size: tuple[int, int], tile: int, engine: Engi
         kept = int(TINY_KEPT * size[0] * size[1] * TINY_WIDTH * config.downscale**2)
         return (kept + TINY_BANDS * limits.band) * engine.itemsize
     kernels = int(PHASE_KERNELS * 16 * max(config.block_out_channels) ** 2)
-    return (limits.maps + int(BANDS * limits.band) + kernels) * engine.itemsize
+    decoding = (limits.maps + int(BANDS * limits.band) + kernels) * engine.itemsize
+    return int(ENCODING * decoding) if encodes else decoding
 
 
 def text_encode(config: TextConfig, chunks: int, engine: Engine) -> int:

@@ -285,11 +285,12 @@ class Planner:
         if stage == "safety" and self.config.safety:
             return activations.safety_check(self.config.safety, machine.engine())
         pixels = activations.finished_pixels(load.pictures, load.size, self.vae.downscale)
+        encodes, engine = stage == "vae encode", machine.vae_engine
         if choice.tile is not None:
-            return activations.vae_banded(self.vae, load.size, choice.tile, machine.vae_engine, self.tiny) + pixels
-        run = activations.vae_encode if stage == "vae encode" else activations.vae_decode
+            return activations.vae_banded(self.vae, load.size, choice.tile, engine, self.tiny, encodes) + pixels
+        run = activations.vae_encode if encodes else activations.vae_decode
         codes = activations.finest_values(self.vae, load.size) if self.vae_int8 else 0
-        return run(self.vae, load.size, machine.vae_engine, self.tiny) + pixels + codes
+        return run(self.vae, load.size, engine, self.tiny) + pixels + codes
 
     def _unet_work(self, choice: _Choice) -> int:
         load, machine = self.workload, self.machine

@@ -105,7 +105,7 @@ def test_autoencoders(tiny: bool, encodes: bool, tile: int | None) -> None:
         run = activations.vae_encode if encodes else activations.vae_decode
         assert run(config, size, ENGINE, tiny) == pytest.approx(traced, rel=0.03)
     else:
-        banded = activations.vae_banded(config, size, tile, ENGINE, tiny)
+        banded = activations.vae_banded(config, size, tile, ENGINE, tiny, encodes)
         assert 0.9 * traced < banded < 2 * traced
 
 
