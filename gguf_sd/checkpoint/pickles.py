@@ -112,7 +112,7 @@ class _Machine:
             method() if argument is None else method(argument)
 
     def pop(self) -> Any:
-        if self.marks and len(self.stack) <= self.marks[-1]:
+        if len(self.stack) <= (self.marks[-1] if self.marks else 0):
             raise PickleError("its stack is empty")
         return self.stack.pop()
 

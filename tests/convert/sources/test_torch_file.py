@@ -184,6 +184,7 @@ def nested_tuples(depth: int) -> bytes:
 
 
 HOSTILE = {
+    "nothing": b"\x80\x02.",
     "exponential key": nested_tuples(200),
     "deep": b"\x80\x02" + b")" + b"\x85" * 12_000 + b".",
     "deep lists": b"\x80\x02" + b"]" * 12_000 + b"a" * 11_999 + b".",
