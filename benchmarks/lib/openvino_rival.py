@@ -8,30 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.lib.baselines import diffusers_unet
+from gguf_sd.bench.peer_openvino import FlatUNet
 from gguf_sd.config import UNetConfig
 
 SAMPLES = 2  # of random latents, that nncf takes the activations' ranges from
-
-
-class _Flat(nn.Module):
-    """diffusers' UNet with tensors alone as arguments, in the order of :func:`unet_arguments`."""
-
-    def __init__(self, unet: nn.Module):
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor, *vectors: Tensor) -> Tensor:
-        more: dict[str, Any] = {"return_dict": False}
-        if vectors:
-            more["added_cond_kwargs"] = {"text_embeds": vectors[0], "time_ids": vectors[1]}
-        result: Tensor = self.unet(latents, timesteps, context, **more)[0]
-        return result
 
 
 def unet_arguments(config: UNetConfig, batch: int, size: int, seed: int = 0) -> list[Tensor]:
@@ -62,7 +47,7 @@ def _convert(config: UNetConfig, batch: int, size: int, files: dict[str, Path]) 
     import nncf
     import openvino
 
-    unet = _Flat(diffusers_unet(config, torch.float32, torch.device("cpu")))
+    unet = FlatUNet(diffusers_unet(config, torch.float32, torch.device("cpu")))
     inputs = unet_arguments(config, batch, size)
     with torch.no_grad():
         model = openvino.convert_model(unet, example_input=tuple(inputs), input=[list(x.shape) for x in inputs])

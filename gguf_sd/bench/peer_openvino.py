@@ -116,8 +116,9 @@ def _config(kind: Any, model: str, part: str) -> Any:
         return kind.from_config(kind.load_config(model, subfolder=part)).config
 
 
-class _Flat(nn.Module):
-    """diffusers' UNet with tensors alone as arguments."""
+class FlatUNet(nn.Module):
+    """diffusers' UNet with tensors alone as arguments: latents, timesteps, prompt and, where they are taken, pooled
+    text and sizes."""
 
     def __init__(self, unet: nn.Module):
         super().__init__()
@@ -158,7 +159,7 @@ def convert(model: Path, folder: Path) -> None:
         if width := config.projection_class_embeddings_input_dim:
             pooled = width - 6 * config.addition_time_embed_dim
             arguments += [torch.randn(2, pooled), torch.full((2, 6), 512.0)]
-        openvino.save_model(openvino.convert_model(_Flat(unet), example_input=tuple(arguments)), made / UNET)
+        openvino.save_model(openvino.convert_model(FlatUNet(unet), example_input=tuple(arguments)), made / UNET)
         del unet
         vae = diffusers.AutoencoderKL.from_pretrained(model, subfolder="vae", torch_dtype=torch.float32).eval()
         latents = torch.randn(1, vae.config.latent_channels, side, side)
