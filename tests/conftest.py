@@ -104,6 +104,16 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
     return make
 
 
+@pytest.fixture(scope="session")
+def tiny_model(tiny_pipeline: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That pipeline as a GGUF file in Q8_0, for tests that only read it."""
+    from gguf_sd_convert.convert import ConvertOptions, convert
+
+    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
+    convert(tiny_pipeline(), path, ConvertOptions(type="q8_0"))
+    return path
+
+
 def save_pipeline(tiny: Tiny, folder: Path) -> Path:
     import diffusers
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer

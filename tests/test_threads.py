@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,13 @@ import pytest
 from gguf_sd.pipeline import Pipeline
 from gguf_sd.request import Request
 from gguf_sd.runtime.plan import Planner
-from gguf_sd_convert.convert import ConvertOptions, convert
 
 SETTINGS: dict[str, Any] = {"steps": 3, "width": 32, "height": 32, "sampler": "euler_a"}
 
 
-@pytest.fixture(scope="module")
-def model(tiny_pipeline: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("threads") / "tiny.gguf"
-    convert(tiny_pipeline(), path, ConvertOptions(type="q8_0"))
-    return path
-
-
 @pytest.fixture
-def pipeline(model: Path) -> Pipeline:
-    return Pipeline.load(model, "cpu", "float32")
+def pipeline(tiny_model: Path) -> Pipeline:
+    return Pipeline.load(tiny_model, "cpu", "float32")
 
 
 @pytest.fixture(params=[True, False], ids=["roomy", "tight"])
@@ -123,14 +114,15 @@ def test_a_step_may_look_and_paint(pipeline: Pipeline) -> None:
     assert [outer.image.tobytes(), *inner] == expected
 
 
-def test_two_pipelines_at_the_same_time(model: Path) -> None:
+def test_two_pipelines_at_the_same_time(tiny_model: Path) -> None:
     alone = [
-        Pipeline.load(model, "cpu", "float32", w)("a cat", seed=1, **SETTINGS)[0] for w in ("quantized", "resident")
+        Pipeline.load(tiny_model, "cpu", "float32", w)("a cat", seed=1, **SETTINGS)[0]
+        for w in ("quantized", "resident")
     ]
     both = threading.Barrier(2, timeout=60)
 
     def paint(weights: str) -> bytes:
-        pipeline = Pipeline.load(model, "cpu", "float32", weights)
+        pipeline = Pipeline.load(tiny_model, "cpu", "float32", weights)
         job = pipeline.prepare(Request("a cat", seed=1, **SETTINGS))
         (picture,) = pipeline.paint(job, lambda step: both.wait())  # neither goes on without the other
         return picture.image.tobytes()

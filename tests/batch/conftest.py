@@ -8,26 +8,18 @@ from pathlib import Path
 import pytest
 
 from gguf_sd.cli.main import main
-from gguf_sd_convert.convert import ConvertOptions, convert
 
 FAST = ["--steps", "2", "--width", "32", "--height", "32", "--device", "cpu", "--dtype", "float32", "--quiet"]
 Batch = Callable[..., int]
 
 
-@pytest.fixture(scope="package")
-def model(tiny_pipeline: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("batch") / "tiny.gguf"
-    convert(tiny_pipeline(), path, ConvertOptions(type="q8_0"))
-    return path
-
-
 @pytest.fixture
-def batch(model: Path, tmp_path: Path) -> Batch:
+def batch(tiny_model: Path, tmp_path: Path) -> Batch:
     """Writes a file of prompts and runs `gguf-sd batch` on it; the exit code."""
 
     def run(name: str, text: str, output: str, *options: str) -> int:
         path = tmp_path / name
         path.write_text(text, encoding="utf-8")
-        return main(["batch", str(path), "-m", str(model), "-o", str(tmp_path / output), *FAST, *options])
+        return main(["batch", str(path), "-m", str(tiny_model), "-o", str(tmp_path / output), *FAST, *options])
 
     return run

@@ -26,7 +26,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_pictures_are_those_of_generate(batch: Batch, model: Path, tmp_path: Path) -> None:
+def test_pictures_are_those_of_generate(batch: Batch, tiny_model: Path, tmp_path: Path) -> None:
     assert batch("p.csv", TABLE, "out") == 0
     found = lines(tmp_path / "out")
     assert [(x["row"], x["file"], x["seed"]) for x in found] == [
@@ -41,7 +41,7 @@ def test_pictures_are_those_of_generate(batch: Batch, model: Path, tmp_path: Pat
         assert (hashlib.sha256(data).hexdigest(), len(data)) == (line["sha256"], line["bytes"])
         size = ["--width", str(line["settings"]["width"])]
         settings = ["-p", line["prompt"], "--seed", str(line["seed"]), "-o", str(tmp_path / "one.png")]
-        assert main(["generate", str(model), *settings, *FAST, *size]) == 0
+        assert main(["generate", str(tiny_model), *settings, *FAST, *size]) == 0
         assert (tmp_path / "one.png").read_bytes() == data
 
 

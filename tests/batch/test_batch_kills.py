@@ -19,9 +19,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_killed_and_resumed(model: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("\n".join(f"a cat {i}" for i in range(12)))
-    command = ["batch", "p.txt", "-m", str(model), "--batch", "3", "--resume", *FAST]
+    command = ["batch", "p.txt", "-m", str(tiny_model), "--batch", "3", "--resume", *FAST]
 
     def run(folder: str) -> float:
         began = time.monotonic()

@@ -15,23 +15,15 @@ from gguf_sd.imaging.png_metadata import read_parameters
 from gguf_sd.imaging.save_png import save_png
 from gguf_sd.pipeline import Pipeline
 from gguf_sd.request import MAX_SEED
-from gguf_sd_convert.convert import ConvertOptions, convert
 
 SIZE = ["--steps", "1", "--width", "32", "--height", "32", "--device", "cpu", "--safety", "off", "--quiet"]
 PROMPT = ["-p", "a cat", "-o", "x.png"]
 
 
-@pytest.fixture(scope="module")
-def model(tiny_pipeline: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("resume") / "m.gguf"
-    convert(tiny_pipeline(), path, ConvertOptions(type="q8_0"))
-    return path
-
-
 @pytest.fixture
-def run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def run(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     monkeypatch.chdir(tmp_path)
-    return lambda *arguments: main(["generate", str(model), *SIZE, *arguments])
+    return lambda *arguments: main(["generate", str(tiny_model), *SIZE, *arguments])
 
 
 def there(folder: Path) -> dict[str, tuple[int, bytes]]:
