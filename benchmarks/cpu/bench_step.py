@@ -43,7 +43,7 @@ from gguf_sd.models.unet import UNet
 from gguf_sd.runtime import host_heap
 from gguf_sd.runtime.kernel_modes import make_resident
 from gguf_sd.runtime.memory import choose_dtype
-from gguf_sd_kernels.cpu import int8
+from gguf_sd_kernels.cpu import int8, processor
 
 MODES = {"quantized": ("quantized", "torch"), "resident": ("resident", "torch"), "int8": ("auto", "int8")}
 CONTENDERS = ("diffusers", "openvino bf16", "openvino int8", *MODES, "quantized, first step", "resident, first step")
@@ -73,7 +73,7 @@ def main() -> None:
     result = {
         "date": date.today().isoformat(),
         "machine": f"{cpu_name()}, {args.threads} threads",
-        "features": [flag for flag in FLAGS if flag in (int8.processor_flags() or ())],
+        "features": [flag for flag in FLAGS if flag in (processor.flags() or ())],
         "versions": {
             name: version(name) for name in ("torch", "diffusers", "openvino", "nncf") if find_spec(name) is not None
         },
