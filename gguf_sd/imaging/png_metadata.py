@@ -163,10 +163,10 @@ def parse_parameters(text: str) -> dict[str, Any]:
     """The settings in a text of AUTOMATIC1111's form: keywords of :class:`gguf_sd.request.Request`, where it has them.
 
     Sampler and schedule are as the text names them, ours or not. Besides: ``dtype`` and ``kernels`` of our own pictures
-    (int8 or torch: whether it was painted in 8 bits), ``model``, ``model_hash``, ``vae``, ``vae_hash``, ``lora_hashes`` and ``embedding_hashes`` (see :func:`read_hashes`); ``masked`` is true where
-    a mask was in use, ``controls_used`` lists ControlNets (see :func:`_read_controls`), ``hires`` is true where a
-    larger picture was painted from a first one, whose settings these are. Raises ValueError for values of the wrong
-    kind.
+    (int8 or torch: whether they were painted in 8 bits), ``model``, ``model_hash``, ``vae``, ``vae_hash``,
+    ``lora_hashes`` and ``embedding_hashes`` (see :func:`read_hashes`); ``masked`` is true where a mask was in use,
+    ``controls_used`` lists ControlNets (see :func:`_read_controls`), ``hires`` is true where a larger picture was
+    painted from a first one, whose settings these are. Raises ValueError for values of the wrong kind.
     """
     prompt, negative, pairs = decompose(text)
     ours = pairs.get("Version", "").startswith(PROGRAM)
