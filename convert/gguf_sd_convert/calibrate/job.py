@@ -78,6 +78,8 @@ def decide(
         raise GgufSdError(f"{options.imatrix} holds recorded calls already; leave --prompts and --samples out")
     if calls is None and not (data.importance and options.compensate and qtype != MIXED):
         calls, prompts = _record(full, source, options, steps)
+        if options.save is not None:  # in case that what follows is interrupted
+            _save(options, Imatrix(calls=calls))
     decided = Decided()
     if calls is None:
         decided.calibrated = _by_importance(model, plan({}), data)
@@ -98,8 +100,13 @@ def decide(
         facts = {"calls": len(calls), "prompts": prompts, "error": round(decided.calibrated.error, 6)}
         decided.metadata[CALIBRATION] = json.dumps(facts)
     if options.save is not None:
-        write_imatrix(options.save, Imatrix(decided.calibrated.importance, calls), [str(options.prompts or "built-in")])
+        _save(options, Imatrix(decided.calibrated.importance, calls))
     return decided
+
+
+def _save(options: Calibration, data: Imatrix) -> None:
+    assert options.save is not None
+    write_imatrix(options.save, data, [str(options.prompts or "built-in")])
 
 
 class _Steps:
