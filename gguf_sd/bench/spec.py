@@ -75,8 +75,10 @@ class Spec:
 
     def __post_init__(self) -> None:
         names = [c.name for c in self.contestants]
-        if not names or len(set(names)) < len(names):
-            raise GgufSdError("a comparison takes contestants of different names")
+        if not names:
+            raise GgufSdError("a comparison takes at least one contestant")
+        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+            raise GgufSdError(f"two contestants are called {shown(twice[0])}; a comparison takes different ones")
         if bad := [name for name in names if not NAME.fullmatch(name)]:
             raise GgufSdError(f"{shown(bad[0])} is no name for a contestant; it takes letters, digits and . + @ - _")
         if programs := {c.program for c in self.contestants} - {"gguf-sd", *PEERS}:

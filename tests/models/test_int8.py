@@ -194,6 +194,9 @@ def test_a_picture_is_painted_again_as_it_was(
         assert main([*command, "-p", "a boat", "-o", str(first), "--kernels", kernels, *more]) == 0
         with Image.open(first) as picture:
             assert ("Kernels: int8" in picture.info["parameters"]) is recorded
+        assert main([*command, "--from", str(first), "-o", str(again)]) == 0
+        assert asked[-1] == kernels
+        assert again.read_bytes() == first.read_bytes()
         resident = ["--dtype", "float32", "--weights", "resident", "-o", str(tmp_path / f"{kernels}-resident.png")]
         assert main([*command, "--from", str(first), *resident]) == 0
         assert asked[-1] == "auto"
