@@ -18,11 +18,10 @@ from gguf_sd.sampling.guidance import Conditioning, Denoise, Predictor
 from gguf_sd.sampling.schedules import alphas_cumprod
 
 POSITIONS = 1 << 16  # of latents in all calls that are kept: 16 calls at 512x512
-SMALL_POSITIONS = 1 << 17  # in those of small pictures, whose calls are cheap: half as many cost the demo model 1.7 dB
-MOST = 768  # calls kept
+MOST = 768  # calls kept of small models
 CALLS_PER_PROMPT = 6  # kept, about
-STEPS, FEW_STEPS = 20, 10  # at most, of a run; and of one whose pictures are not small
-MANY = 1 << 10  # positions of a picture that is not small
+STEPS, FEW_STEPS = 20, 10  # at most, of a run; and of one whose pictures have MANY positions or more
+MANY = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,7 @@ class Samples:
 
 def default_count(config: ModelConfig) -> int:
     """How many calls are kept of a model, its own size of picture assumed."""
-    positions = _positions(config)
-    return max(8, min(MOST, (POSITIONS if positions >= MANY else SMALL_POSITIONS) // positions))
+    return max(8, min(MOST, POSITIONS // _positions(config)))
 
 
 def prompts_for(count: int) -> int:
