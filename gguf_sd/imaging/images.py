@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 
 RESIZE_MODES = ("crop", "fit", "stretch")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
-MAX_PIXELS = 1 << 26  # 8192 x 8192
+MAX_PIXELS = 1 << 25  # 5792 x 5792; in RGB they take 128 MB, and for a moment twice as much
+MAX_SIDE = 1 << 16  # a JPEG's longest; each row of pixels takes memory of its own
+STRIP = 1 << 22  # pixels at a time, of which several copies are made
 
 
 def open_image(path: Path) -> Image.Image:
@@ -50,18 +53,19 @@ def decoded(image: Image.Image) -> Image.Image:
     Which colours of a palette are transparent is worked out here too: there may be more of them than colours, which
     Pillow does not find before.
     """
-    turned = ImageOps.exif_transpose(image)
-    turned.load()
-    if turned.mode in ("P", "PA") and turned.has_transparency_data:
-        return turned.convert("RGBA")
-    return turned
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)  # by itself it copies pictures that need no turning
+    if image.mode in ("P", "PA") and image.has_transparency_data:
+        return image.convert("RGBA")
+    return image
 
 
 def check_size(image: Image.Image, name: str) -> None:
     """Raises GgufSdError for a picture of too many pixels, or of none."""
-    if not 0 < image.width * image.height <= MAX_PIXELS:
+    if not 0 < image.width * image.height <= MAX_PIXELS or max(image.size) > MAX_SIDE:
         raise GgufSdError(
-            f"{name} has {image.width} x {image.height} pixels; gguf-sd takes up to {MAX_PIXELS}, make it smaller first"
+            f"{name} has {image.width} x {image.height} pixels; gguf-sd takes up to {MAX_PIXELS}, at most {MAX_SIDE} "
+            "along a side: make it smaller first"
         )
 
 
@@ -73,13 +77,26 @@ def eight_bits(image: Image.Image) -> Image.Image:
     """
     if not image.mode.startswith(("I", "F")):
         return image
-    values = np.asarray(image, dtype=np.float32)
-    if not np.isfinite(values).all():
-        raise GgufSdError("a picture holds values that are not finite")
-    high = float(values.max())
+    high = 0.0
+    for box in _strips(image):
+        values = np.asarray(image.crop(box), dtype=np.float32)
+        if not np.isfinite(values).all():
+            raise GgufSdError("a picture holds values that are not finite")
+        high = max(high, float(values.max()))
     usual = {"I": (255.0, 65535.0), "F": (1.0, 255.0, 65535.0)}.get(image.mode, (65535.0,))
     white = next((level for level in usual if high <= level), high)
-    return Image.fromarray((values.clip(0) * (255 / white)).round().astype(np.uint8))
+    grey = Image.new("L", image.size)
+    for box in _strips(image):
+        values = np.asarray(image.crop(box), dtype=np.float32)
+        grey.paste(Image.fromarray((values.clip(0) * (255 / white)).round().astype(np.uint8)), box)
+    return grey
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes of whole rows that cover a picture: left, top, right, bottom."""
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        yield 0, top, image.width, min(top + rows, image.height)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -87,8 +104,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image = eight_bits(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
-    layer = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    whole = Image.new("RGB", image.size)
+    for box in _strips(image):
+        layer = image.crop(box).convert("RGBA")
+        whole.paste(Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB"), box)
+    return whole
 
 
 def resized(image: Image.Image, width: int, height: int, mode: str) -> Image.Image:
