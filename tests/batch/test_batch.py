@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -44,7 +46,10 @@ def test_pictures_are_those_of_generate(batch: Batch, tiny_model: Path, tmp_path
         size = ["--width", str(line["settings"]["width"])]
         settings = ["-p", line["prompt"], "--seed", str(line["seed"]), "-o", str(tmp_path / "one.png")]
         assert main(["generate", str(tiny_model), *settings, *FAST, *size]) == 0
-        assert (tmp_path / "one.png").read_bytes() == data
+        with Image.open(tmp_path / "one.png") as one, Image.open(io.BytesIO(data)) as same:
+            assert one.info == same.info
+            # A convolution of several pictures may round otherwise than of one, as oneDNN has it on some processors.
+            assert np.abs(np.asarray(one, np.int16) - np.asarray(same, np.int16)).max() <= 1
 
 
 def test_three_forms_say_the_same(batch: Batch, tmp_path: Path) -> None:
