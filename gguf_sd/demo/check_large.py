@@ -148,8 +148,8 @@ def judge(picture: Picture, scene: Scene) -> Verdict:
 
 def size_of(seen: Seen) -> str | None:
     """small, large or, between them, None."""
-    sizes: dict[str | None, float] = {None: MIDDLE_RADIUS, **RADII}
-    return min(sizes, key=lambda name: abs(seen.radius - sizes[name]))
+    sizes = [(None, MIDDLE_RADIUS), *RADII.items()]
+    return min(sizes, key=lambda size: abs(seen.radius - size[1]))[0]
 
 
 def summary(scenes: Sequence[Scene], verdicts: Sequence[Verdict]) -> Report:

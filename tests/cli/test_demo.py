@@ -11,6 +11,7 @@ from PIL import Image
 from gguf_sd.cli.demo import _check_files
 from gguf_sd.cli.main import main
 from gguf_sd.demo.check import judge
+from gguf_sd.demo.models import DEMO_MODELS
 from gguf_sd.demo.world import parse
 
 
@@ -25,7 +26,7 @@ def test_table_and_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert rows[0]["psnr"] is None
     assert rows[1]["psnr"] > rows[2]["psnr"] >= rows[3]["psnr"]
     assert rows[0]["correct"] == 1
-    _check_files(tmp_path / "demo")  # a second run may replace them
+    _check_files(tmp_path / "demo", DEMO_MODELS["sd"])  # a second run may replace them
     assert Image.open(report["sheet"]).size == (4 * 140 + 202, 6 * 140 + 64)
 
 

@@ -51,8 +51,8 @@ def unet_config() -> dict[str, Any]:
 @dataclass(frozen=True)
 class Plan:
     seed: int = 0
-    steps: int = 3000
-    batch: int = 32
+    steps: int = 4000
+    batch: int = 16
     rate: float = 1.5e-3
     decay_from: float = 0.5  # of the steps; the rate falls to nothing from here on
     one_step: float = 0.55  # of the batch, taught from noise alone
