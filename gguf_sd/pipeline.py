@@ -66,6 +66,7 @@ class Picture:
     job: Job
     flagged: bool = False  # by the safety checker
     weights: str = ""  # quantized, resident or int8, as the UNet's were
+    in_8_bits: bool = False  # whether the UNet's products were
     graph_bytes: int = 0  # device memory that CUDA graphs held meanwhile
     plan: MemoryPlan | None = None
 
@@ -225,11 +226,12 @@ class Pipeline:
             on_step(step)
             del step  # with latents of its own
         self._between(plan)
+        in_8_bits = "int8" in (plan.weights, self.kernels)
         painted = [_pasted(Image.fromarray(pixels.numpy()), job) for pixels in self.decode(latents, plan)]
         self._between(plan)
         shown, flags = self._checked(painted, job.safety, plan)
         return [
-            self._finished(Picture(image, task.seed, task.job, flagged, plan.weights, graph_bytes, plan))
+            self._finished(Picture(image, task.seed, task.job, flagged, plan.weights, in_8_bits, graph_bytes, plan))
             for image, task, flagged in zip(shown, batch, flags, strict=True)
         ]
 

@@ -26,7 +26,7 @@ import torch
 from benchmarks.cpu.bench_step import FLAGS, cpu_name, random_weights
 from benchmarks.lib.baselines import diffusers_unet
 from gguf_sd.checkpoint.model_file import ModelFile
-from gguf_sd_kernels.cpu import int8
+from gguf_sd_kernels.cpu import processor
 
 OURS, THEIRS = "gguf-sd", "diffusers"
 
@@ -54,7 +54,7 @@ def main() -> None:
     result = {
         "date": date.today().isoformat(),
         "machine": f"{cpu_name()}, {torch.get_num_threads()} threads",
-        "features": [flag for flag in FLAGS if flag in (int8.processor_flags() or ())],
+        "features": [flag for flag in FLAGS if flag in (processor.flags() or ())],
         "versions": {name: version(name) for name in ("torch", "diffusers")},
         "model": args.model.name,
         "size": args.size,

@@ -9,7 +9,8 @@ picture computes the prompt's keys and values besides; diffusers does so at ever
     python -m benchmarks.cpu.bench_step /tmp/sd15-q4_0.gguf --output benchmarks/results/cpu_step.json
 
 The contenders take turns, so that a change of the machine's mood hits all of them; figures are medians. diffusers
-runs in the same dtype, channels-last, with torch's SDPA, on weights of the same shapes. With ``--openvino FOLDER``
+runs in the same dtype, and in float32, which some processors multiply faster, channels-last, with torch's SDPA, on
+weights of the same shapes. With ``--openvino FOLDER``
 OpenVINO runs the same UNet in bfloat16 and, quantised by nncf, in int8; the folder keeps what was converted.
 """
 
@@ -43,10 +44,11 @@ from gguf_sd.models.unet import UNet
 from gguf_sd.runtime import host_heap
 from gguf_sd.runtime.kernel_modes import make_resident
 from gguf_sd.runtime.memory import choose_dtype
-from gguf_sd_kernels.cpu import int8
+from gguf_sd_kernels.cpu import int8, processor
 
 MODES = {"quantized": ("quantized", "torch"), "resident": ("resident", "torch"), "int8": ("auto", "int8")}
-CONTENDERS = ("diffusers", "openvino bf16", "openvino int8", *MODES, "quantized, first step", "resident, first step")
+RIVALS = ("diffusers", "diffusers float32", "openvino bf16", "openvino int8")
+CONTENDERS = (*RIVALS, *MODES, "quantized, first step", "resident, first step")
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
 
 
@@ -73,7 +75,7 @@ def main() -> None:
     result = {
         "date": date.today().isoformat(),
         "machine": f"{cpu_name()}, {args.threads} threads",
-        "features": [flag for flag in FLAGS if flag in (int8.processor_flags() or ())],
+        "features": [flag for flag in FLAGS if flag in (processor.flags() or ())],
         "versions": {
             name: version(name) for name in ("torch", "diffusers", "openvino", "nncf") if find_spec(name) is not None
         },
@@ -107,6 +109,8 @@ def step_contenders(
     found: dict[str, Callable[[], Any]] = {}
     if "diffusers" in names:
         found["diffusers"] = _diffusers_step(model, latents, timesteps, context, dtype)
+    if "diffusers float32" in names:
+        found["diffusers float32"] = _diffusers_step(model, latents.float(), timesteps, context.float(), torch.float32)
     if openvino is not None:
         files = unet_files(config, batch, size // 8, openvino)
         arguments = unet_arguments(config, batch, size // 8)

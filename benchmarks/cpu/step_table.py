@@ -12,6 +12,7 @@ from typing import Any
 
 ROWS = {
     "diffusers": "diffusers, bfloat16, channels-last",
+    "diffusers float32": "diffusers, float32, channels-last",
     "openvino bf16": "OpenVINO, bfloat16",
     "openvino int8": "OpenVINO, int8 (nncf W8A8)",
     "quantized": "gguf-sd q4_0, `--weights quantized`",
@@ -38,7 +39,8 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def heading(result: dict[str, Any]) -> str:
     what = "one step, no guidance" if "sdxl" in result["model"] else "a guided step"
-    return f"{result['model'].removesuffix('.gguf')}, {what} ({result['date']})"
+    machine = " ".join(result["machine"].partition(",")[0].replace("(R)", "").replace("Processor", "").split())
+    return f"{result['model'].removesuffix('.gguf')}, {what} ({machine}, {result['date']})"
 
 
 def cell(result: dict[str, Any], name: str) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from gguf_sd.adapters.lora import MAX_LORAS
 from gguf_sd.errors import GgufSdError
 from gguf_sd.field_checks import shown
 from gguf_sd.input_files import open_input
@@ -149,14 +150,17 @@ def _row(number: int, values: dict[str, Any], folder: Path) -> Row:
             if name in values:
                 values[name] = str(folder / _path(name, values[name]))
         if "loras" in values:
-            values["loras"] = [_lora(item, folder) for item in _list(values["loras"])]
+            values["loras"] = [_lora(item, folder) for item in _loras(values["loras"])]
     except GgufSdError as error:
         return Row(number, error=str(error))
     return Row(number, values)
 
 
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+def _loras(value: Any) -> list[Any]:
+    found = value if isinstance(value, list) else [value]
+    if len(found) > MAX_LORAS:  # each is looked for on the disk
+        raise GgufSdError(f"{len(found):,} LoRAs are given; at most {MAX_LORAS} are taken")
+    return found
 
 
 def _path(name: str, value: Any) -> Path:

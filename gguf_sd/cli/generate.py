@@ -73,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     from gguf_sd.checkpoint.metadata_keys import TYPE
     from gguf_sd.cli.cache import model_path
     from gguf_sd.pipeline import Pipeline
+    from gguf_sd.runtime.kernel_modes import as_recorded
+    from gguf_sd.runtime.memory import choose_device
     from gguf_sd.runtime.tuning import Tuning, seconds_of
 
     tuning = Tuning(seconds_of(args.tune), quiet=args.quiet)
@@ -86,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         args.weights,
         args.tokenizer,
         vae,
-        args.kernels,
+        as_recorded(args.kernels, args.weights, choose_device(args.device), recorded.get("kernels")),
         args.cuda_graph,
         args.max_memory,
         args.placement,

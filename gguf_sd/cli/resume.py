@@ -1,7 +1,7 @@
 """`generate --resume`: what an interrupted run of the same command has finished is kept, the rest is painted.
 
 A picture counts as finished where it lies under the name that it would get, is whole, and carries the settings that it
-would get; the version of the program does not matter. A batch is painted whole or not at all: in other company a GPU
+would get; version and kernels do not matter. A batch is painted whole or not at all: in other company a GPU
 may round differently, so that the pictures are those of a run that was not interrupted.
 """
 
@@ -18,6 +18,8 @@ from gguf_sd.imaging.infotext import decompose
 from gguf_sd.imaging.outputs import Outputs
 from gguf_sd.imaging.png_metadata import parse_parameters
 from gguf_sd.request import MAX_SEED, RANDOM_SEED, Job, Request
+
+OF_THE_RUN = ("Version", "Kernels")  # the memory plan decides on kernels, when a batch is painted
 
 
 def with_earlier_seed(request: Request, outputs: Outputs) -> Request:
@@ -60,7 +62,7 @@ def _difference(found: str, wanted: str) -> str | None:
         return f"the prompt {shown(prompt)}"
     if negative != own_negative:
         return f"the negative prompt {shown(negative)}" if negative is not None else "no negative prompt"
-    keys = [key for key in (*own, *pairs) if key != "Version" and own.get(key) != pairs.get(key)]
+    keys = [key for key in (*own, *pairs) if key not in OF_THE_RUN and own.get(key) != pairs.get(key)]
     if not keys:
         return None
     key = keys[0]

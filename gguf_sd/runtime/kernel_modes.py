@@ -66,6 +66,13 @@ def may_take_int8(kernels: str, weights: str, device: torch.device) -> bool:
     return kernels == "auto" and weights == "auto" and device.type == "cpu" and not emulated(device) and int8.is_fast()
 
 
+def as_recorded(kernels: str, weights: str, device: torch.device, recorded: str | None) -> str:
+    """The kernels to ask for where a picture is painted again: on a CPU ``auto`` is what the picture was painted with,
+    ``recorded`` (int8, torch, or None where it does not say), as 8 bits show. Elsewhere, and where something is asked
+    for, ``kernels``."""
+    return kernels if recorded is None or not may_take_int8(kernels, weights, device) else recorded
+
+
 def _int8_weights(weights: str) -> str:
     if not int8.has_operators():
         raise GgufSdError(

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from gguf_sd.adapters.lora import MAX_LORAS
 from gguf_sd.batch.manifest import Manifest
+from gguf_sd.batch.rows import read_rows
 from gguf_sd.cli.main import main
 from gguf_sd.pipeline import Pipeline
 from tests.batch.conftest import FAST, Batch
@@ -171,6 +173,14 @@ def test_files_that_make_no_sense(
     assert batch(name, text, "out") == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_no_more_loras_than_a_request_takes_are_looked_for(tmp_path: Path) -> None:
+    table = tmp_path / "p.jsonl"
+    table.write_text("\n".join(json.dumps({"loras": ["a"] * n}) for n in (MAX_LORAS, MAX_LORAS + 1)))
+    fine, refused = read_rows(table)
+    assert len(fine.values["loras"]) == MAX_LORAS
+    assert refused.error == "101 LoRAs are given; at most 100 are taken"
 
 
 def test_nothing_is_overwritten_unasked(batch: Batch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,7 +139,7 @@ class FileCases:
             path.write_bytes(whole) if whole is not None else path.unlink()
 
     def tokenizer(self, rng: random.Random) -> None:
-        text = mutated_json(json.loads(json.dumps(self.json)), rng)
+        text = mutated_json(self.json, rng)
         if rng.random() < 0.5:
             Tokenizer(text, "m.gguf").encode(mutated_text(rng)[:2000], self.text)
         else:

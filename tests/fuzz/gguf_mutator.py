@@ -182,9 +182,10 @@ def _config(parts: Parts, rng: random.Random) -> None:
 
 
 def mutated_json(values: Any, rng: random.Random) -> str:
-    """JSON text with a value replaced, or with something else wrong."""
+    """JSON text with a value replaced, or with something else wrong; ``values`` stay as they are."""
     if rng.random() < 0.05:
         return rng.choice(("", "null", "[]", "{", "[" * 100000, '{"unet": ' * 2000, "NaN", '"' + "x" * 100000 + '"'))
+    values = json.loads(json.dumps(values))
     places = list(_places(values))
     holder, key = rng.choice(places)
     if rng.random() < 0.1:

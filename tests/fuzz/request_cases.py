@@ -81,9 +81,8 @@ class RequestCases:
             raise GgufSdError(f"{status}: {answer[:300]!r}")
 
     def _json(self, values: dict[str, Any], rng: random.Random) -> bytes:
-        values = json.loads(json.dumps(values))
         if rng.random() < 0.2:
-            values["prompt"] = mutated_text(rng)[:20_000]
+            values = values | {"prompt": mutated_text(rng)[:20_000]}
         text = json.dumps(values) if rng.random() < 0.2 else mutated_json(values, rng)
         small = picture("PNG", rng) if rng.random() < 0.6 else mutated_picture(rng)[:100_000]
         text = text.replace('"P"', json.dumps(base64.b64encode(small).decode()))

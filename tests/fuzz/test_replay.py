@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from gguf_sd.checkpoint.model_file import ModelFile
 from tests.fuzz.cases import Cases
-from tests.fuzz.gguf_mutator import mutated
+from tests.fuzz.gguf_mutator import mutated, mutated_json
 from tests.fuzz.material import SMALL
 
 KINDS = ("gguf", "safetensors", "ckpt", "folder", "tokenizer", "picture", "parts", "lora", "embedding", "control",
@@ -65,3 +65,11 @@ def test_a_whole_file_is_fine(cases: Cases, tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(cases.parts.to_bytes())
     assert ModelFile.open(tmp_path / "m.gguf").config == ModelFile.open(cases.whole).config
     assert mutated(cases.parts, random.Random(0)) == mutated(cases.parts, random.Random(0)), "by its seed alone"
+
+
+def test_a_case_leaves_what_the_next_begins_with() -> None:
+    """Or cases grow, and none is the same by itself."""
+    values = {"a": [1, {"b": [2]}], "c": {}}
+    for seed in range(100):
+        mutated_json(values, random.Random(seed))
+    assert values == {"a": [1, {"b": [2]}], "c": {}}

@@ -106,7 +106,7 @@ class TextCases:
             text = mutated_text(rng)
         elif suffix == ".jsonl":
             some = dict(rng.sample(list(ROW.items()), rng.randrange(1, len(ROW))))
-            text = "\n".join(mutated_json(dict(some), rng) for _ in range(rng.randrange(1, 4)))
+            text = "\n".join(mutated_json(some, rng) for _ in range(rng.randrange(1, 4)))
         else:
             columns = rng.sample([*COLUMNS, *COLUMNS, "x", ""], rng.randrange(1, 8))
             lines = [columns, *([self._cell(rng, name) for name in columns] for _ in range(rng.randrange(4)))]
@@ -127,7 +127,7 @@ class TextCases:
         manifest.folder.mkdir(exist_ok=True)
         file, key = next(iter(manifest.keys.items()))
         line = {"row": 1, "picture": 1, "file": file, "key": key, "sha256": "0" * 64, "bytes": 3, "prompt": "a"}
-        text = "\n".join(mutated_json(dict(line), rng) for _ in range(3))
+        text = "\n".join(mutated_json(line, rng) for _ in range(3))
         manifest.path.write_bytes(damaged(text.encode("utf-8", "surrogatepass"), rng))
         with manifest.open(resume=True):
             pass

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from gguf_sd import Pipeline, Request
@@ -171,3 +172,34 @@ def test_the_vae_decodes_in_8_bits(models: dict[str, Path]) -> None:
     assert torch.equal(
         tiled.decode(latents), Pipeline.load(models["q8_0"], "cpu", "float32", vae_tile=4).decode(latents)
     )
+
+
+@fast
+def test_a_picture_is_painted_again_as_it_was(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether in 8 bits or not, whatever `auto` would do by itself; and others' pictures leave it to `auto`."""
+    asked: list[str] = []
+    load = Pipeline.load
+
+    def watched(*args: Any) -> Pipeline:
+        asked.append(args[6])
+        return load(*args)
+
+    monkeypatch.setattr(Pipeline, "load", watched)
+    command = ["generate", str(models["q4_0"]), "--quiet", "--device", "cpu"]
+    for kernels, recorded in (("int8", True), ("torch", False)):
+        first, again = tmp_path / f"{kernels}.png", tmp_path / f"{kernels}-again.png"
+        more = ["--steps", "2", "--width", "32", "--height", "32", "--seed", "3"]
+        assert main([*command, "-p", "a boat", "-o", str(first), "--kernels", kernels, *more]) == 0
+        with Image.open(first) as picture:
+            assert ("Kernels: int8" in picture.info["parameters"]) is recorded
+        assert main([*command, "--from", str(first), "-o", str(again)]) == 0
+        assert asked[-1] == kernels
+        assert again.read_bytes() == first.read_bytes()
+        resident = ["--dtype", "float32", "--weights", "resident", "-o", str(tmp_path / f"{kernels}-resident.png")]
+        assert main([*command, "--from", str(first), *resident]) == 0
+        assert asked[-1] == "auto"
+    assert kernel_modes.as_recorded("auto", "auto", torch.device("cpu"), None) == "auto"
+    assert kernel_modes.as_recorded("torch", "auto", torch.device("cpu"), "int8") == "torch"
+    assert kernel_modes.as_recorded("auto", "auto", torch.device("cuda"), "int8") == "auto"

@@ -1,8 +1,8 @@
 """Scaled dot-product attention, the fastest form each device has.
 
-On a CPU with bfloat16 instructions torch's own attention does its products in float32. Written out as two
-bfloat16 matrix products, with the exponential inside the first, it takes 0.55 of the time on a Zen 4
-([2, 8, 4096, 40]); see :func:`_attention_bf16`.
+torch's own attention does its products in float32 where a CPU has no AMX. Where bfloat16's are faster, it is written
+out as two of them, with the exponential inside the first: 0.55 of the time on a Zen 4 ([2, 8, 4096, 40]); see
+:func:`_attention_bf16`. Where they are not, that would take 1.1 to 5 times as long (Emerald Rapids without AMX).
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
+from gguf_sd_kernels.cpu import processor
+
 # Bytes of weights alive at a time. Zen 4, 2 threads, 2 MiB L2, 32 MiB L3, [2, 8, 4096, 40]: 225 ms at 2 MiB, 198 at 4,
 # 219 at 8.
 WEIGHT_BYTES = 4 << 20
 # The sigmoid of -9 and less is the exponential, to 1.2e-4; of -88 and less it is zero in float32.
 BELOW, REACH = 9.0, 70.0
-_HAS_BF16_PRODUCTS: bool = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             f"attention takes q [B, H, N, D] with k and v [B, H, M, D], "
             f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
         )
-    if q.is_cpu and q.dtype == torch.bfloat16 and _HAS_BF16_PRODUCTS:
+    if q.is_cpu and q.dtype == torch.bfloat16 and processor.multiplies_bfloat16_fast():
         return _opaque(q, k, v) if is_compiling() else _attention_bf16(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 

@@ -10,13 +10,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gguf_sd_kernels.cpu import processor
 from gguf_sd_kernels.formats import quant_format, row_values
 from gguf_sd_kernels.reference.decoders import decode_into
 
@@ -28,7 +28,6 @@ LOWEST_SILU, AT = -0.27846454, -1.2784645  # the smallest value of SiLU, and whe
 ROUNDING = float(3 << 22)
 SMALLEST = 1e-30  # a step; less is nothing
 OPERATORS = ("qconv_prepack", "qconv_pointwise", "qlinear_prepack", "qlinear_pointwise")
-FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}  # of processors, as Linux names them
 
 
 @cache
@@ -37,25 +36,9 @@ def has_operators() -> bool:
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.onednn, name) for name in OPERATORS)
 
 
-@cache
 def is_fast() -> bool:
-    """Whether such products are there, and this processor has instructions for them; without, sums of pairs may
-    overflow, and nothing is gained."""
-    if not has_operators():
-        return False
-    flags = processor_flags()
-    if flags is None:
-        return bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
-    return not FLAGS.isdisjoint(flags)
-
-
-def processor_flags() -> set[str] | None:
-    """What this processor can do, as Linux names it; None where there is no /proc."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
+    """Whether such products are there, and this processor has instructions for them."""
+    return has_operators() and processor.multiplies_bytes()
 
 
 class Activation(NamedTuple):
