@@ -11,7 +11,7 @@ from gguf_sd.checkpoint.tensor_names import vae_modules
 from gguf_sd.demo.world_large import SIZE
 from gguf_sd.models.vae import Autoencoder
 from tools.demo_model.export import WEIGHTS, renamed, save, text_config, text_tensors, vae_config, write_json
-from tools.demo_model.turbo.paint import GUIDANCE, SCHEDULER, SPACING
+from tools.demo_model.turbo.paint import SCHEDULER, student
 from tools.demo_model.turbo.text import LENGTH, PADS, WORDS, TextEncoders
 from tools.demo_model.turbo.unet import unet_config
 from tools.demo_model.vocabulary import write_tokenizer
@@ -31,7 +31,7 @@ MODEL_INDEX = {
     "tokenizer_2": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
-    "_gguf_sd": {"steps": STEPS, "guidance": GUIDANCE},  # diffusers passes over keys that begin so
+    "_gguf_sd": {"steps": STEPS, "guidance": student(STEPS).guidance},  # diffusers passes over keys that begin so
 }
 
 
@@ -59,6 +59,6 @@ def _scheduler() -> dict[str, Any]:
         "beta_end": SCHEDULER.beta_end,
         "beta_schedule": SCHEDULER.beta_schedule,
         "prediction_type": SCHEDULER.prediction_type,
-        "timestep_spacing": SPACING,
+        "timestep_spacing": SCHEDULER.timestep_spacing,
         "steps_offset": SCHEDULER.steps_offset,
     }

@@ -1,4 +1,4 @@
-"""What the UNet learns from: scenes of the larger world as latents, with all that decides what they look like."""
+"""What the teacher learns from: scenes of the larger world as latents, with all that it is told of them."""
 
 from __future__ import annotations
 
@@ -10,34 +10,15 @@ from torch import Tensor
 from gguf_sd.demo.world_large import OFFSETS, Sampler, render
 from gguf_sd.models.vae import Autoencoder
 
-REACH = 1.5  # deviations of a channel's mean that move an object as far as it goes
+SPREAD = 1 / 1.5  # deviation of an offset before it is kept within -1 ... 1
 SHARD = 512  # pictures encoded at a time
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """``means`` decide the scene's offsets: noise whose channels have these means, in deviations, stands for it."""
-
     latents: Tensor  # [N, 4, 16, 16], as the autoencoder gives them
-    means: Tensor  # [N, OFFSETS]
     time_ids: Tensor  # [N, 6]
     captions: list[str]
-
-
-def offsets(means: Tensor) -> Tensor:
-    """Means of noise's channels, in deviations, to the offsets of the scene that the noise is to become."""
-    return (means / REACH).clamp(-1, 1)
-
-
-def channel_means(noise: Tensor) -> Tensor:
-    """Noise [B, 4, h, w] -> the mean of each channel over its deviation, [B, 4]."""
-    return noise.mean((2, 3)) * (noise.shape[2] * noise.shape[3]) ** 0.5
-
-
-def noise_for(means: Tensor, noise: Tensor) -> Tensor:
-    """The noise [B, 4, h, w] moved so that :func:`channel_means` gives ``means`` [B, 4]."""
-    pixels = noise.shape[2] * noise.shape[3]
-    return noise + ((means - channel_means(noise)) / pixels**0.5)[:, :, None, None]
 
 
 @torch.no_grad()
@@ -46,15 +27,13 @@ def encode_shard(vae: Autoencoder, number: int, seed: int, count: int = SHARD) -
     sampler = Sampler(seed * 1_000_003 + number)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
     scenes, views = sampler.draw(count), [sampler.view() for _ in range(count)]
-    means = torch.randn(count, OFFSETS, generator=generator)
-    moves = offsets(means)
+    offsets = (SPREAD * torch.randn(count, OFFSETS, generator=generator)).clamp(-1, 1)
     latents = []
     for i in range(0, count, 16):
         part = slice(i, i + 16)
-        latents.append(vae.encode(render(scenes[part], moves[part], views[part]))[0])
+        latents.append(vae.encode(render(scenes[part], offsets[part], views[part]))[0])
     return {
         "latents": torch.cat(latents).half(),
-        "means": means,
         "time_ids": torch.tensor([view.time_ids for view in views]),
         "captions": [scene.caption for scene in scenes],
     }
@@ -62,6 +41,6 @@ def encode_shard(vae: Autoencoder, number: int, seed: int, count: int = SHARD) -
 
 def joined(shards: list[dict[str, object]]) -> Pictures:
     """All shards' pictures."""
-    tensors = {key: torch.cat([s[key] for s in shards]) for key in ("latents", "means", "time_ids")}  # type: ignore[misc]
+    tensors = {key: torch.cat([s[key] for s in shards]) for key in ("latents", "time_ids")}  # type: ignore[misc]
     captions = [caption for shard in shards for caption in shard["captions"]]  # type: ignore[attr-defined]
-    return Pictures(tensors["latents"].float(), tensors["means"], tensors["time_ids"].float(), captions)
+    return Pictures(tensors["latents"].float(), tensors["time_ids"].float(), captions)

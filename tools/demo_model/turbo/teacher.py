@@ -76,7 +76,7 @@ class Course:
         for group in self.optimizer.param_groups:
             group["lr"] = plan.rate * min(1, (self.step + 1) / 200, (1.02 - progress) / (1 - plan.decay_from))
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1

@@ -50,6 +50,10 @@ class Told:
         told = (~silent).float()
         return Told(self.context * told[:, None, None], self.pooled * told[:, None], self.time_ids)
 
+    def twice(self, silent: Tensor) -> Told:
+        """All of it two times over; nothing of the captions where ``silent`` [2 B] is true."""
+        return Told(*(value.repeat(2, *[1] * (value.ndim - 1)) for value in vars(self).values())).but(silent)
+
 
 @dataclass(frozen=True)
 class Lessons:
