@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gguf_sd.errors import GgufSdError
-from gguf_sd.writers import remove_stale, temporary_name
+from gguf_sd_kernels.writers import remove_stale, temporary_name
 
 
 @contextlib.contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -11,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image
@@ -39,21 +37,17 @@ from gguf_sd.request import Job, Request, prepare
 from gguf_sd.runtime import memory
 from gguf_sd.runtime.cuda_graph import Graphing, use_graphs
 from gguf_sd.runtime.execution import Execution
-from gguf_sd.runtime.host_heap import be_frugal
 from gguf_sd.runtime.memory import MemoryPlan
 from gguf_sd.runtime.parts import LoadedAs, Parts
 from gguf_sd.runtime.plan import Planner, Workload
-from gguf_sd.runtime.plan_text import changes
 from gguf_sd.runtime.planning import Attempt, Planning
 from gguf_sd.runtime.tuning import Tuning
+from gguf_sd.runtime.turns import Turns
 from gguf_sd.sampling import NoiseSource, Step, init_latents, sample
 from gguf_sd.sampling.controlled import Controlled, Controller
 from gguf_sd.sampling.guidance import Conditioning, Predictor
 from gguf_sd.sampling.init_latents import Encoder, InitLatents
 
-log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 OnStep = Callable[[Step], object]
 
 
@@ -88,8 +82,7 @@ class Pipeline:
         self.tuning = Tuning()  # of the Triton kernels, on their first use
         self.planning = Planning(model, execution, self.vae_dtype, self.parts, vae)
         self._encoder = PromptEncoder(model.config, model.tokenizer(tokenizer), execution.device)
-        self._turn = threading.RLock()  # held while a batch is painted, never while a picture is handed out
-        self._running: MemoryPlan | None = None  # of the batch that is painted
+        self._turns = Turns(execution.device, self.parts)
 
     @classmethod
     def load(
@@ -173,7 +166,7 @@ class Pipeline:
             return
         planner = self.planner(*jobs)
         attempt = Attempt(planner, self.planning.plan(planner))
-        conditionings = self._in_turn(jobs[0], attempt, lambda plan: self._encode(jobs, plan))
+        conditionings = self._turns.take(jobs[0], attempt, lambda plan: self._encode(jobs, plan))
         planned = list(batches(jobs, conditionings))
         for batch in planned:
             job = batch[0].job
@@ -181,38 +174,11 @@ class Pipeline:
             def work(plan: MemoryPlan, batch: list[Task] = batch, job: Job = job) -> list[Picture]:
                 return self._paint(batch, plan, self._graphing(job.steps_run, len(planned), plan), on_step)
 
-            yield from self._in_turn(job, attempt, work)
+            yield from self._turns.take(job, attempt, work)
 
     def _graphing(self, steps: int, batches: int, plan: MemoryPlan) -> Graphing:
         passes = steps * (batches if plan.placement["unet"] == "resident" else 1)
         return use_graphs(self.execution.cuda_graph, self.device, self.kernels, passes)
-
-    def _in_turn(self, job: Job, attempt: Attempt, work: Callable[[MemoryPlan], T]) -> T:
-        """The work by the attempt's plan and, where memory runs out, once more by one that takes less."""
-        with self._turn:
-            try:
-                return self._run(attempt.plan, work)
-            except Exception as error:
-                if not memory.is_out_of_memory(error):
-                    raise
-        # Out here, where the frames of the failed step, and the tensors in them, are gone.
-        failed = attempt.plan
-        if not attempt.step_down():
-            size = job.width, job.height
-            raise GgufSdError(memory.out_of_memory_advice(self.device, failed.weights, job.batch, size))
-        self.parts.drop_all()
-        memory.give_back(self.device)
-        log.warning("out of memory; the batch is painted again with less: %s", changes(failed, attempt.plan))
-        return self._in_turn(job, attempt, work)
-
-    def _run(self, plan: MemoryPlan, work: Callable[[MemoryPlan], T]) -> T:
-        self._running = plan
-        if self.device.type == "cpu":
-            be_frugal(plan.frugal)
-        try:
-            return work(plan)
-        finally:
-            self._running = None
 
     def _paint(self, batch: Sequence[Task], plan: MemoryPlan, graphing: Graphing, on_step: OnStep) -> list[Picture]:
         """The pictures of one batch."""
@@ -225,10 +191,10 @@ class Pipeline:
             latents, graph_bytes = step.latents, self.parts.graph_bytes
             on_step(step)
             del step  # with latents of its own
-        self._between(plan)
+        self._turns.between_stages(plan)
         in_8_bits = "int8" in (plan.weights, self.kernels)
         painted = [_pasted(Image.fromarray(pixels.numpy()), job) for pixels in self.decode(latents, plan)]
-        self._between(plan)
+        self._turns.between_stages(plan)
         shown, flags = self._checked(painted, job.safety, plan)
         return [
             self._finished(Picture(image, task.seed, task.job, flagged, plan.weights, in_8_bits, graph_bytes, plan))
@@ -374,16 +340,10 @@ class Pipeline:
 
     def _plan(self, latents: Tensor) -> MemoryPlan:
         """That of the batch that is painted, else one for latents [B, 4, h, w]."""
-        if self._running is not None:
-            return self._running
+        if self._turns.running is not None:
+            return self._turns.running
         size = latents.shape[2], latents.shape[3]
         return self.planning.plan(self.planning.planner(Workload(size, len(latents))))
-
-    def _between(self, plan: MemoryPlan) -> None:
-        """Between two stages; where all stays on a GPU, what torch keeps for reuse stays too."""
-        placements = set(plan.placement.values())
-        if self.device.type == "cpu" or placements != {"resident"}:
-            memory.give_back(self.device, "streamed" in placements)
 
 
 def _pasted(painted: Image.Image, job: Job) -> Image.Image:

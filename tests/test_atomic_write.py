@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from gguf_sd import atomic_write, writers
+from gguf_sd import atomic_write
 from gguf_sd.atomic_write import put_if_free, put_in_place, temporary_beside
 from gguf_sd.checkpoint import cache
 from gguf_sd.errors import GgufSdError
 from gguf_sd.imaging.save_png import save_png
 from gguf_sd_convert.convert import ConvertOptions, convert
+from gguf_sd_kernels import writers
 
 Make = Callable[..., Path]
 PICTURE = Image.effect_noise((64, 64), 90)

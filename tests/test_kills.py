@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from tests.fuzz.material import SMALL
 from tests.killed import kill, start
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, and asks /proc")
+COMMANDS = ("convert", "generate", "cache", "resume", "batch", "tune")
 SIZE = ["--steps", "1", "--width", "32", "--height", "32", "--device", "cpu", "--safety", "off"]
 
 
@@ -48,6 +50,7 @@ class Killer:
         self.seconds = {name: self.run(name) for name in self.commands}
         self.pictures = self.painted()
         assert len(self.pictures) == 4 + 1 + 4 + 4
+        assert tuple(self.commands) == COMMANDS
         self.clear()
 
     def run(self, name: str) -> float:
@@ -57,8 +60,8 @@ class Killer:
         assert process.exitcode == 0, name
         return time.monotonic() - started
 
-    def start(self, name: str) -> BaseProcess:
-        return start(self.commands[name], str(self.folder), self.environment)
+    def start(self, name: str, killed_at: int = 0) -> BaseProcess:
+        return start(self.commands[name], str(self.folder), self.environment, killed_at)
 
     def clear(self) -> None:
         for path in self.folder.iterdir():
@@ -101,11 +104,17 @@ class Killer:
         return killed, left
 
 
-@pytest.fixture
-def killer(tiny_pipeline: Callable[..., Path], tmp_path: Path) -> Killer:
-    folder = tmp_path / "folder"
+@pytest.fixture(scope="module")
+def shared_killer(tiny_pipeline: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Killer:
+    folder = tmp_path_factory.mktemp("kills") / "folder"
     folder.mkdir()
     return Killer(tiny_pipeline(**SMALL), folder)
+
+
+@pytest.fixture
+def killer(shared_killer: Killer) -> Killer:
+    shared_killer.clear()
+    return shared_killer
 
 
 def test_ten_kills(killer: Killer) -> None:
@@ -118,3 +127,35 @@ def test_two_hundred_kills(killer: Killer) -> None:
     killed, left = killer.kill(200)
     print(f"{killed} of 200 killed in time, {left} unfinished files seen on the way")
     assert killed > 100
+
+
+def kill_at(killer: Killer, name: str, number: int) -> bool:
+    """Kills a command before its so many-th change of a file, then runs it to its end; False where it has fewer."""
+    process = killer.start(name, number)
+    process.join(200)
+    if process.exitcode == 0:
+        return False
+    assert process.exitcode == -signal.SIGKILL, (name, number)
+    killer.check()
+    killer.run(name)
+    assert killer.check() == 0, f"{name}, killed before change {number}, left what the next run has not removed"
+    return True
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "tune"])  # tuning takes its time
+def test_kills_between_two_calls(killer: Killer, name: str) -> None:
+    """The second and the third of a command's: where it has just made the first file."""
+    assert kill_at(killer, name, 2)
+    killer.clear()
+    kill_at(killer, name, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_kill_before_each_call(killer: Killer, name: str) -> None:
+    number = 1
+    while kill_at(killer, name, number):
+        killer.clear()
+        number += 1
+    print(f"{name}: killed at {number - 1} moments")
+    assert number > 4

@@ -34,8 +34,8 @@ def is_free(pipeline: Pipeline) -> bool:
     """Whether another thread could paint now."""
 
     def attempt() -> bool:
-        if got := pipeline._turn.acquire(blocking=False):
-            pipeline._turn.release()
+        if got := pipeline._turns.lock.acquire(blocking=False):
+            pipeline._turns.lock.release()
         return got
 
     with ThreadPoolExecutor(1) as pool:

@@ -61,7 +61,12 @@ def convert(
     inputs = [Path(source), options.tokenizer, options.config, *(lora.path for lora in options.loras)]
     if options.calibration is not None:
         inputs += [options.calibration.prompts, options.calibration.imatrix]
-    check_target(output, options.force, [path for path in inputs if isinstance(path, Path)], options.shared)
+    read = [path for path in inputs if isinstance(path, Path)]
+    check_target(output, options.force, read, options.shared)
+    if options.calibration is not None and (save := options.calibration.save) is not None:
+        if save.resolve() == output.resolve():
+            raise GgufSdError(f"{save} is where the model goes; choose another file for the calibration data")
+        check_target(save, options.force, read, options.shared)
     job = prepare(Path(source), options)
     with ExitStack() as stack:
         if progress is None and not quiet:

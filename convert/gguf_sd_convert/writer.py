@@ -22,8 +22,8 @@ from torch import Tensor
 
 from gguf_sd.atomic_write import put_if_free, put_in_place, temporary_beside
 from gguf_sd.errors import GgufSdError
-from gguf_sd.writers import other_writer
 from gguf_sd_convert.quantize.policy import Stored
+from gguf_sd_kernels.writers import other_writer
 
 ALIGNMENT = 32
 MAX_NAME = 127  # bytes; ggml's limit

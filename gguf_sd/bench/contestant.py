@@ -21,6 +21,7 @@ from typing import Any
 
 from gguf_sd.atomic_write import put_in_place, temporary_beside
 from gguf_sd.bench.peers import PEERS
+from gguf_sd.errors import GgufSdError
 
 RESULT = "result.json"
 
@@ -64,7 +65,10 @@ def main(path: str) -> None:
     folder = Path(task.folder)
     folder.mkdir(parents=True, exist_ok=True)
     peer = PEERS.get(task.program)
-    result: Result = (import_module(peer.module).paint if peer else _paint)(task, folder)
+    try:
+        result: Result = (import_module(peer.module).paint if peer else _paint)(task, folder)
+    except GgufSdError as error:
+        sys.exit(str(error))
     result.peak_rss = result.peak_rss or peak_rss()
     with temporary_beside(folder / RESULT) as temporary:
         temporary.write_text(json.dumps(asdict(result), indent=1))

@@ -9,9 +9,9 @@ count as what painting takes.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from gguf_sd.bench.contestant import Result, Task
 from gguf_sd.bench.peer_diffusers import paint_with
 from gguf_sd.errors import GgufSdError
+from gguf_sd_kernels.writers import remove_stale, temporary_name
 
 UNET, DECODER = "unet.xml", "vae_decoder.xml"
 HINTS = {"bfloat16": "bf16", "float32": "f32", "float16": "f16"}
@@ -150,8 +151,9 @@ def convert(model: Path, folder: Path) -> None:
     import diffusers
     import openvino
 
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".openvino-") as scratch:
-        made, side = Path(scratch) / "made", 16
+    remove_stale(folder.parent)
+    made, side = temporary_name(folder), 16
+    try:
         unet = diffusers.UNet2DConditionModel.from_pretrained(model, subfolder="unet", torch_dtype=torch.float32).eval()
         config = unet.config
         arguments = [torch.randn(2, config.in_channels, side, side), torch.full((2,), 500.0)]
@@ -165,6 +167,8 @@ def convert(model: Path, folder: Path) -> None:
         latents = torch.randn(1, vae.config.latent_channels, side, side)
         openvino.save_model(openvino.convert_model(_Decode(vae), example_input=latents), made / DECODER)
         made.rename(folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -61,8 +61,9 @@ def _run(words: list[str]) -> str:
         words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=SECONDS_A_PICTURE
     )
     if done.returncode or not Path(words[words.index("-o") + 1]).is_file():
-        last = (done.stdout.strip().splitlines() or ["it said nothing"])[-1]
-        raise GgufSdError(f"stable-diffusion.cpp ended with {done.returncode}: {last}")
+        lines = done.stdout.strip().splitlines() or ["it said nothing"]
+        told = [line for line in lines if "[ERROR]" in line] or lines
+        raise GgufSdError(f"stable-diffusion.cpp ended with {done.returncode}: {told[-1]}")
     return done.stdout
 
 

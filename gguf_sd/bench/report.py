@@ -52,7 +52,7 @@ AMPLIFIED = 8  # times, on difference maps
 def write_report(spec: Spec, rows: Sequence[Row], folder: Path, timed: bool = True) -> Path:
     """Writes all into ``folder``; returns the HTML file's path. Without ``timed``, times and memory are left out: of a
     machine that did other work meanwhile they would say nothing."""
-    columns = [c for c in COLUMNS if (timed or c[0] not in TIMED) and any(_cell(row, c[0]) is not None for row in rows)]
+    columns = _columns(rows, timed)
     images = {}
     if any("psnr" in row.values for row in rows):
         images["quality-size"] = plots.quality_against_size(rows)
@@ -72,6 +72,27 @@ def write_report(spec: Spec, rows: Sequence[Row], folder: Path, timed: bool = Tr
     _write(folder / "report.html", _html(spec, rows, columns, images).encode())
     _write(folder / "bench.toml", spec.to_toml(folder).encode())
     return folder / "report.html"
+
+
+def in_columns(spec: Spec, rows: Sequence[Row], timed: bool, width: int) -> str:
+    """Table and legend for a terminal: as many columns side by side as its ``width`` takes, the others below."""
+    table = _table(rows, _columns(rows, timed))
+    first, *others = ([line[i] for line in table] for i in range(len(table[0])))
+    first = [cell.ljust(max(map(len, first))) for cell in first]
+    parts: list[list[str]] = []
+    lines = first
+    for column in others:
+        wide = max(map(len, column))
+        if lines != first and len(lines[0]) + 2 + wide > width:
+            parts, lines = [*parts, lines], first
+        lines = [f"{line}  {cell.rjust(wide)}" for line, cell in zip(lines, column, strict=True)]
+    legend = textwrap.fill(_legend(spec), min(width, 100))
+    return "\n\n".join(["\n".join(part) for part in (*parts, lines)] + [legend])
+
+
+def _columns(rows: Sequence[Row], timed: bool) -> list[tuple[str, str, int, float]]:
+    """Those that some row has a value of."""
+    return [c for c in COLUMNS if (timed or c[0] not in TIMED) and any(_cell(row, c[0]) is not None for row in rows)]
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -141,11 +162,15 @@ def _markdown(
 
 
 def _legend(spec: Spec) -> str:
+    count, rounds = len(spec.prompts), spec.rounds
+    seeds = f"seed {spec.seed}" if count == 1 else f"seeds {spec.seed} … {spec.seed + count - 1}"
+    processes = "a fresh process for every contestant" if rounds == 1 else (
+        f"{rounds} rounds, every contestant in a fresh process each round"
+    )  # fmt: skip
     return (
-        f"{len(spec.prompts)} prompts, seeds {spec.seed} … {spec.seed + len(spec.prompts) - 1}, {spec.rounds} rounds, "
-        f"every contestant in a fresh process each round. Medians ± half the distance of the quartiles. Quality is "
-        f"against the picture of {spec.contestants[0].name} with the same seed; the UNet's error is relative, on the "
-        f"same recorded calls, as it matters for the finished picture."
+        f"{count} prompt{'s' * (count > 1)}, {seeds}, {processes}. Medians ± half the distance of the quartiles. "
+        f"Quality is against the picture of {spec.contestants[0].name} with the same seed; the UNet's error is "
+        f"relative, on the same recorded calls, as it matters for the finished picture."
     )
 
 

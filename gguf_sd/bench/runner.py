@@ -90,6 +90,8 @@ def _run(task: Task, contestant: Contestant) -> None:
     folder = Path(task.folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULT).unlink(missing_ok=True)
+    if task.record and task.calls is not None:
+        Path(task.calls).unlink(missing_ok=True)  # another comparison's, or half a file
     path = folder / "task.json"
     path.write_text(json.dumps(asdict(task)))
     command = [sys.executable, "-m", "gguf_sd.bench.contestant", str(path)]

@@ -27,6 +27,17 @@ KINDS: dict[str, type] = {"seed": int, "rounds": int, "errors": bool} | dict.fro
     ("device", "dtype", "weights", "clip", "lpips", "fid", "sdcpp"), str
 )  # of what is not a list
 MAX_BYTES = 1 << 22
+MAX_MARKS = 60_000  # brackets, commas and equals signs outside of strings
+MAX_PARTS = 9
+DOTTED = re.compile(r"""(?:\.["\w \t-]*){%d}""" % MAX_PARTS)
+# Strings, ended or not, and comments; what is matched once is not given up again.
+STRINGS = re.compile(
+    r'''"""(?:[^"\\]|\\.|"{1,2}(?!"))*+"{0,5}'''
+    r"""|'{3}(?:[^']|'{1,2}(?!'))*+'{0,5}"""
+    r"""|"(?:[^"\\\n]|\\.)*+"?"""
+    r"""|'[^'\n]*+'?|\#[^\n]*+""",
+    re.DOTALL,
+)
 TAKES: dict[type, str] = {int: "a whole number", bool: "true or false", str: "texts", dict: "tables"}
 NAME = re.compile(r"[\w.+@-]{1,80}")
 
@@ -64,8 +75,10 @@ class Spec:
 
     def __post_init__(self) -> None:
         names = [c.name for c in self.contestants]
-        if not names or len(set(names)) < len(names):
-            raise GgufSdError("a comparison takes contestants of different names")
+        if not names:
+            raise GgufSdError("a comparison takes at least one contestant")
+        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+            raise GgufSdError(f"two contestants are called {shown(twice[0])}; a comparison takes different ones")
         if bad := [name for name in names if not NAME.fullmatch(name)]:
             raise GgufSdError(f"{shown(bad[0])} is no name for a contestant; it takes letters, digits and . + @ - _")
         if programs := {c.program for c in self.contestants} - {"gguf-sd", *PEERS}:
@@ -135,13 +148,24 @@ def _table(path: Path) -> dict[str, Any]:
             raw = file.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
             raise GgufSdError(f"{path} has more than {MAX_BYTES} bytes; give a bench.toml")
-        return tomllib.loads(raw.decode())
+        text = raw.decode()
+        _check_structure(path, text)
+        return tomllib.loads(text)
     except OSError as error:
         raise GgufSdError(f"cannot read {path}: {error.strerror}") from error
     except RecursionError:
         raise GgufSdError(f"{path} is no TOML that can be read: it is nested too deeply") from None
     except ValueError as error:  # no UTF-8, no TOML, or a number of more digits than Python reads
         raise GgufSdError(f"{path} is no TOML: {called(str(error))}") from error
+
+
+def _check_structure(path: Path, text: str) -> None:
+    """Names of thousands of parts take Python's parser hours, millions of values take it long."""
+    rest = STRINGS.sub('""', text)
+    if DOTTED.search(rest):
+        raise GgufSdError(f"{path} is no bench.toml: a name in it has more than {MAX_PARTS} parts")
+    if sum(rest.count(mark) for mark in "=,[{") > MAX_MARKS:
+        raise GgufSdError(f"{path} is no bench.toml: it holds more than {MAX_MARKS:,} values")
 
 
 def _check_settings(settings: dict[str, Any]) -> None:

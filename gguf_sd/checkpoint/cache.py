@@ -23,6 +23,7 @@ from gguf_sd.atomic_write import put_in_place, temporary_beside
 from gguf_sd.checkpoint.hub_names import plain_name
 from gguf_sd.errors import GgufSdError
 from gguf_sd.json_text import read_json_object
+from gguf_sd_kernels.writers import remove_stale
 
 CHUNK = 1 << 24  # bytes read at once
 DAY = 86_400  # seconds
@@ -56,12 +57,13 @@ def cache_folder() -> Path:
 
 
 def made_folder() -> Path:
-    """The cache's folder, created where it is not there. Raises GgufSdError."""
+    """The cache's folder, created where it is not there, rid of what dead processes left. Raises GgufSdError."""
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise GgufSdError(f"cannot create the cache {folder}: {error.strerror}; set GGUF_SD_CACHE") from error
+    remove_stale(folder)
     return folder
 
 

@@ -118,10 +118,22 @@ def _header(reader: _Reader) -> Header:
         metadata[key] = reader.value()
     rows = [_row(reader) for _ in range(tensors)]
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-    if type(alignment) is not int or not 1 <= alignment <= 1 << 20:
+    if type(alignment) is not int or alignment.bit_count() != 1 or not 1 <= alignment <= 1 << 20:
         raise reader.error(f"is damaged: alignment {str(alignment)[:100]!r}")
     start = -(-reader.at // alignment) * alignment
+    _check_apart(reader, rows, alignment)
     return Header(reader.size, metadata, _placed(reader, rows, start))
+
+
+def _check_apart(reader: _Reader, rows: list[TensorInfo], alignment: int) -> None:
+    """As the format has it, tensors begin at multiples of the alignment and share no bytes."""
+    end, before = 0, ""
+    for row in sorted(rows, key=lambda row: row.offset):
+        if row.offset % alignment:
+            raise reader.error(f"is damaged: tensor {called(row.name)} begins at {row.offset}, not aligned")
+        if row.offset < end:
+            raise reader.error(f"is damaged: tensors {called(before)} and {called(row.name)} overlap")
+        end, before = row.offset + row.nbytes, row.name
 
 
 def _row(reader: _Reader) -> TensorInfo:

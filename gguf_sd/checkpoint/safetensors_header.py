@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf_sd.errors import GgufSdError
-from gguf_sd.field_checks import shown
+from gguf_sd.field_checks import called, shown
 from gguf_sd.input_files import open_input
 from gguf_sd.json_text import MAX_TABLE, json_object
 
@@ -76,6 +76,11 @@ def read_table(path: Path) -> Table:
     if (longest := max(map(len, header), default=0)) > MAX_NAME:
         raise GgufSdError(f"{path} is damaged: a tensor has a name of {longest:,} characters")
     tensors = {name: _stored(path, name, row, 8 + length, size) for name, row in header.items()}
+    end, before = 0, ""
+    for name, stored in sorted(tensors.items(), key=lambda item: item[1].offset):
+        if stored.nbytes and stored.offset < end:
+            raise GgufSdError(f"{path} is damaged: tensors {called(before)} and {called(name)} overlap")
+        end, before = max(end, stored.offset + stored.nbytes), name
     return Table(size, metadata, tensors)
 
 

@@ -101,7 +101,9 @@ def _calibration(args: argparse.Namespace) -> Calibration | None:
 
     measures = args.calibrate or args.imatrix is not None or (args.type or "").lower() == "mixed"
     given = {"--prompts": args.prompts, "--samples": args.samples, "--save-imatrix": args.save_imatrix}
-    given |= {"--target-size": args.target_size, "--bpw": args.bpw}
+    sizes = {"--target-size": args.target_size, "--bpw": args.bpw}
+    if (args.type or "").lower() != "mixed" and (useless := [name for name, value in sizes.items() if value]):
+        raise GgufSdError(f"{useless[0]} has no effect without --type mixed")
     if not measures:
         if useless := [name for name, value in given.items() if value]:
             raise GgufSdError(f"{useless[0]} has no effect without --calibrate or --type mixed")

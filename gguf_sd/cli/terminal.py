@@ -22,7 +22,8 @@ def _escaped(character: str) -> str:
 
 def open_streams() -> None:
     """Standard streams that take everything. A closed one becomes the null device: otherwise the next file that is
-    opened would get its number, and what some library prints would be written into that."""
+    opened would get its number, and what some library prints would be written into that. What is printed on a terminal
+    (names of files, say) cannot steer it."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
@@ -32,12 +33,15 @@ def open_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+            if name == "stdout" and stream.isatty():  # bars are drawn on the other one
+                write = stream.write
+                stream.write = lambda text: write(printable(text))  # type: ignore[method-assign]
 
 
 def complain(sentence: str) -> None:
     """Says what went wrong; where even that cannot be written, the exit code tells it alone."""
     with contextlib.suppress(OSError):
-        print(f"gguf-sd: {printable(sentence)}", file=sys.stderr, flush=True)
+        print(f"gguf-sd: {printable(sentence, newlines=False)}", file=sys.stderr, flush=True)
 
 
 def discard_output() -> None:

@@ -34,9 +34,7 @@ def open_image(path: Path) -> Image.Image:
         # What Pillow warns of (odd tags, many pixels) is either harmless or refused below.
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=formats) as image:
             check_size(image, f"the picture {path}")
-            turned = ImageOps.exif_transpose(image)
-            turned.load()
-            return turned
+            return decoded(image)
     except GgufSdError:
         raise
     except Image.UnidentifiedImageError:
@@ -44,6 +42,19 @@ def open_image(path: Path) -> Image.Image:
     except Exception as error:  # decoders raise what they like for damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise GgufSdError(f"cannot read the picture {path}: {reason}") from error
+
+
+def decoded(image: Image.Image) -> Image.Image:
+    """An opened picture with its pixels, turned as its EXIF data say. Raises whatever the decoder does.
+
+    Which colours of a palette are transparent is worked out here too: there may be more of them than colours, which
+    Pillow does not find before.
+    """
+    turned = ImageOps.exif_transpose(image)
+    turned.load()
+    if turned.mode in ("P", "PA") and turned.has_transparency_data:
+        return turned.convert("RGBA")
+    return turned
 
 
 def check_size(image: Image.Image, name: str) -> None:

@@ -16,6 +16,7 @@ from gguf_sd.errors import GgufSdError
 from gguf_sd.imaging.images import open_image
 from gguf_sd.imaging.png_metadata import PARAMETERS, text_of, written_by_us
 from gguf_sd.imaging.save_png import save_png
+from gguf_sd_kernels.writers import remove_stale, temporary_name
 
 STEM = "out"
 NUMBERED = re.compile(rf"{STEM}-([0-9]{{4,9}})(?:\.preview)?\.png", re.IGNORECASE)
@@ -137,7 +138,8 @@ def _free_number(folder: Path) -> int:
 def _check_folder(path: Path) -> None:
     if not path.parent.is_dir():
         raise GgufSdError(f"the output's folder {path.parent} does not exist; create it first")
-    probe = path.with_name(f".{secrets.token_hex(8)}.partial")
+    remove_stale(path.parent)
+    probe = temporary_name(path)
     try:
         os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         probe.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +97,7 @@ def _read_controls(pairs: dict[str, str]) -> list[dict[str, Any]]:
         name, _, digest = own.get("Model", "").partition(" [")
         numbers = {"scale": "Weight", "start": "Guidance Start", "end": "Guidance End"}
         values = {
-            word: _value(key, own.get(key, "0" if word == "start" else "1"), float) for word, key in numbers.items()
+            word: _value(key, own.get(key, "0" if word == "start" else "1"), _finite) for word, key in numbers.items()
         }
         found.append({"model": name, "hash": digest.rstrip("]"), "image": own.get("Image", ""), **values})
     return found
@@ -209,6 +210,13 @@ def _value(key: str, text: str, kind: Any) -> Any:
         raise ValueError(f"{key} is {text[:40]!r}") from None
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
+
+
 def _pair(text: str) -> tuple[int, int]:
     first, _, second = text.partition("x")
     return int(first), int(second)
@@ -233,10 +241,10 @@ TEXTS = {
 }
 NUMBERS: dict[str, tuple[str, Any]] = {
     "Steps": ("steps", int),
-    "CFG scale": ("guidance", float),
+    "CFG scale": ("guidance", _finite),
     "Seed": ("seed", int),
     "Clip skip": ("clip_skip", int),
-    "Denoising strength": ("strength", float),
+    "Denoising strength": ("strength", _finite),
     "Original size": ("original_size", _pair),
     "Crop": ("crop", _pair),
     "Mask blur": ("mask_blur", int),

@@ -7,10 +7,10 @@ import binascii
 import io
 import warnings
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from gguf_sd.errors import GgufSdError
-from gguf_sd.imaging.images import FORMATS
+from gguf_sd.imaging.images import FORMATS, decoded
 
 
 def from_bytes(data: bytes, what: str, most: int) -> Image.Image:
@@ -22,9 +22,7 @@ def from_bytes(data: bytes, what: str, most: int) -> Image.Image:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=formats) as image:
             if not 0 < image.width * image.height <= most:
                 raise GgufSdError(f"{what} has {image.width} x {image.height} pixels; this server takes up to {most}")
-            turned = ImageOps.exif_transpose(image)
-            turned.load()
-            return turned
+            return decoded(image)
     except GgufSdError:
         raise
     except Image.DecompressionBombError:  # Pillow looks at the header first

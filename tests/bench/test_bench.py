@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from PIL import Image
 
 from gguf_sd.bench import runner
 from gguf_sd.bench.contestant import Task
-from gguf_sd.bench.report import write_report
+from gguf_sd.bench.report import in_columns, write_report
 from gguf_sd.bench.runner import Row
 from gguf_sd.bench.spec import Contestant, Spec
+from gguf_sd.cli import bench_spec
 from gguf_sd.cli.main import main
+from gguf_sd.demo import model_folder
+from gguf_sd.errors import GgufSdError
 
 
 def test_report_of_given_rows(tmp_path: Path) -> None:
@@ -42,6 +46,69 @@ def test_report_of_given_rows(tmp_path: Path) -> None:
     write_report(spec, rows, tmp_path, timed=False)
     assert "step" not in (tmp_path / "report.csv").read_text()
     assert "step_s" not in (tmp_path / "report.json").read_text()
+
+
+def test_the_table_fits_the_terminal() -> None:
+    spec = Spec((Contestant("first", "a"), Contestant("second", "b")), ("a", "b"), rounds=1)
+    rows = [
+        Row("first", "gguf-sd", 2 * 10**6, 10**6, {"step_s": 1.5}),
+        Row("second", "gguf-sd", 10**6, 10**6, {"step_s": 1.25, "psnr": 30.5}, {"psnr": 1.0}),
+    ]
+    wide = in_columns(spec, rows, True, 200)
+    assert wide.splitlines()[:3] == [
+        "contestant  file, MB  UNet, MB  step, s      PSNR, dB",
+        "first           2.00      1.00   1.5000              ",
+        "second          1.00      1.00   1.2500  30.50 ± 1.00",
+    ]
+    narrow = in_columns(spec, rows, True, 36).splitlines()
+    assert max(map(len, narrow)) <= 36
+    assert [line.split()[0] for line in narrow if line][:6] == ["contestant", "first", "second"] * 2
+    assert "step, s" not in in_columns(spec, rows, False, 200)
+    assert "2 prompts, seeds 0 … 1, a fresh process for every contestant." in " ".join(wide.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--width", "63"], "width 63 is no multiple of 8"),
+        (["--dtype", "float8"], "unknown dtype 'float8'"),
+        (["--types", "f16,mixed@3"], "bpw is 3"),
+        (["--types", "f16,f16"], "two contestants are called 'model-f16'"),
+        (["--types", ""], "'' is no type"),
+        (["--steps", "0"], "steps is 0"),
+        (["--preset", "fast"], "no preset 'fast'; choose from quick, model, sd15-card, turbo"),
+    ],
+)
+def test_what_cannot_be_painted_is_told_before_any_work(
+    words: list[str], complaint: str, tmp_path: Path, capsys: Any
+) -> None:
+    assert main(["bench", str(model_folder()), "-o", str(tmp_path / "out"), *words]) == 2
+    assert complaint in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_of_one_name_are_told_apart() -> None:
+    assert bench_spec._names([Path("/a/x.gguf"), Path("/b/y.gguf")]) == ["x", "y"]
+    assert bench_spec._names([Path("/a/model"), Path("/b/model"), Path("/b/y.gguf")]) == ["a-model", "b-model", "b-y"]
+
+
+def test_the_first_contestant_records_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that another comparison left in the folder are not taken for this one's."""
+    task = Task("m", "gguf-sd", [], str(tmp_path / "run"), calls=str(tmp_path / "calls"), record=True)
+    (tmp_path / "calls").write_text("another's")
+    done = subprocess.CompletedProcess([], 1, "", "Traceback …\nno weights")
+    monkeypatch.setattr(runner.subprocess, "run", lambda *args, **settings: done)
+    with pytest.raises(GgufSdError, match=r"one \(gguf-sd\) failed: no weights"):
+        runner._run(task, Contestant("one", "m"))
+    assert not (tmp_path / "calls").exists()
+
+
+def test_a_contestant_says_what_is_wrong_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    task = Task(str(tmp_path / "x.gguf"), "gguf-sd", [], str(tmp_path / "run"))
+    with pytest.raises(GgufSdError, match=r"failed: .*x\.gguf (is|ends)") as raised:
+        runner._run(task, Contestant("one", "m"))
+    assert "errors.GgufSdError" not in str(raised.value)
 
 
 @pytest.mark.slow
@@ -81,6 +148,14 @@ def test_a_comparison_and_going_on(
     assert main(["bench", str(alone), "-o", str(tmp_path / "third"), "--quiet", "--json"]) == 0
     third = sorted((tmp_path / "third" / "runs").rglob("*.png"))
     assert [a.read_bytes() for a in pairs[0]] == [b.read_bytes() for b in third]
+
+
+def test_layers_of_what_is_quantised_already_are_refused(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "q8_0.gguf"
+    assert main(["convert", str(model_folder()), "-o", str(path), "--quiet"]) == 0
+    assert main(["bench", "layers", str(path), "-o", str(tmp_path / "layers")]) == 2
+    assert "is quantised already, to Q8_0; measure the original" in capsys.readouterr().err
+    assert not (tmp_path / "layers").exists()
 
 
 @pytest.mark.slow

@@ -70,6 +70,8 @@ def test_sdcpp_gets_each_picture_and_its_log_is_read(tmp_path: Path) -> None:
 def test_sdcpp_that_fails_is_told(tmp_path: Path) -> None:
     with pytest.raises(GgufSdError, match="ended with 3: out of luck"):
         peer_sdcpp.paint(task(stand_in(tmp_path, "out of luck", 3), tmp_path), tmp_path)
+    with pytest.raises(GgufSdError, match=r"ended with 1: \[ERROR\] no such tensor"):
+        peer_sdcpp.paint(task(stand_in(tmp_path, "[ERROR] no such tensor\n[INFO ] bye", 1), tmp_path), tmp_path)
     with pytest.raises(GgufSdError, match="log has no line like"):
         peer_sdcpp.paint(task(stand_in(tmp_path, "all went well"), tmp_path), tmp_path)
 

@@ -45,7 +45,7 @@ def test_every_picture_is_painted_once_and_has_its_own_seed() -> None:
         ("prompts = [1]", "prompts holds 1; it takes texts"),
         ("nonsense = 1", "unknown key 'nonsense'"),
         ("= 3", "is no TOML"),
-        ('prompts = ["x"]', "takes contestants"),
+        ('prompts = ["x"]', "at least one contestant"),
         ('prompts = ["x"]\nseed = "x"\n[[contestants]]\nname="a"\nmodel="m"', "seed is 'x'"),
         ('prompts = ["x"]\nrounds = 0\n[[contestants]]\nname="a"\nmodel="m"', "rounds is 0"),
         ('prompts = ["x"]\n[[contestants]]\nname="../a"\nmodel="m"', "is no name"),

@@ -3,8 +3,8 @@
 Cases go by their number, kind after kind; `--first` begins elsewhere, `--kind KIND --first N --cases 1` repeats one.
 Cases that end in anything but success or one sentence, take longer than a second of the processor's or add more than
 300 MB are told, and the run goes on; the figures are written every thousand cases. With `--resume` a run goes on where
-the figures in the file end, in a process of its own: `--seconds 600 --resume`, as often as it takes. Files go to
-TMPDIR; a folder in memory (`TMPDIR=/dev/shm`) is the fastest.
+the figures in the file end, in a process of its own: `--seconds 600 --resume`, as often as it takes; `--merge A B` adds
+up the figures of runs beside one another. Files go to TMPDIR; a folder in memory (`TMPDIR=/dev/shm`) is the fastest.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from tests.fuzz.material import SMALL
 
 SECONDS, MEGABYTES = 1.0, 300
 EVERY = 1000
+COUNTED = ("refused", "fine", "found")
 
 
 def main() -> int:
@@ -40,7 +41,11 @@ def main() -> int:
     parser.add_argument("--kind", action="append", help="may be given several times; default: all")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--resume", action="store_true", help="go on where the run in --json ended, up to --cases")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="JSON", help="run nothing, add up these figures")
     args = parser.parse_args()
+    if args.merge:
+        print(json.dumps(together([json.loads(path.read_text()) for path in args.merge]), indent=1))
+        return 0
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
@@ -48,7 +53,7 @@ def main() -> int:
         save_pipeline(Tiny(safety=True, **SMALL), source)
         run = Run(Cases(source, Path(folder)), args)
         if args.resume and args.json and args.json.exists():
-            run.go_on(json.loads(args.json.read_text()))
+            run.earlier = json.loads(args.json.read_text())
         gc.collect()
         gc.freeze()  # half a million objects that stay: looking through them again takes a quarter of a second
         try:
@@ -67,19 +72,11 @@ class Run:
         self.slowest = dict.fromkeys(self.kinds, (0.0, 0))
         self.findings: list[str] = []
         self.began, self.used, self.memory = time.monotonic(), time.process_time(), peak()
-        self.number = args.first
-        self.earlier: dict[str, Any] = {}
-
-    def go_on(self, earlier: dict[str, Any]) -> None:
-        """Adds what follows to the report of a run that ended early."""
-        self.earlier, self.args.first = earlier, earlier["first"]
-        self.number, self.findings = earlier["first"] + earlier["cases"], earlier["findings"]
-        for kind, figures in earlier["kinds"].items():
-            self.slowest[kind] = figures.pop("slowest_s"), figures.pop("its_number")
-            self.counts[kind] = Counter(figures)
+        self.earlier: dict[str, Any] | None = None  # the report of a run that ended early, to which this one adds
 
     def all(self) -> None:
         end = self.args.first + self.args.cases
+        self.first = self.number = self.args.first + (self.earlier["cases"] if self.earlier else 0)
         while self.number < end and time.monotonic() - self.began < self.args.seconds:
             self._one(self.kinds[self.number % len(self.kinds)], self.number)
             self.number += 1
@@ -108,22 +105,43 @@ class Run:
         print(self.findings[-1], file=sys.stderr, flush=True)
 
     def report(self) -> dict[str, Any]:
-        return {
-            "cases": self.number - self.args.first,
-            "first": self.args.first,
+        own = {
+            "cases": self.number - self.first,
+            "first": self.first,
             "findings": self.findings[:100],
             "kinds": {
                 kind: {**self.counts[kind], "slowest_s": self.slowest[kind][0], "its_number": self.slowest[kind][1]}
                 for kind in self.kinds
             },
-            "seconds": round(time.monotonic() - self.began) + self.earlier.get("seconds", 0),
-            "seconds_of_the_processor": round(time.process_time() - self.used)
-            + self.earlier.get("seconds_of_the_processor", 0),
-            "memory_growth_mb": max((peak() - self.memory) >> 10, self.earlier.get("memory_growth_mb", 0)),
-            "processes": self.earlier.get("processes", 0) + 1,
+            "seconds": round(time.monotonic() - self.began),
+            "seconds_of_the_processor": round(time.process_time() - self.used),
+            "memory_growth_mb": (peak() - self.memory) >> 10,
+            "processes": 1,
             "python": platform.python_version(),
             "date": time.strftime("%Y-%m-%d"),
         }
+        return together([self.earlier, own] if self.earlier else [own])
+
+
+def together(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """One report of several: sums, but for the slowest cases and the growth of one process, which are the highest."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for report in reports:
+        for kind, figures in report["kinds"].items():
+            known = kinds.get(kind, {"slowest_s": -1.0, "its_number": 0})
+            slowest = max(known, figures, key=lambda of: of["slowest_s"])
+            counts = Counter({k: v for k, v in known.items() if k in COUNTED})
+            counts.update({k: v for k, v in figures.items() if k in COUNTED})
+            kinds[kind] = {**counts, "slowest_s": slowest["slowest_s"], "its_number": slowest["its_number"]}
+    added = ("cases", "seconds", "seconds_of_the_processor", "processes")
+    return {
+        **reports[-1],
+        **{name: sum(report[name] for report in reports) for name in added},
+        "first": min(report["first"] for report in reports),
+        "findings": [line for report in reports for line in report["findings"]][:100],
+        "kinds": kinds,
+        "memory_growth_mb": max(report["memory_growth_mb"] for report in reports),
+    }
 
 
 def peak() -> int:

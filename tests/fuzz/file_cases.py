@@ -25,7 +25,7 @@ from gguf_sd.checkpoint.vae_file import VAEFile
 from gguf_sd.cli.inspect import inspect, table
 from gguf_sd.config import SD15
 from gguf_sd.errors import GgufSdError
-from gguf_sd.imaging.images import open_image
+from gguf_sd.imaging.images import open_image, to_rgb
 from gguf_sd.imaging.png_metadata import read_parameters, written_by_us
 from gguf_sd.prompt.find_tokenizer import read_tokenizer
 from gguf_sd.prompt.tokenizer import Tokenizer
@@ -150,7 +150,7 @@ class FileCases:
         with self.file(files.mutated_picture(rng), ".png", rng) as path:
             written_by_us(path)
             with suppress(GgufSdError):
-                open_image(path)
+                to_rgb(open_image(path))
             read_parameters(path)
 
     def lora(self, rng: random.Random) -> None:

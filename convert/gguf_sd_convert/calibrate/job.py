@@ -24,13 +24,12 @@ from gguf_sd_convert.calibrate.calibrate import Calibrated, calibrate, calibrate
 from gguf_sd_convert.calibrate.imatrix import Imatrix, read_imatrix, write_imatrix
 from gguf_sd_convert.calibrate.knapsack import Choice, solve
 from gguf_sd_convert.calibrate.options import Calibration
-from gguf_sd_convert.calibrate.sensitivity import sensitivities
+from gguf_sd_convert.calibrate.sensitivity import groups, measured_calls, sensitivities
 from gguf_sd_convert.progress import Progress
 from gguf_sd_convert.quantize.policy import MIXED, Stored
 from gguf_sd_kernels.formats import row_bytes
 
 MIXED_TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0")
-MIXED_CALLS = 64  # of those recorded, on which each layer is measured: small models' are many
 MAX_SAMPLES = 1 << 14
 Plan = Callable[[dict[str, str]], list[Stored]]  # what is stored how, some tensors having types of their own
 
@@ -75,8 +74,12 @@ def decide(
     steps = _Steps(progress)
     data = read_imatrix(options.imatrix, model.config) if options.imatrix else Imatrix()
     calls, prompts = data.calls, 0
+    if calls is not None and (options.prompts is not None or options.samples):
+        raise GgufSdError(f"{options.imatrix} holds recorded calls already; leave --prompts and --samples out")
     if calls is None and not (data.importance and options.compensate and qtype != MIXED):
         calls, prompts = _record(full, source, options, steps)
+        if options.save is not None:  # in case that what follows is interrupted
+            _save(options, Imatrix(calls=calls))
     decided = Decided()
     if calls is None:
         decided.calibrated = _by_importance(model, plan({}), data)
@@ -97,8 +100,13 @@ def decide(
         facts = {"calls": len(calls), "prompts": prompts, "error": round(decided.calibrated.error, 6)}
         decided.metadata[CALIBRATION] = json.dumps(facts)
     if options.save is not None:
-        write_imatrix(options.save, Imatrix(decided.calibrated.importance, calls), [str(options.prompts or "built-in")])
+        _save(options, Imatrix(decided.calibrated.importance, calls))
     return decided
+
+
+def _save(options: Calibration, data: Imatrix) -> None:
+    assert options.save is not None
+    write_imatrix(options.save, data, [str(options.prompts or "built-in")])
 
 
 class _Steps:
@@ -150,9 +158,8 @@ def _choose(
 ) -> tuple[dict[str, str], str]:
     """A type for every layer, and what to tell of it. Raises GgufSdError for a size that is out of reach."""
     layers = calibrated_layers(stored)
-    index = torch.arange(0, len(calls), max(1, len(calls) // MIXED_CALLS))
-    steps.begin(len(layers), "measuring")
-    found = sensitivities(unet, calls.subset(index), list(layers), MIXED_TYPES, steps)  # type: ignore[arg-type]
+    steps.begin(len(groups(list(layers))), "measuring")
+    found = sensitivities(unet, measured_calls(calls), list(layers), MIXED_TYPES, steps)  # type: ignore[arg-type]
     values = sum(one.values for one in found)
     if options.bpw is not None:
         budget = int(values * options.bpw / 8)

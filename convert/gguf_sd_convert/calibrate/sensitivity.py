@@ -23,6 +23,8 @@ from gguf_sd_kernels import ops
 from gguf_sd_kernels.formats import FORMATS
 
 MEASURED = "Q4_0"
+MOST, FEWEST = 64, 4  # calls on which each layer is measured
+POSITIONS = 1 << 14  # of latents in all of them, as far as FEWEST allow
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,14 @@ def measurable_layers(unet: UNet) -> list[str]:
 def usable_types(types: Sequence[str], cols: Sequence[int]) -> list[str]:
     """Those of the types whose blocks fill rows of all these widths."""
     return [t for t in types if all(c % FORMATS[t].block_size == 0 for c in cols)]
+
+
+def measured_calls(samples: Samples) -> Samples:
+    """As many calls as tell the layers apart, evenly by timestep: the UNet runs through all of them for every layer."""
+    positions = samples.latents.shape[2] * samples.latents.shape[3]
+    count = min(len(samples), max(FEWEST, min(MOST, POSITIONS // positions)))
+    middles = (torch.arange(count) * 2 + 1) * len(samples) // (2 * count)
+    return samples.subset(samples.timesteps.argsort(stable=True)[middles])
 
 
 @torch.inference_mode()

@@ -6,10 +6,11 @@ import contextlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from gguf_sd_kernels.writers import remove_stale, temporary_name
 
 log = logging.getLogger(__name__)
 MAX_BYTES = 16 << 20
@@ -49,9 +50,10 @@ def update_entries(path: Path, change: Callable[[Entries], Entries]) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        remove_stale(path.parent)
+        name = temporary_name(path)
         try:
-            with open(descriptor, "w", encoding="utf-8") as file:
+            with open(name, "x", encoding="utf-8") as file:
                 json.dump(change(read_entries(path)), file, indent=1)
                 file.write("\n")
                 file.flush()

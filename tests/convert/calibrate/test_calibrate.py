@@ -164,7 +164,9 @@ def test_diffusers_loads_a_calibrated_file(made: Path, model: Path, tmp_path: Pa
         (["--imatrix", "missing.gguf"], "missing.gguf does not exist"),
         (["--type", "mixed"], "either a target size"),
         (["--type", "mixed", "--bpw", "2"], "bpw is 2"),
-        (["--type", "q4_0", "--calibrate", "--bpw", "5"], "are for --type mixed"),
+        (["--type", "q4_0", "--calibrate", "--bpw", "5"], "--bpw has no effect without --type mixed"),
+        (["--type", "q4_0", "--calibrate", "--save-imatrix", "x.gguf"], "x.gguf is where the model goes"),
+        (["--type", "q4_0", "--calibrate", "--save-imatrix", "there/i.gguf"], "there is no folder"),
         (["--type", "mixed", "--target-size", "lots"], "--target-size is"),
     ],
 )
@@ -175,6 +177,31 @@ def test_bad_arguments_are_one_sentence(
     assert main(["convert", str(model), "-o", "x.gguf", "--quiet", *arguments]) == 2
     assert complaint in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_recorded_outlives_an_interruption(
+    made: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(name: str, stage: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(walk.Walk, "_stage", lambda self, name, stage: stop(name, stage))
+        options = replace(CALIBRATION, prompts=made / "prompts.txt", save=tmp_path / "data.gguf")
+        with pytest.raises(KeyboardInterrupt):
+            convert(model, tmp_path / "x.gguf", ConvertOptions(type="q4_0", calibration=options))
+    assert [path.name for path in tmp_path.iterdir()] == ["data.gguf"]
+    with pytest.raises(GgufSdError, match=r"data\.gguf exists; --force replaces it"):
+        convert(model, tmp_path / "x.gguf", ConvertOptions(type="q4_0", calibration=options))
+    taken = Calibration(imatrix=tmp_path / "data.gguf")
+    with pytest.raises(GgufSdError, match="holds recorded calls already; leave --prompts and --samples out"):
+        convert(model, tmp_path / "x.gguf", ConvertOptions(type="q4_0", calibration=replace(taken, samples=4)))
+    convert(model, tmp_path / "x.gguf", ConvertOptions(type="q4_0", calibration=taken))
+    blocks = [
+        {t.name: t.data.tobytes() for t in gguf.GGUFReader(path).tensors}
+        for path in (tmp_path / "x.gguf", made / "calibrated.gguf")
+    ]
+    assert blocks[0] == blocks[1]
 
 
 def test_data_of_another_model_are_refused(made: Path, tiny_pipeline: Callable[..., Path], tmp_path: Path) -> None:

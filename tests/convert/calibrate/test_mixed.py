@@ -9,11 +9,13 @@ from pathlib import Path
 
 import gguf
 import pytest
+import torch
 
+from gguf_sd.bench.calls import Samples
 from gguf_sd.errors import GgufSdError
 from gguf_sd_convert.calibrate.knapsack import Choice, solve
 from gguf_sd_convert.calibrate.options import Calibration
-from gguf_sd_convert.calibrate.sensitivity import groups, usable_types
+from gguf_sd_convert.calibrate.sensitivity import groups, measured_calls, usable_types
 from gguf_sd_convert.convert import ConvertOptions, convert
 
 
@@ -51,6 +53,20 @@ def test_layers_that_are_stacked_share_a_type() -> None:
     names = ["a.attn1.to_q", "a.attn1.to_k", "a.attn1.to_v", "a.attn2.to_q", "x.emb_layers.1", "y.emb_layers.1"]
     assert groups(names) == [tuple(names[:3]), ("a.attn2.to_q",), tuple(names[4:])]
     assert usable_types(["Q8_0", "Q4_K"], [512, 320]) == ["Q8_0"]
+
+
+@pytest.mark.parametrize(("edge", "count"), [(4, 64), (32, 16), (64, 4), (128, 4)])
+def test_few_large_pictures_are_measured_evenly_by_timestep(edge: int, count: int) -> None:
+    n = 100
+    timesteps = torch.arange(n).flip(0) * 10
+    latents = torch.zeros(1, 1, 1, 1).expand(n, 1, edge, edge)
+    made = Samples(latents, timesteps, torch.zeros(n, dtype=torch.long), torch.ones(n), torch.zeros(1, 1, 1))
+    chosen = measured_calls(made)
+    gaps = chosen.timesteps.diff()
+    assert len(chosen) == count
+    assert bool((gaps > 0).all())
+    assert int(gaps.max() - gaps.min()) <= 10
+    assert 0 <= float(chosen.timesteps[0]) <= 1000 / count
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Whose unfinished files lie in a folder: names of temporary files say which process writes them.
+"""Whose unfinished files, or folders, lie in a folder: names of temporary files say which process writes them.
 
 ``.TARGET.HOST-PID-STARTED.RANDOM.partial``: the process is told by its number and by when it was started, so that
 another one that got the same number later is not taken for it.
@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -74,7 +75,7 @@ def remove_stale(folder: Path) -> None:
     for path, found in _partials(folder):
         if not _running(found, path):
             with contextlib.suppress(OSError):
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def other_writer(target: Path) -> int | None:
