@@ -132,7 +132,7 @@ def test_two_hundred_kills(killer: Killer) -> None:
 def kill_at(killer: Killer, name: str, number: int) -> bool:
     """Kills a command before its so many-th change of a file, then runs it to its end; False where it has fewer."""
     process = killer.start(name, number)
-    process.join(200)
+    process.join(600)
     if process.exitcode == 0:
         return False
     assert process.exitcode == -signal.SIGKILL, (name, number)

@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,3 +50,11 @@ def test_archive_and_wheel(tmp_path: Path) -> None:
     run(sys.executable, "-P", "-m", "gguf_sd", "generate", "-p", "a red circle", "--steps", "1", "--device", "cpu",
         cwd=elsewhere, **environment)  # fmt: skip
     assert [path.name for path in elsewhere.iterdir()] == ["out-0001.png"]
+
+
+def test_the_lock_of_the_demo_holds_what_is_required() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [line for line in (ROOT / "demo.lock").read_text().splitlines() if not line.startswith("#")]
+    locked = dict(line.split("==") for line in lines)
+    for requirement in map(Requirement, project["dependencies"]):
+        assert requirement.specifier.contains(locked[requirement.name.lower().replace("_", "-")]), requirement

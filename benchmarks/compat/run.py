@@ -19,6 +19,7 @@ import platform
 import resource
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +28,11 @@ from typing import Any
 import torch
 
 from benchmarks.compat import comfyui_gguf, diffusers_gguf, sdcpp
+from gguf_sd.checkpoint.gguf_file import GGUFFile
+from gguf_sd.checkpoint.metadata_keys import CALIBRATION
+from gguf_sd.config import SD15
+from gguf_sd_convert.calibrate.options import Calibration
+from gguf_sd_convert.convert import ConvertOptions, convert
 
 SETTINGS = sdcpp.Settings()
 
@@ -137,7 +143,45 @@ def with_sdcpp(folder: Path, args: argparse.Namespace) -> Any:
     return result
 
 
-PARTS = {"files": files, "diffusers": with_diffusers, "comfyui_gguf": with_comfyui_gguf, "sdcpp": with_sdcpp}
+def calibrated(folder: Path, args: argparse.Namespace) -> Any:
+    """A calibrated file in the linear layout: its UNet in diffusers, its picture by stable-diffusion.cpp and by us; and
+    how near the program's pictures of it and of the file without calibration are to ours of the checkpoint in F16."""
+    torch.set_num_threads(args.threads)
+    path = folder / "calibrated.gguf"
+    if not path.exists():
+        alone(_calibrate, args.source, args.tokenizer, path)
+    facts = GGUFFile(path).metadata[CALIBRATION]
+    result: dict[str, Any] = {"calibration": json.loads(facts) | {"pictures": "128x128"}}
+    if importlib.util.find_spec("diffusers") is not None:
+        result["diffusers"] = alone(diffusers_gguf.compare, path)
+    if importlib.util.find_spec("cyllama") is None:
+        return result | {"sdcpp": "cyllama is not installed"}
+    theirs, plain = (alone(sdcpp.theirs, of, SETTINGS, args.threads) for of in (path, folder / "linear.gguf"))
+    ours, full = (alone(sdcpp.ours, of, SETTINGS, args.tokenizer) for of in (path, folder / "f16.gguf"))
+    return result | {
+        "sdcpp": {
+            "psnr_db_against_ours": round(sdcpp.psnr(theirs, ours), 1),
+            "psnr_db_against_f16": round(sdcpp.psnr(theirs, full), 1),
+            "psnr_db_uncalibrated_against_f16": round(sdcpp.psnr(plain, full), 1),
+        }
+    }
+
+
+def _calibrate(source: Path, tokenizer: Path, target: Path) -> None:
+    """On a few calls of small pictures, so that it takes minutes."""
+    small = replace(SD15, defaults=replace(SD15.defaults, width=128, height=128))
+    calibration = Calibration(samples=16)
+    options = ConvertOptions(type="q4_0", layout="linear", tokenizer=tokenizer, config=small, calibration=calibration)
+    convert(source, target, options)
+
+
+PARTS = {
+    "files": files,
+    "diffusers": with_diffusers,
+    "comfyui_gguf": with_comfyui_gguf,
+    "sdcpp": with_sdcpp,
+    "calibrated": calibrated,
+}
 
 if __name__ == "__main__":
     main()

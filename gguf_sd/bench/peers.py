@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from gguf_sd.checkpoint.gguf_file import GGUFFile
 from gguf_sd.checkpoint.gguf_header import is_gguf
 from gguf_sd.errors import GgufSdError
 
@@ -52,8 +53,8 @@ PEERS = {
         "gguf_sd.bench.peer_sdcpp",
         (),
         SDCPP,
-        lambda path: not is_gguf(path),
-        "checkpoints and diffusers folders",
+        lambda path: not is_gguf(path) or not GGUFFile(path).reshaped,
+        "checkpoints, diffusers folders and .gguf files in the linear layout",
         ("cpu", "cuda"),
     ),
 }
@@ -69,7 +70,7 @@ def check_peers(names: Collection[str], models: Collection[Path], device: str, s
         if missing := [package for package in peer.packages if find_spec(package) is None]:
             raise GgufSdError(f'the peer {name} needs {missing[0]}: pip install "gguf-sd[bench]"')
         if not any(peer.reads(path) for path in models):
-            raise GgufSdError(f"{name} reads {peer.what}; name one beside the .gguf files")
+            raise GgufSdError(f"{name} reads {peer.what}; name one of those too")
         if device not in peer.devices:
             raise GgufSdError(f"{name} runs on {' or '.join(peer.devices)} here, not on {device}; give --device cpu")
     if "sdcpp" in names:

@@ -47,6 +47,12 @@ TIMED = {"load_s", "first_step_s", "step_s", "vae_s", "picture_s", "peak_rss", "
 SHOWN = 6  # prompts on the contact sheet
 CELL, GAP, LABEL, HEADER = 128, 8, 190, 46
 AMPLIFIED = 8  # times, on difference maps
+CAPTIONS = {
+    "quality-size": "Quality against size",
+    "time-memory": "Time against memory",
+    "error-timestep": "Error of the UNet's output by timestep",
+    "sheet": f"Pictures, and their differences from the first contestant's, {AMPLIFIED} times amplified",
+}
 
 
 def write_report(spec: Spec, rows: Sequence[Row], folder: Path, timed: bool = True) -> Path:
@@ -86,7 +92,7 @@ def in_columns(spec: Spec, rows: Sequence[Row], timed: bool, width: int) -> str:
         if lines != first and len(lines[0]) + 2 + wide > width:
             parts, lines = [*parts, lines], first
         lines = [f"{line}  {cell.rjust(wide)}" for line, cell in zip(lines, column, strict=True)]
-    legend = textwrap.fill(_legend(spec), min(width, 100))
+    legend = textwrap.fill(_legend(spec, rows), min(width, 100))
     return "\n\n".join(["\n".join(part) for part in (*parts, lines)] + [legend])
 
 
@@ -156,21 +162,22 @@ def _markdown(
     head, *body = _table(rows, columns)
     lines = ["# Comparison", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     lines += [f"| {' | '.join(cells)} |" for cells in body]
-    lines += ["", _legend(spec), ""]
-    lines += [f"![{name}]({name}.png)\n" for name in images]
+    lines += ["", _legend(spec, rows), ""]
+    lines += [f"![{CAPTIONS[name]}]({name}.png)\n" for name in images]
     return "\n".join([*lines, *(f"- {key}: {value}" for key, value in spec.recorded.items())]) + "\n"
 
 
-def _legend(spec: Spec) -> str:
+def _legend(spec: Spec, rows: Sequence[Row]) -> str:
     count, rounds = len(spec.prompts), spec.rounds
     seeds = f"seed {spec.seed}" if count == 1 else f"seeds {spec.seed} … {spec.seed + count - 1}"
     processes = "a fresh process for every contestant" if rounds == 1 else (
         f"{rounds} rounds, every contestant in a fresh process each round"
     )  # fmt: skip
+    error = "; the UNet's error is relative, on the same recorded calls, as it matters for the finished picture"
     return (
         f"{count} prompt{'s' * (count > 1)}, {seeds}, {processes}. Medians ± half the distance of the quartiles. "
-        f"Quality is against the picture of {spec.contestants[0].name} with the same seed; the UNet's error is "
-        f"relative, on the same recorded calls, as it matters for the finished picture."
+        f"Quality is against the picture of {spec.contestants[0].name} with the same seed"
+        f"{error if any(row.errors for row in rows) else ''}."
     )
 
 
@@ -181,19 +188,20 @@ def _html(
     cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line) + "</tr>" for line in body)
     shown = "".join(
-        f'<figure><img alt="{name}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
-        f"<figcaption>{name}</figcaption></figure>"
+        f"<h2>{CAPTIONS[name]}</h2>"
+        f'<img alt="{CAPTIONS[name]}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
         for name, data in images.items()
     )
     facts = "".join(f"<li>{html.escape(str(k))}: {html.escape(str(v))}</li>" for k, v in spec.recorded.items())
     style = (
-        "body{font:15px system-ui;margin:2em;max-width:80em}table{border-collapse:collapse}"
-        "td,th{padding:.3em .7em;border-bottom:1px solid #ccc;text-align:right}td:first-child{text-align:left}"
-        "img{max-width:100%}figure{margin:1.5em 0}"
+        "body{font:15px system-ui;margin:2em;max-width:80em}table{border-collapse:collapse}h2{font-size:1.1em}"
+        "td,th{padding:.3em .7em;border-bottom:1px solid #ccc;text-align:right;white-space:nowrap}"
+        "tr>:first-child{text-align:left}div{overflow-x:auto}img{max-width:100%}li{overflow-wrap:anywhere}"
     )
+    legend = html.escape(_legend(spec, rows))
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>Comparison</title><style>{style}</style>"
-        f"<h1>Comparison</h1><table><tr>{cells}</tr>{lines}</table><p>{html.escape(_legend(spec))}</p>{shown}"
+        f"<h1>Comparison</h1><div><table><tr>{cells}</tr>{lines}</table></div><p>{legend}</p>{shown}"
         f"<ul>{facts}</ul></html>\n"
     )
 

@@ -29,7 +29,7 @@ KINDS: dict[str, type] = {"seed": int, "rounds": int, "errors": bool} | dict.fro
 MAX_BYTES = 1 << 22
 MAX_MARKS = 60_000  # brackets, commas and equals signs outside of strings
 MAX_PARTS = 9
-DOTTED = re.compile(r"""(?:\.["\w \t-]*){%d}""" % MAX_PARTS)
+DOTTED = re.compile(rf"""(?:\.["\w \t-]*){{{MAX_PARTS}}}""")
 # Strings, ended or not, and comments; what is matched once is not given up again.
 STRINGS = re.compile(
     r'''"""(?:[^"\\]|\\.|"{1,2}(?!"))*+"{0,5}'''

@@ -10,6 +10,7 @@ import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -23,6 +24,9 @@ SECONDS = 5.0  # until a Hub that does not take connections counts as out of rea
 MAIN = "main"
 REVISION = re.compile(r"[\w.][\w./+-]{0,250}")
 HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "requests", "urllib3")  # that the client uses, one version or another
+# What the client raises for answers that are none.
+NONSENSE = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)
+ETAG = re.compile(r"[\w+-][\w.+-]{0,199}", re.ASCII)
 T = TypeVar("T")
 
 
@@ -61,6 +65,8 @@ class _Repository:
         held = self._asking(self._listed) if self.online else self._cached()
         inside = [path.removeprefix(folder) for path in held if path.startswith(folder)]
         if not inside:
+            if not held:
+                raise GgufSdError(f"{self.name.repo} holds no files")
             raise GgufSdError(f"{self.name.repo} holds no {self.name.path}; it holds {listed(sorted(held))}")
         wanted, model = wanted_files(inside, str(self.name))
         paths = [self._file(folder + path) for path in wanted]
@@ -71,6 +77,7 @@ class _Repository:
         from huggingface_hub import hf_hub_download
 
         def download() -> str:
+            guard_cache()
             return hf_hub_download(
                 self.name.repo, path, revision=self.revision, local_files_only=not self.online, library_name="gguf-sd"
             )
@@ -157,9 +164,30 @@ def _refusal(error: Exception, repo: str, revision: str) -> str | None:
         return f"the connection to the Hub broke off ({type(error).__name__}); try again, what was fetched is kept"
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # of a file among several
         return _refusal(error.__cause__, repo, revision)
+    if isinstance(error, NONSENSE):  # before OSError: requests' JSON error is one
+        return f"the Hub's answer for {repo} makes no sense ({type(error).__name__}); is there another program between?"
     if isinstance(error, OSError):
         return f"cannot fetch from or write to {repo}: {error.strerror or error}"
     return None
+
+
+def guard_cache() -> None:
+    """The client names files of its cache by the ETag that it is told. One that leads out of the cache is refused."""
+    from huggingface_hub import file_download
+
+    known = getattr(file_download, "_normalize_etag", None)
+    if known is None or getattr(known, "guards", False):
+        return
+
+    @wraps(known)
+    def checked(etag: str | None) -> str | None:
+        plain: str | None = known(etag)
+        if plain is not None and not ETAG.fullmatch(plain):
+            raise ValueError(f"the ETag {shown(plain)}")
+        return plain
+
+    checked.guards = True  # type: ignore[attr-defined]
+    file_download._normalize_etag = checked
 
 
 def hub_answers() -> bool:

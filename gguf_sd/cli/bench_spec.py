@@ -84,8 +84,7 @@ def spec_of_arguments(args: argparse.Namespace) -> Spec:
     for path, name in zip(paths, _names(paths), strict=True):
         if is_gguf(path):
             contestants.append(Contestant(name, str(path.resolve()), source=str(path)))
-            continue
-        for word, options in ways:
+        for word, options in [] if is_gguf(path) else ways:
             target = args.output / "models" / f"{name}-{word}.gguf"
             contestants.append(Contestant(f"{name}-{word}", str(target.resolve()), source=str(path), way=word))
             conversions.append(_Conversion(path, target, options, target.with_name(f"{name}.imatrix.gguf")))

@@ -104,10 +104,11 @@ def _card(args: argparse.Namespace, subject: CardSubject, held: list[str]) -> st
     """A new card, ours with the file in it, or None where there is one that is not ours."""
     from huggingface_hub import hf_hub_download
 
-    from gguf_sd.checkpoint.hub import asking
+    from gguf_sd.checkpoint.hub import asking, guard_cache
     from gguf_sd.checkpoint.model_card import card, updated
 
     if CARD not in held:
         return card(subject, args.repo, args.base_model or "", args.license or "")
+    guard_cache()
     path = asking(args.repo, lambda: hf_hub_download(args.repo, CARD, library_name="gguf-sd"))
     return updated(Path(path).read_text(encoding="utf-8", errors="replace"), subject)

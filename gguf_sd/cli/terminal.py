@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import sys
+from collections.abc import Callable
 
 
 def printable(text: str, newlines: bool = True) -> str:
@@ -34,8 +35,11 @@ def open_streams() -> None:
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
             if name == "stdout" and stream.isatty():  # bars are drawn on the other one
-                write = stream.write
-                stream.write = lambda text: write(printable(text))  # type: ignore[method-assign]
+                stream.write = _printing(stream.write)  # type: ignore[method-assign]
+
+
+def _printing(write: Callable[[str], int]) -> Callable[[str], int]:
+    return lambda text: write(printable(text))
 
 
 def complain(sentence: str) -> None:

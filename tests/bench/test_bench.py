@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import re
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from gguf_sd.bench import runner
+from gguf_sd.bench import plots, runner
 from gguf_sd.bench.contestant import Task
 from gguf_sd.bench.report import in_columns, write_report
 from gguf_sd.bench.runner import Row
@@ -38,7 +39,8 @@ def test_report_of_given_rows(tmp_path: Path) -> None:
     page = write_report(spec, rows, tmp_path).read_text()
     assert "30.50 ± 1.00" in page
     assert "&lt;v&gt;" in page
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == page.count("<h2>") == 4
+    assert "the UNet's error is relative" in html.unescape(page)
     assert not re.search(r"(src|href)=.?http", page)
     found = list(csv.DictReader((tmp_path / "report.csv").open()))
     assert (found[1]["psnr"], found[1]["error_0-150"], found[0]["psnr"]) == ("30.5", "0.1", "")
@@ -46,6 +48,16 @@ def test_report_of_given_rows(tmp_path: Path) -> None:
     write_report(spec, rows, tmp_path, timed=False)
     assert "step" not in (tmp_path / "report.csv").read_text()
     assert "step_s" not in (tmp_path / "report.json").read_text()
+
+
+def test_plots_leave_out_what_all_names_begin_with() -> None:
+    def names(*given: str) -> list[str]:
+        return plots.short_names([Row(name, "gguf-sd", 0, 0) for name in given])
+
+    assert names("my-model-f16", "my-model-q4_0", "my-model-q4_1") == ["f16", "q4_0", "q4_1"]
+    assert names("model-q4_0", "model-q4_0+calibrated") == ["q4_0", "q4_0+calibrated"]
+    assert names("a-f16", "b-f16") == ["a-f16", "b-f16"]
+    assert names("alone-f16") == ["alone-f16"]
 
 
 def test_the_table_fits_the_terminal() -> None:
@@ -64,7 +76,9 @@ def test_the_table_fits_the_terminal() -> None:
     assert max(map(len, narrow)) <= 36
     assert [line.split()[0] for line in narrow if line][:6] == ["contestant", "first", "second"] * 2
     assert "step, s" not in in_columns(spec, rows, False, 200)
-    assert "2 prompts, seeds 0 … 1, a fresh process for every contestant." in " ".join(wide.split())
+    told = " ".join(wide.split())
+    assert "2 prompts, seeds 0 … 1, a fresh process for every contestant." in told
+    assert "UNet's error" not in told, "of which there is none"
 
 
 @pytest.mark.parametrize(

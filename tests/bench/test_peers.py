@@ -16,8 +16,10 @@ from PIL import Image
 from gguf_sd.bench import peer_sdcpp, peers
 from gguf_sd.bench.contestant import Task
 from gguf_sd.cli.main import main
+from gguf_sd.demo import model_folder
 from gguf_sd.errors import GgufSdError
 from gguf_sd.quality import psnr
+from gguf_sd_convert.convert import ConvertOptions, convert
 
 SETTINGS = {"steps": 4, "guidance": 0.0, "sampler": "euler_a", "width": 48, "height": 32}
 # Its log of a picture, as `sd-cli -v` writes it, between lines that are of no account.
@@ -77,15 +79,17 @@ def test_sdcpp_that_fails_is_told(tmp_path: Path) -> None:
 
 
 def test_what_cannot_take_part_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gguf, folder = tmp_path / "a.gguf", tmp_path / "folder"
-    gguf.write_bytes(b"GGUF")
+    gguf, linear, folder = tmp_path / "a.gguf", tmp_path / "linear.gguf", tmp_path / "folder"
+    for path, layout in ((gguf, "native"), (linear, "linear")):
+        convert(model_folder(), path, ConvertOptions(type="q4_0", layout=layout))
     folder.mkdir()
     program = str(stand_in(tmp_path))
     peers.check_peers(["diffusers", "sdcpp"], [gguf, folder], "cpu", program)
+    peers.check_peers(["sdcpp"], [linear], "cpu", program)
     for names, models, device, sdcpp, complaint in (
         (["comfy"], [folder], "cpu", "", "no peer 'comfy'; choose from diffusers, openvino, sdcpp"),
         (["diffusers"], [gguf], "cpu", "", "diffusers reads diffusers folders"),
-        (["sdcpp"], [gguf], "cpu", program, "sdcpp reads checkpoints and diffusers folders"),
+        (["sdcpp"], [gguf], "cpu", program, "sdcpp reads checkpoints, diffusers folders and .gguf files in the linear"),
         (["sdcpp"], [folder], "cpu", "", "give its path by --sdcpp or in GGUF_SD_SDCPP"),
         (["sdcpp"], [folder], "cpu", str(gguf), "a.gguf is no program"),
     ):

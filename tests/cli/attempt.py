@@ -14,7 +14,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Ended:
-    """``code``: of the exit, negative for a signal. ``seconds``: of the processor. ``megabytes``: added to the process."""
+    """``code``: of the exit, negative for a signal. ``seconds``: of the processor; ``megabytes``: of memory added."""
 
     code: int
     out: str

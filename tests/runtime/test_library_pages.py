@@ -36,6 +36,11 @@ def test_code_goes_and_comes_back() -> None:
     assert results == [1134.0, 132.0]
 
 
+# What must never be dropped: memory of no file, what can be written, what others see, data.
+OTHERS = (("r-xp", "[heap]"), ("rw-p", "[heap]"), ("rw-p", "[stack]"), ("rw-p", ""), ("r-xp", "[anon: jit]"),
+          ("rwxp", "/lib/a.so"), ("r-xs", "/lib/a.so"), ("r--p", "/lib/a.so"), ("rw-s", "/dev/shm/x"))  # fmt: skip
+
+
 def test_changed_code_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A debugger's breakpoints, and what patches a library."""
     from gguf_sd.runtime import library_pages
@@ -46,5 +51,7 @@ def test_changed_code_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     smaps = mapping(0x1000, "r-xp", "/lib/a.so", 0) + mapping(0x3000, "r-xp", "/lib/b.so", 4)
     smaps += mapping(0x5000, "rw-p", "/lib/a.so", 0) + mapping(0x7000, "r-xp", "[vdso]", 0)
     smaps += mapping(0x9000, "r-xp", "", 0) + mapping(0xB000, "r-xp", "/with a space/c.so", 0)
+    for at, (rights, path) in enumerate(OTHERS):
+        smaps += mapping(0x10000 + 0x1000 * at, rights, path, 0)
     monkeypatch.setattr(Path, "read_text", lambda self, **options: smaps)
     assert list(library_pages._code()) == [(0x1000, 0x2000), (0xB000, 0xC000)]
