@@ -49,12 +49,9 @@ def add_parser(subparsers: Any) -> None:
     )
     add = parser.add_argument
     add("-o", "--output", type=Path, default=Path("demo"), help="folder for the models, the sheet and pictures (demo)")
-    add(
-        "--model",
-        choices=[name for name, model in DEMO_MODELS.items() if model.folder.is_dir()],
-        default="sd",
-        help="sd, made like Stable Diffusion 1.x, or turbo, made like SDXL-Turbo, in 1, 2 and 4 steps (sd)",
-    )
+    models = [name for name, model in DEMO_MODELS.items() if model.folder.is_dir()]
+    told = "sd, made like Stable Diffusion 1.x, or turbo, made like SDXL-Turbo, in 1, 2 and 4 steps (sd)"
+    add("--model", choices=models, default="sd", help=told if len(models) > 1 else argparse.SUPPRESS)
     add("--pictures", type=int, default=60, help="pictures painted with each type (60)")
     add("--seed", type=int, default=0, help="seed of the prompts and pictures (0)")
     add("--device", default="auto", help="auto, cpu, cuda, …")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gguf_sd.checkpoint.tensor_names import vae_modules
 from gguf_sd.demo.world_large import SIZE
 from gguf_sd.models.vae import Autoencoder
 from tools.demo_model.export import WEIGHTS, renamed, save, text_config, text_tensors, vae_config, write_json
 from tools.demo_model.turbo.paint import SCHEDULER, student
-from tools.demo_model.turbo.text import LENGTH, PADS, WORDS, TextEncoders
+from tools.demo_model.turbo.text import LENGTH, PADS, POOLED, POOLED_SPREAD, SPREADS, WORDS, TextEncoders
 from tools.demo_model.turbo.unet import unet_config
 from tools.demo_model.vocabulary import write_tokenizer
 
@@ -42,13 +44,24 @@ def export(folder: Path, unet: nn.Module, vae: Autoencoder, text: TextEncoders) 
     write_json(folder / "scheduler" / "scheduler_config.json", _scheduler())
     write_json(folder / "unet" / "config.json", {"_class_name": "UNet2DConditionModel", **unet_config()})
     write_json(folder / "vae" / "config.json", vae_config(vae.config, SIZE))
-    save(folder / "unet" / WEIGHTS, iter(unet.state_dict().items()))
+    save(folder / "unet" / WEIGHTS, unet_tensors(unet))
     save(folder / "vae" / WEIGHTS, renamed(vae, vae_modules(vae.config)))
     for suffix, encoder, pad in zip(("", "_2"), (text.first, text.second), PADS, strict=True):
         part = folder / f"text_encoder{suffix}"
         write_json(part / "config.json", text_config(encoder.config, type(encoder).__name__))
         save(part / "model.safetensors", text_tensors(encoder))
         write_tokenizer(folder / f"tokenizer{suffix}", WORDS, LENGTH, pad)
+
+
+def unet_tensors(unet: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Weights that take the text as the encoders give it, where training brought it to a deviation of 1."""
+    spreads = torch.cat([torch.full((96,), SPREADS[0]), torch.full((160,), SPREADS[1])])
+    for name, value in unet.state_dict().items():
+        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
+            value = value / spreads
+        elif name == "add_embedding.linear_1.weight":
+            value = torch.cat([value[:, :POOLED] / POOLED_SPREAD, value[:, POOLED:]], 1)
+        yield name, value
 
 
 def _scheduler() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from gguf_sd.sampling import Noise, NoiseSource, Schedule, make_schedule, sample
 from tools.demo_model.turbo.text import TextEncoders
 from tools.demo_model.turbo.unet import Told, predict
 
-SCHEDULER = SchedulerConfig(timestep_spacing="trailing")
+SCHEDULER = SchedulerConfig(prediction_type="v_prediction", timestep_spacing="trailing")
 SHAPE = (4, SIZE // 8, SIZE // 8)  # of a picture's latents
 
 
@@ -48,8 +48,8 @@ def denoise(unet: nn.Module, told: Told, start: Tensor, how: Sampling, noise: No
     def denoiser(noisy: Tensor, timestep: Tensor) -> Tensor:
         if how.guidance <= 1:
             return predict(unet, noisy, timestep.expand(count), both)
-        eps = predict(unet, noisy.repeat(2, 1, 1, 1), timestep.expand(2 * count), both)
-        without, with_text = eps.chunk(2)
+        both_ways = predict(unet, noisy.repeat(2, 1, 1, 1), timestep.expand(2 * count), both)
+        without, with_text = both_ways.chunk(2)
         return without + how.guidance * (with_text - without)
 
     *_, last = sample(denoiser, start, how.schedule, noise)

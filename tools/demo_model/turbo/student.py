@@ -32,6 +32,7 @@ class Plan:
     steps: int = 3000
     batch: int = 32  # of first steps, and half as many later ones
     rate: float = 5e-4
+    warmup: int = 100
     decay_from: float = 0.2  # of the steps; the rate falls to nothing from here on
     later: float = 0.5  # weight of the later steps' loss
 
@@ -64,7 +65,7 @@ class Course:
     def finished(self, noisy: Tensor, t: Tensor, told: Told) -> Tensor:
         """The UNet's estimate of the latents without noise."""
         alpha = self.alphas[t, None, None, None]
-        return (noisy - (1 - alpha).sqrt() * predict(self.unet, noisy, t, told)) / alpha.sqrt()
+        return alpha.sqrt() * noisy - (1 - alpha).sqrt() * predict(self.unet, noisy, t, told)
 
     def learn(self, data: Trajectories) -> tuple[float, float]:
         """One step; returns the mean squared errors, in latents, of first and later steps. Its random numbers follow
@@ -88,7 +89,7 @@ class Course:
         """A step of the optimiser, and of the running mean."""
         plan, progress = self.plan, self.step / self.plan.steps
         for group in self.optimizer.param_groups:
-            group["lr"] = plan.rate * min(1, (self.step + 1) / 100, (1.01 - progress) / (1 - plan.decay_from))
+            group["lr"] = plan.rate * min(1, (self.step + 1) / plan.warmup, (1.01 - progress) / (1 - plan.decay_from))
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)

@@ -1,7 +1,8 @@
-"""Third stage: the teacher, an ordinary latent diffusion model with guidance, learns to predict noise.
+"""Third stage: the teacher, an ordinary latent diffusion model with guidance, learns the world.
 
-As the first demo model's UNet did, with SDXL's conditioning: what is told of sizes and crops is varied, see
-:class:`gguf_sd.demo.world_large.View`. It trains as diffusers' module, whose backward pass is faster than ours.
+With SDXL's conditioning: what is told of sizes and crops is varied, see :class:`gguf_sd.demo.world_large.View`. The
+loss is that of velocities at all timesteps alike, which minds errors where noise dominates: it is there that the
+caption decides. It trains as diffusers' module, whose backward pass is faster than ours.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 
 from gguf_sd.config import SchedulerConfig
 from gguf_sd.sampling.schedules import alphas_cumprod
-from tools.demo_model.train_unet import loss_weights
 from tools.demo_model.turbo.unet import Lessons, predict, unet_config
 
 
@@ -44,7 +44,6 @@ class Course:
         self.optimizer = torch.optim.AdamW(self.unet.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
         self.step = 0
         self.alphas = alphas_cumprod(SchedulerConfig()).float()
-        self.weights = loss_weights(SchedulerConfig())
 
     def state(self) -> dict[str, Any]:
         parts = {"unet": self.unet, "mean": self.mean, "optimizer": self.optimizer}
@@ -57,7 +56,7 @@ class Course:
         self.step = saved["step"]
 
     def learn(self, data: Lessons) -> float:
-        """One step; returns the unweighted loss. Its random numbers follow from seed and step alone."""
+        """One step; returns the loss. Its random numbers follow from seed and step alone."""
         plan = self.plan
         generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + self.step)
         rows = torch.randint(len(data.latents), (plan.batch,), generator=generator)
@@ -66,9 +65,10 @@ class Course:
         silent = torch.rand(plan.batch, generator=generator) < plan.unconditional
         alpha = self.alphas[t, None, None, None]
         noisy = alpha.sqrt() * data.latents[rows] + (1 - alpha).sqrt() * noise
-        errors = (predict(self.unet, noisy, t, data.told(rows).but(silent)) - noise).square().mean((1, 2, 3))
-        self.descend((errors * self.weights[t]).mean())
-        return errors.mean().item()
+        velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * data.latents[rows]
+        loss = (predict(self.unet, noisy, t, data.told(rows).but(silent)) - velocity).square().mean()
+        self.descend(loss)
+        return loss.item()
 
     def descend(self, loss: Tensor) -> None:
         """A step of the optimiser, and of the running mean."""

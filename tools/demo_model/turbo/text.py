@@ -24,6 +24,7 @@ WORDS = sorted(
 )
 PADS = (END, "!")  # of the two tokenizers, as SDXL's
 POOLED = 128
+SPREADS, POOLED_SPREAD = (7.4, 5.0), 3.6  # deviations of what both encoders and the projection give
 LENGTH = 20  # tokens of an encoded prompt; the longest caption takes 17
 PLACES = ("top", "bottom", "left", "right", "middle")
 _SIDES = {"above": (0, 1), "below": (1, 0), "left of": (2, 3), "right of": (3, 2)}
@@ -77,9 +78,11 @@ class TextEncoders(nn.Module):
 
     @torch.no_grad()
     def encode(self, captions: list[str], batch: int = 64) -> tuple[Tensor, Tensor]:
-        """Captions -> context [B, LENGTH, 256] and pooled text [B, POOLED]."""
+        """Captions -> context [B, LENGTH, 256] and pooled text [B, POOLED], brought to a deviation near 1: wild
+        values make attention slow to learn. In the written model the UNet's weights do it."""
         parts = [self(captions[i : i + batch]) for i in range(0, len(captions), batch)]
-        return torch.cat([torch.cat(p[:2], -1) for p in parts]), torch.cat([p[2] for p in parts])
+        contexts = [torch.cat([p[0] / SPREADS[0], p[1] / SPREADS[1]], -1) for p in parts]
+        return torch.cat(contexts), torch.cat([p[2] for p in parts]) / POOLED_SPREAD
 
 
 def layout(scene: Scene) -> list[int]:

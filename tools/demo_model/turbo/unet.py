@@ -1,4 +1,9 @@
-"""The UNet of the turbo demo model, and what both its trainings take: the teacher's and the student's."""
+"""The UNet of the turbo demo model, and what both its trainings take: the teacher's and the student's.
+
+It predicts velocities (arXiv:2202.00512), where SDXL-Turbo predicts noise. The one step from timestep 999 gives
+latents (noisy - 0.998 noise) / 0.068: an error in predicted noise counts there 14.6-fold, more than a UNet of 6 M
+parameters, or weights of 4 bits, can be as exact about. An error in predicted velocity counts as it is.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +82,7 @@ def lessons(pictures: Pictures, encode: Callable[[list[str]], tuple[Tensor, Tens
 
 
 def predict(unet: nn.Module, noisy: Tensor, t: Tensor, told: Told) -> Tensor:
-    """The noise [B, 4, h, w] in ``noisy`` at timesteps [B]."""
+    """The velocity [B, 4, h, w] of ``noisy`` at timesteps [B], sqrt(a) noise - sqrt(1 - a) latents."""
     added = {"text_embeds": told.pooled, "time_ids": told.time_ids}
-    eps: Tensor = unet(noisy, t, told.context, added_cond_kwargs=added).sample
-    return eps
+    velocity: Tensor = unet(noisy, t, told.context, added_cond_kwargs=added).sample
+    return velocity
