@@ -97,7 +97,8 @@ def test_image_to_image_takes_steps_by_strength(engine: Pipeline, theirs: Any) -
 
 def test_painter_is_the_pipeline(parts: Any, theirs: Any) -> None:
     """What training judges is what the folder paints, up to half precision."""
-    painter = paint.Painter(*parts, paint.student(1))
+    unet, vae, text = parts
+    painter = paint.Painter(unet, vae, text, paint.student(1))
     painter.seed = 3
     (ours,) = painter([PROMPT])
     generator = torch.Generator().manual_seed(3)
@@ -116,7 +117,8 @@ def test_tokenizers_are_transformers_own(theirs: Any) -> None:
 def test_guidance_leaves_what_was_not_asked(parts: Any) -> None:
     """A guidance of 2 is twice the told velocity less the untold one, whose caption is zeros, sizes kept."""
     unet, _, text = parts
-    told = Told(*text.encode([PROMPT, "a red ring"]), torch.tensor([View().time_ids] * 2).float())
+    context, pooled = text.encode([PROMPT, "a red ring"])
+    told = Told(context, pooled, torch.tensor([View().time_ids] * 2).float())
     noise = torch.randn(2, *paint.SHAPE, generator=torch.Generator().manual_seed(1))
     how = paint.Sampling("euler", 1, 2.0)
     level = how.schedule.sigmas[0]
@@ -179,7 +181,8 @@ def test_teacher_learns_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
 def test_wrong_ends_are_left_out(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random weights paint nothing right: only the enlarged and cut pictures, which are not checked, are kept."""
     monkeypatch.setattr(trajectories, "SOLVER", paint.Sampling("dpmpp_2m", 2, 2.5))
-    kept = trajectories.joined([trajectories.trace_shard(*parts, number, 0, 8) for number in (0, 1)])
+    unet, vae, text = parts
+    kept = trajectories.joined([trajectories.trace_shard(unet, vae, text, number, 0, 8) for number in (0, 1)])
     plain = (kept.time_ids == torch.tensor(View().time_ids)).all(1)
     assert 0 < len(kept.noise) < 16
     assert not plain.any()
