@@ -19,7 +19,8 @@ def short_table(report: dict[str, Any]) -> str:
     """A line a type: size, and PSNR as rounded to the nearest and calibrated."""
     rows = rows_by_type(report)
     lines = ["| | UNet | PSNR against F16 | calibrated |", "|---|---|---|---|"]
-    types = sorted({kind.removesuffix(CALIBRATED) for kind in rows} - {"f16"}, key=lambda kind: _size(rows, kind))
+    kinds = {kind.removesuffix(CALIBRATED) for kind in rows} - {"f16"}
+    types = sorted(kinds, key=lambda kind: (_size(rows, kind), kind))
     for kind in types:
         plain, calibrated = rows.get(kind), rows.get(kind + CALIBRATED)
         size = _size(rows, kind) / 1e6

@@ -12,10 +12,11 @@ import gguf
 import pytest
 import torch
 
-from gguf_sd.bench.calls import Samples, step_effects
+from gguf_sd.bench.calls import Samples, default_count, prompts_for, step_effects
 from gguf_sd.bench.prompts import default_prompts, read_prompts
 from gguf_sd.checkpoint.model_file import ModelFile
 from gguf_sd.cli.main import main
+from gguf_sd.config import SD15
 from gguf_sd.errors import GgufSdError
 from gguf_sd_convert.calibrate import walk
 from gguf_sd_convert.calibrate.imatrix import read_imatrix
@@ -210,6 +211,12 @@ def test_data_of_another_model_are_refused(made: Path, tiny_pipeline: Callable[.
         convert(tiny_pipeline(xl=True), tmp_path / "x.gguf", options)
     with pytest.raises(GgufSdError, match="is no importance matrix"):
         read_imatrix(made / "plain.gguf", ModelFile.open(made / "plain.gguf").config)
+
+
+@pytest.mark.parametrize(("edge", "calls", "prompts"), [(512, 16, 3), (256, 64, 11), (128, 256, 43), (64, 768, 128)])
+def test_large_pictures_are_calibrated_on_few_calls(edge: int, calls: int, prompts: int) -> None:
+    config = replace(SD15, defaults=replace(SD15.defaults, width=edge, height=edge))
+    assert (default_count(config), prompts_for(calls)) == (calls, prompts)
 
 
 def test_prompts(tmp_path: Path) -> None:
