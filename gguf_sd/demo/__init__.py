@@ -1,4 +1,5 @@
-"""The built-in demo models: small, trained here, with the full anatomy of Stable Diffusion 1.x and of SDXL-Turbo."""
+"""The built-in demo model: small, trained here, with the full anatomy of Stable Diffusion 1.x. Another one, like
+SDXL-Turbo, is built in where it was trained, see ``tools/demo_model/train_turbo.py``."""
 
 from __future__ import annotations
 
@@ -11,5 +12,5 @@ def model_folder() -> Path:
 
 
 def turbo_folder() -> Path:
-    """The diffusers folder of the turbo demo model, which ships with the package."""
+    """Where the diffusers folder of the turbo demo model belongs; it does not ship with the package yet."""
     return Path(__file__).parent / "turbo"

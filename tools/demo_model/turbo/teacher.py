@@ -25,7 +25,7 @@ from tools.demo_model.turbo.unet import Lessons, predict, unet_config
 @dataclass(frozen=True)
 class Plan:
     seed: int = 0
-    steps: int = 8000
+    steps: int = 14000
     batch: int = 32
     rate: float = 1.2e-3
     decay_from: float = 0.4  # of the steps; the rate falls to nothing from here on
