@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
-from gguf_sd.demo import model_folder
+from gguf_sd.demo.models import demo_model
 from gguf_sd.errors import GgufSdError
 from gguf_sd.input_files import open_input
 
@@ -34,20 +33,10 @@ MEDIA = ("a photograph of", "an oil painting of", "a watercolour of", "a pencil 
 
 
 def default_prompts(source: Path) -> list[str]:
-    """For a source: the built-in demo model knows a world of its own."""
-    if source.resolve() == model_folder().resolve():
-        return demo_prompts(DEMO_PROMPTS)
+    """For a source: the built-in demo models know worlds of their own, of which these are scenes that training saw."""
+    if (demo := demo_model(source)) is not None:
+        return demo.prompts(DEMO_PROMPTS, seed=3, held=False)
     return [f"{MEDIA[(i + i // len(SUBJECTS)) % len(MEDIA)]} {s}" for i, s in enumerate(SUBJECTS * len(MEDIA))]
-
-
-def demo_prompts(count: int, held: bool = False, seed: int = 3) -> list[str]:
-    """Captions of the demo model's world, of scenes that its training saw or (``held``) did not: one object in a
-    quarter of them, else two."""
-    from gguf_sd.demo.world import scenes
-
-    rng = random.Random(seed)
-    choices = {objects: scenes(held=held, objects=objects) for objects in (1, 2)}
-    return [rng.choice(choices[1 if i % 4 == 0 else 2]).caption for i in range(count)]
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -23,6 +23,7 @@ from gguf_sd.bench.spec import Contestant, Spec
 from gguf_sd.checkpoint.gguf_header import is_gguf
 from gguf_sd.checkpoint.safetensors_header import is_safetensors, read_table
 from gguf_sd.checkpoint.tensor_names import UNET
+from gguf_sd.demo.models import share_correct
 from gguf_sd.errors import GgufSdError
 
 CALLS = "calls.safetensors"
@@ -146,22 +147,8 @@ def _quality(spec: Spec, folder: Path, contestant: Contestant, row: Row) -> None
             row.errors = errors_by_timestep(folder / CALLS, *paths)
     if spec.clip:
         _put(row, "clip", clip_scores(pictures, spec.prompts, Path(spec.clip)))
-    if (share := _share_correct(pictures, spec.prompts)) is not None:
+    if (share := share_correct(pictures, spec.prompts)) is not None:
         row.values["correct"] = share
-
-
-def _share_correct(pictures: list[Image.Image], prompts: tuple[str, ...]) -> float | None:
-    """Of pictures that show what their captions say, where all are of the demo model's world."""
-    from gguf_sd.demo.check import judge
-    from gguf_sd.demo.world import SIZE, parse
-
-    try:
-        scenes = [parse(prompt) for prompt in prompts]
-    except ValueError:
-        return None
-    if any(picture.size != (SIZE, SIZE) for picture in pictures):
-        return None
-    return sum(judge(picture, scene).all for picture, scene in zip(pictures, scenes, strict=True)) / len(scenes)
 
 
 def _put(row: Row, name: str, values: list[float]) -> None:

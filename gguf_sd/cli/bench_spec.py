@@ -220,12 +220,12 @@ def _convert(conversions: Sequence[_Conversion], args: argparse.Namespace) -> No
 
 
 def _prompts(path: Path, count: int) -> list[str]:
-    """Of the demo model's world, scenes that its training never saw, which no calibration takes either."""
-    from gguf_sd.bench.prompts import default_prompts, demo_prompts
-    from gguf_sd.demo import model_folder
+    """Of a demo model's world, scenes that its training never saw, which no calibration takes either."""
+    from gguf_sd.bench.prompts import default_prompts
+    from gguf_sd.demo.models import demo_model
 
-    if path.resolve() == model_folder().resolve():
-        return demo_prompts(count, held=True, seed=7)
+    if (demo := demo_model(path)) is not None:
+        return demo.prompts(count, seed=7)
     found = default_prompts(path)
     return [found[i % len(found)] for i in range(count)]
 

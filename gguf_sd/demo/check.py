@@ -7,7 +7,7 @@ palette, their shape the template that covers them best, their place the centre 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -36,6 +36,7 @@ class Seen:
     shape: str | None
     x: float  # centre, in pixels
     y: float
+    radius: float  # in pixels, by its area as the shape that it is nearest to
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,12 @@ def read(picture: Picture) -> Reading:
     )
     ground = edge.median(dim=1).values
     away = (rgb - ground[:, None, None]).norm(dim=0)
-    found = [_identify(rgb, ground, away, part) for part in _components(away > STANDS_OUT)]
+    found = [identify(rgb, ground, away, part) for part in components(away > STANDS_OUT)]
     found.sort(key=lambda pair: -pair[0])
-    return Reading(_nearest(ground, BACKGROUNDS), tuple(seen for area, seen in found if area >= SPECK))
+    return Reading(nearest(ground, BACKGROUNDS), tuple(seen for area, seen in found if area >= SPECK))
 
 
-def _components(mask: Tensor) -> list[Tensor]:
+def components(mask: Tensor) -> list[Tensor]:
     """The 8-connected parts of a mask [H, W], specks left out: each pixel takes the largest number in reach until
     none changes."""
     labels = torch.arange(1, mask.numel() + 1, dtype=torch.float32).view(mask.shape) * mask
@@ -108,7 +109,7 @@ def _components(mask: Tensor) -> list[Tensor]:
         labels = spread
 
 
-def _identify(rgb: Tensor, ground: Tensor, away: Tensor, part: Tensor) -> tuple[float, Seen]:
+def identify(rgb: Tensor, ground: Tensor, away: Tensor, part: Tensor) -> tuple[float, Seen]:
     """Area in pixels, and what a connected part is."""
     inside = part & (away >= away[part].median())
     colour = rgb[:, inside].median(dim=1).values
@@ -117,12 +118,13 @@ def _identify(rgb: Tensor, ground: Tensor, away: Tensor, part: Tensor) -> tuple[
     near_part = F.max_pool2d(part[None, None].float(), 3, stride=1, padding=1)[0, 0]
     alpha = alpha.clamp(0, 1) * near_part
     area = float(alpha.sum())
-    at = torch.arange(SIZE, dtype=torch.float32) + 0.5
+    at = torch.arange(alpha.shape[-1], dtype=torch.float32) + 0.5
     x, y = float((alpha * at[None, :]).sum() / area), float((alpha * at[:, None]).sum() / area)
-    return area, Seen(_nearest(colour, COLOURS), _shape(alpha, area, x, y), x, y)
+    return area, Seen(nearest(colour, COLOURS), *_shape(alpha, area, x, y))
 
 
-def _nearest(colour: Tensor, palette: dict[str, tuple[int, int, int]]) -> str | None:
+def nearest(colour: Tensor, palette: Mapping[str, Sequence[float]]) -> str | None:
+    """The colour of the palette that is nearest, if it is within NEAR."""
     distances = {name: float((colour - torch.tensor(rgb)).norm()) for name, rgb in palette.items()}
     name = min(distances, key=distances.__getitem__)
     return name if distances[name] <= NEAR else None
@@ -138,14 +140,15 @@ def _moments() -> tuple[Tensor, Tensor]:
     return area / 1e4, ((cover.sum(2) * rows).sum(1) / area - 128) / 100
 
 
-def _shape(alpha: Tensor, area: float, x: float, y: float) -> str | None:
-    """The shape whose template of the same area and centroid overlaps coverage alpha [SIZE, SIZE] best."""
+def _shape(alpha: Tensor, area: float, x: float, y: float) -> tuple[str | None, float, float, float]:
+    """The shape whose template of the same area and centroid overlaps coverage alpha [H, H] best, None if badly; the
+    centroid; and that shape's radius."""
     unit_area, below = _moments()
     radius = (area / unit_area).sqrt()
-    templates = coverage(torch.arange(len(SHAPES)), torch.full_like(radius, x), y - below * radius, radius)
+    templates = coverage(torch.arange(len(SHAPES)), torch.full_like(radius, x), y - below * radius, radius, len(alpha))
     overlap = torch.minimum(templates, alpha).sum((1, 2)) / torch.maximum(templates, alpha).sum((1, 2))
     best = int(overlap.argmax())
-    return SHAPES[best] if overlap[best] >= OVERLAP else None
+    return SHAPES[best] if overlap[best] >= OVERLAP else None, x, y, float(radius[best])
 
 
 def judge(picture: Picture, scene: Scene) -> Verdict:
@@ -157,14 +160,14 @@ def judge(picture: Picture, scene: Scene) -> Verdict:
     if len(reading.objects) != len(wanted) or by_colour.keys() != wanted.keys():
         return Verdict(False, False, False, background)
     shapes = all(by_colour[colour].shape == thing.shape for colour, thing in wanted.items())
-    relation = True
+    related = True
     if scene.second is not None:
         first, second = by_colour[scene.first.colour], by_colour[scene.second.colour]
-        relation = _relation(second.x - first.x, second.y - first.y) == scene.relation
-    return Verdict(True, shapes, relation, background)
+        related = relation(second.x - first.x, second.y - first.y) == scene.relation
+    return Verdict(True, shapes, related, background)
 
 
-def _relation(dx: float, dy: float) -> str:
+def relation(dx: float, dy: float) -> str:
     """How the first object stands to a second that is dx to its right and dy below it."""
     if abs(dx) > abs(dy):
         return "left of" if dx > 0 else "right of"

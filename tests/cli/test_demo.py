@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from gguf_sd.cli.demo import _check_files
+from gguf_sd.cli.demo import _check_files, add_parser
 from gguf_sd.cli.main import main
 from gguf_sd.demo.check import judge
+from gguf_sd.demo.models import DEMO_MODELS
 from gguf_sd.demo.world import parse
 
 
@@ -25,7 +28,7 @@ def test_table_and_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert rows[0]["psnr"] is None
     assert rows[1]["psnr"] > rows[2]["psnr"] >= rows[3]["psnr"]
     assert rows[0]["correct"] == 1
-    _check_files(tmp_path / "demo")  # a second run may replace them
+    _check_files(tmp_path / "demo", DEMO_MODELS["sd"])  # a second run may replace them
     assert Image.open(report["sheet"]).size == (4 * 140 + 202, 6 * 140 + 64)
 
 
@@ -48,3 +51,21 @@ def test_generate_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     prompt = "a green square above a red circle"
     assert main(["generate", "-p", prompt, "--seed", "1", "-o", str(tmp_path / "out.png"), "--quiet"]) == 0
     assert judge(Image.open(tmp_path / "out.png"), parse(prompt)).all
+
+
+def test_turbo_is_offered_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = replace(DEMO_MODELS["turbo"], folder=tmp_path / "turbo")
+    monkeypatch.setitem(DEMO_MODELS, "turbo", absent)
+    for offered in (False, True):
+        parser = argparse.ArgumentParser()
+        add_parser(parser.add_subparsers())
+        chosen = [action for action in _actions(parser, "demo") if action.dest == "model"]
+        assert [action.choices for action in chosen] == [["sd", "turbo"] if offered else ["sd"]]
+        assert (chosen[0].help == argparse.SUPPRESS) is not offered
+        absent.folder.mkdir(exist_ok=True)
+
+
+def _actions(parser: argparse.ArgumentParser, command: str) -> list[argparse.Action]:
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    found: argparse.ArgumentParser = commands.choices[command]
+    return found._actions

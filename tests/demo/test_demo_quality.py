@@ -11,15 +11,16 @@ from PIL import Image
 
 from gguf_sd import Pipeline
 from gguf_sd.checkpoint.gguf_file import GGUFFile
-from gguf_sd.cli.demo import SHOWN, TYPES
+from gguf_sd.cli.demo import TYPES
 from gguf_sd.demo import model_folder
 from gguf_sd.demo.check import judge
+from gguf_sd.demo.models import DEMO_MODELS
 from gguf_sd.demo.world import COLOURS, parse
 from gguf_sd.quality import psnr
 from gguf_sd_convert.convert import ConvertOptions, convert
 
 PROMPTS = (
-    *SHOWN,
+    *DEMO_MODELS["sd"].shown,
     "a green square above a cyan cross on a grey background",
     "a red triangle right of a green circle on a white background",
 )

@@ -40,19 +40,25 @@ MODEL_INDEX = {
 def export(folder: Path, unet: UNet, vae: Autoencoder, text: CLIPTextModel) -> None:
     """Writes model_index.json and one folder a part."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "model_index.json", MODEL_INDEX)
-    _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler())
-    _write_json(folder / "unet" / "config.json", _unet(unet.config))
-    _write_json(folder / "vae" / "config.json", _vae(vae.config))
-    _save(folder / "unet" / WEIGHTS, _renamed(unet, unet_modules(unet.config)))
-    _save(folder / "vae" / WEIGHTS, _renamed(vae, vae_modules(vae.config)))
-    _write_json(folder / "text_encoder" / "config.json", _text(text.config))
-    encoder = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in text.state_dict().items()}
-    _save(folder / "text_encoder" / "model.safetensors", iter(encoder.items()))
+    write_json(folder / "model_index.json", MODEL_INDEX)
+    write_json(folder / "scheduler" / "scheduler_config.json", _scheduler())
+    write_json(folder / "unet" / "config.json", _unet(unet.config))
+    write_json(folder / "vae" / "config.json", vae_config(vae.config))
+    save(folder / "unet" / WEIGHTS, renamed(unet, unet_modules(unet.config)))
+    save(folder / "vae" / WEIGHTS, renamed(vae, vae_modules(vae.config)))
+    write_json(folder / "text_encoder" / "config.json", text_config(text.config))
+    save(folder / "text_encoder" / "model.safetensors", text_tensors(text))
     write_tokenizer(folder / "tokenizer")
 
 
-def _renamed(model: nn.Module, modules: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+def text_tensors(text: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors under the names that transformers 4 gave them; of a projection as it is called there and here."""
+    for name, value in text.state_dict().items():
+        outside = name.startswith("text_projection.")
+        yield name if outside else f"text_model.{name.removeprefix('text_model.')}", value
+
+
+def renamed(model: nn.Module, modules: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
     """Tensors under diffusers' names; the 1x1 convolutions that we hold as matrices get their kernel back."""
     for name, value in model.state_dict().items():
         new = rename(name, inverted(modules))
@@ -63,12 +69,14 @@ def _renamed(model: nn.Module, modules: dict[str, str]) -> Iterator[tuple[str, T
         yield new, value
 
 
-def _save(path: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
+def save(path: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Writes a safetensors file in F16."""
     save_file({n: t.to(torch.float16).contiguous() for n, t in tensors}, path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors writes files for the owner's eyes only
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes an object, and the folder where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=2) + "\n")
 
@@ -112,11 +120,12 @@ def _unet(config: UNetConfig) -> dict[str, Any]:
     }
 
 
-def _vae(config: VAEConfig) -> dict[str, Any]:
+def vae_config(config: VAEConfig, size: int = SIZE) -> dict[str, Any]:
+    """diffusers' config of the autoencoder of a model that paints ``size`` pixels along each side."""
     levels = len(config.block_out_channels)
     return {
         "_class_name": "AutoencoderKL",
-        "sample_size": SIZE,
+        "sample_size": size,
         "in_channels": config.in_channels,
         "out_channels": config.in_channels,
         "latent_channels": config.latent_channels,
@@ -129,13 +138,14 @@ def _vae(config: VAEConfig) -> dict[str, Any]:
     }
 
 
-def _text(config: CLIPTextConfig) -> dict[str, Any]:
+def text_config(config: CLIPTextConfig, architecture: str = "CLIPTextModel") -> dict[str, Any]:
+    """transformers' config of a text encoder."""
     keys = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings "
         "hidden_act projection_dim bos_token_id eos_token_id pad_token_id"
     )
     return {
-        "architectures": ["CLIPTextModel"],
+        "architectures": [architecture],
         "model_type": "clip_text_model",
         "dtype": "float32",  # to compute in: transformers would otherwise take half precision from the weights
         **{key: getattr(config, key) for key in keys.split()},

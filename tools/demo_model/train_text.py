@@ -8,7 +8,7 @@ encoder stays as it is while the UNet trains, as Stable Diffusion's own text enc
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,13 +52,15 @@ def layout(scene: Scene) -> list[int]:
     return [*colours, *shapes, background]
 
 
-def layout_loss(logits: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def layout_loss(
+    logits: Tensor, target: Tensor, weight: Tensor, classes: Sequence[int] = _CLASSES
+) -> tuple[Tensor, Tensor]:
     """Mean cross entropy and the share of tokens with every class right.
 
-    logits [B, N, sum of classes], target [B, classes], weight [B, N] (1 where a token counts).
+    logits [B, N, sum of classes], target [B, len(classes)], weight [B, N] (1 where a token counts).
     """
     losses, right = torch.zeros_like(weight), torch.ones_like(weight)
-    for i, part in enumerate(logits.split(_CLASSES, dim=-1)):
+    for i, part in enumerate(logits.split(list(classes), dim=-1)):
         wanted = target[:, i, None].expand(weight.shape)
         losses = losses + F.cross_entropy(part.flatten(0, 1), wanted.flatten(), reduction="none").view_as(weight)
         right = right * (part.argmax(-1) == wanted)

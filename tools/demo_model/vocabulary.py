@@ -4,6 +4,7 @@ token and every other text a string of bytes."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,9 +22,9 @@ def byte_symbols() -> list[str]:
     return [chr(b) for b in shown] + [chr(256 + i) for i in range(len(hidden))]
 
 
-def learn_merges() -> list[tuple[str, str]]:
-    """Byte-pair merges that join each of WORDS into one token; the commonest pair first."""
-    words = [[*w[:-1], w[-1] + "</w>"] for w in WORDS]
+def learn_merges(joined: Sequence[str] = WORDS) -> list[tuple[str, str]]:
+    """Byte-pair merges that join each of the words into one token; the commonest pair first."""
+    words = [[*w[:-1], w[-1] + "</w>"] for w in joined]
     merges = []
     while any(len(w) > 1 for w in words):
         counts: dict[tuple[str, str], int] = {}
@@ -53,18 +54,18 @@ def vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
     return {token: i for i, token in enumerate(tokens)}
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, words: Sequence[str] = WORDS, length: int = LENGTH, pad: str = END) -> None:
     """Writes the files from which transformers' CLIPTokenizer loads."""
     folder.mkdir(parents=True, exist_ok=True)
-    merges = learn_merges()
+    merges = learn_merges(words)
     (folder / "vocab.json").write_text(json.dumps(vocabulary(merges), ensure_ascii=False))
     lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n")
-    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
     config = special | {
         "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": LENGTH,
+        "model_max_length": length,
         "do_lower_case": True,
         "errors": "replace",
         "add_prefix_space": False,
@@ -72,11 +73,13 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def token_ids(captions: list[str]) -> list[list[int]]:
-    """Ids of captions of this world, START ... END and END again up to LENGTH: [B][LENGTH].
+def token_ids(
+    captions: list[str], words: Sequence[str] = WORDS, length: int = LENGTH, pad: str = END
+) -> list[list[int]]:
+    """Ids of captions of a world, START ... END and the padding up to ``length``: [B][length].
 
     Knows the world's words only; anything else goes through transformers' tokenizer.
     """
-    ids = vocabulary(learn_merges())
+    ids = vocabulary(learn_merges(words))
     rows = [[ids[START], *(ids[w + "</w>"] for w in caption.split()), ids[END]] for caption in captions]
-    return [row + [ids[END]] * (LENGTH - len(row)) for row in rows]
+    return [row + [ids[pad]] * (length - len(row)) for row in rows]

@@ -1,0 +1,204 @@
+"""What trains the turbo demo model, with random weights: the folder that it writes, and the steps of its trainings."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gguf_sd import Pipeline
+from gguf_sd.cli.demo import TYPES
+from gguf_sd.cli.main import main
+from gguf_sd.demo.models import DEMO_MODELS
+from gguf_sd.demo.world_large import View, held_out_prompts
+from gguf_sd.models.vae import Autoencoder
+from gguf_sd.quality import psnr
+from gguf_sd_convert.convert import ConvertOptions, convert
+from tools.demo_model.turbo import paint, student, teacher, trajectories
+from tools.demo_model.turbo.export import export
+from tools.demo_model.turbo.text import PADS, WORDS, TextEncoders
+from tools.demo_model.turbo.unet import Lessons, Told, predict, unet_config
+from tools.demo_model.turbo.vae import SCALING, normalise, shipped
+from tools.demo_model.vocabulary import token_ids
+
+PROMPT = "three small red rings on a striped white background"
+
+
+@pytest.fixture(scope="module")
+def parts() -> tuple[Any, Autoencoder, TextEncoders]:
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(**unet_config()).requires_grad_(False).eval()
+    return unet, shipped().requires_grad_(False).eval(), TextEncoders().requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(parts: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("turbo") / "model"
+    export(path, *parts)
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Pipeline:
+    convert(folder, folder.parent / "turbo.gguf", ConvertOptions(type="f16"))
+    return Pipeline.load(folder.parent / "turbo.gguf", "cpu", "float32")
+
+
+@pytest.fixture(scope="module")
+def theirs(folder: Path) -> Any:
+    made = diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def like(ours: Image.Image, other: Image.Image) -> bool:
+    return psnr(ours, other) >= 45 and np.asarray(ours).std() > 5
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_engine_and_diffusers_paint_the_same_from_the_folder(engine: Pipeline, theirs: Any, steps: int) -> None:
+    assert engine.model.config.defaults.steps == 1
+    assert engine.model.config.defaults.sampler == "euler_a"
+    (ours,) = engine(PROMPT, seed=3, steps=steps)
+    generator = torch.Generator().manual_seed(3)
+    other = theirs(PROMPT, num_inference_steps=steps, guidance_scale=0.0, generator=generator).images[0]
+    assert ours.size == (128, 128)
+    assert like(ours, other)
+
+
+def test_sizes_and_crops_are_told_alike(engine: Pipeline, theirs: Any) -> None:
+    (ours,) = engine(PROMPT, seed=3, steps=1, original_size=(32, 32), crop=(20, 10))
+    generator = torch.Generator().manual_seed(3)
+    sizes = {"original_size": (32, 32), "crops_coords_top_left": (10, 20)}
+    other = theirs(PROMPT, num_inference_steps=1, guidance_scale=0.0, generator=generator, **sizes).images[0]
+    assert like(ours, other)
+    assert psnr(ours, engine(PROMPT, seed=3, steps=1)[0]) < 40
+
+
+def test_image_to_image_takes_steps_by_strength(engine: Pipeline, theirs: Any) -> None:
+    """Half of four steps are two: diffusers' and ours end at the same picture."""
+    from_image = diffusers.StableDiffusionXLImg2ImgPipeline(**theirs.components)
+    from_image.set_progress_bar_config(disable=True)
+    (start,) = engine(PROMPT, seed=8, steps=1)
+    (ours,) = engine(PROMPT, image=start, strength=0.5, seed=3, steps=4)
+    generator = torch.Generator().manual_seed(3)
+    other = from_image(
+        PROMPT, image=start, strength=0.5, num_inference_steps=4, guidance_scale=0.0, generator=generator
+    ).images[0]
+    assert like(ours, other)
+
+
+def test_painter_is_the_pipeline(parts: Any, theirs: Any) -> None:
+    """What training judges is what the folder paints, up to half precision."""
+    unet, vae, text = parts
+    painter = paint.Painter(unet, vae, text, paint.student(1))
+    painter.seed = 3
+    (ours,) = painter([PROMPT])
+    generator = torch.Generator().manual_seed(3)
+    other = theirs(PROMPT, num_inference_steps=1, guidance_scale=0.0, generator=generator, output_type="pt").images[0]
+    assert (ours.clamp(-1, 1) / 2 + 0.5 - other).abs().mean() < 0.01
+
+
+def test_tokenizers_are_transformers_own(theirs: Any) -> None:
+    captions = ["", *held_out_prompts(20)]
+    for tokenizer, pad in zip((theirs.tokenizer, theirs.tokenizer_2), PADS, strict=True):
+        length = tokenizer.model_max_length
+        ids = tokenizer(captions, padding="max_length", max_length=length).input_ids
+        assert ids == token_ids(captions, WORDS, length, pad)
+
+
+def test_guidance_leaves_what_was_not_asked(parts: Any) -> None:
+    """A guidance of 2 is twice the told velocity less the untold one, whose caption is zeros, sizes kept."""
+    unet, _, text = parts
+    context, pooled = text.encode([PROMPT, "a red ring"])
+    told = Told(context, pooled, torch.tensor([View().time_ids] * 2).float())
+    noise = torch.randn(2, *paint.SHAPE, generator=torch.Generator().manual_seed(1))
+    how = paint.Sampling("euler", 1, 2.0)
+    level = how.schedule.sigmas[0]
+    noisy, t = noise * level / (level**2 + 1) ** 0.5, how.schedule.timesteps[:1].expand(2)
+    zeros = Told(torch.zeros_like(told.context), torch.zeros_like(told.pooled), told.time_ids)
+    with torch.no_grad():
+        velocity = 2 * predict(unet, noisy, t, told) - predict(unet, noisy, t, zeros)
+    expected = (noisy - level * velocity) / (level**2 + 1) ** 0.5
+    assert torch.allclose(paint.denoise(unet, told, noise, how), expected, atol=1e-4)
+
+
+def test_latents_come_out_with_unit_deviation(parts: Any) -> None:
+    vae = shipped()
+    latents = torch.randn(8, 4, 16, 16) * torch.tensor([1, 2, 3, 4.0])[:, None, None] + 1
+    with torch.no_grad():
+        before = vae.decode(latents[:1] * SCALING)
+        after_latents = normalise(vae, latents)
+        after = vae.decode(after_latents[:1] * SCALING)
+    assert torch.allclose((after_latents * SCALING).std((0, 2, 3)), torch.ones(4), atol=1e-3)
+    assert torch.allclose(before, after, atol=1e-3)
+
+
+def few(count: int = 8) -> trajectories.Trajectories:
+    generator = torch.Generator().manual_seed(2)
+    shapes = {"noise": paint.SHAPE, "latents": paint.SHAPE, "contexts": (20, 256), "pooled": (128,), "time_ids": (6,)}
+    return trajectories.Trajectories(
+        **{name: torch.randn(count, *shape, generator=generator) for name, shape in shapes.items()}
+    )
+
+
+def test_student_learns_and_goes_on_where_it_stopped(parts: Any, tmp_path: Path) -> None:
+    unet, data = parts[0], few(2)
+    plan = student.Plan(steps=6, batch=2, rate=1e-3, warmup=1)
+    whole, stopped = student.Course(plan, unet), student.Course(plan, unet)
+    errors = [whole.learn(data)[0] for _ in range(6)]
+    assert errors[-1] < 0.8 * errors[0]
+    for _ in range(3):
+        stopped.learn(data)
+    torch.save(stopped.state(), tmp_path / "student.pt")
+    resumed = student.train_student(data, unet, plan, tmp_path / "student.pt", lambda line: None)
+    for (name, one), two in zip(whole.mean.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, two), name
+
+
+def test_teacher_learns_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    few_ones = few()
+    data = Lessons(few_ones.latents, few_ones.time_ids, torch.arange(8), few_ones.contexts, few_ones.pooled)
+    plan = teacher.Plan(steps=4, batch=2)
+    whole, stopped = teacher.Course(plan), teacher.Course(plan)
+    for _ in range(4):
+        whole.learn(data)
+    for _ in range(2):
+        stopped.learn(data)
+    torch.save(stopped.state(), tmp_path / "teacher.pt")
+    resumed = teacher.train_teacher(data, plan, tmp_path / "teacher.pt", lambda line: None)
+    for (name, one), two in zip(whole.mean.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, two), name
+
+
+def test_wrong_ends_are_left_out(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights paint nothing right: only the enlarged and cut pictures, which are not checked, are kept."""
+    monkeypatch.setattr(trajectories, "SOLVER", paint.Sampling("dpmpp_2m", 2, 2.5))
+    unet, vae, text = parts
+    kept = trajectories.joined([trajectories.trace_shard(unet, vae, text, number, 0, 8) for number in (0, 1)])
+    plain = (kept.time_ids == torch.tensor(View().time_ids)).all(1)
+    assert 0 < len(kept.noise) < 16
+    assert not plain.any()
+
+
+def test_demo_command_shows_each_type_and_number_of_steps(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of random weights nothing is right, but all of it is painted, compared and judged."""
+    monkeypatch.setitem(DEMO_MODELS, "turbo", replace(DEMO_MODELS["turbo"], folder=folder, steps=(1, 2)))
+    assert main(["demo", "--model", "turbo", "-o", str(tmp_path), "--pictures", "6", "--quiet", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    rows = report["types"]
+    assert [(row["type"], row["steps"]) for row in rows] == [(kind, steps) for kind in TYPES for steps in (1, 2)]
+    assert [row["psnr"] is None for row in rows] == [True] * 2 + [False] * 6
+    assert all(row["correct"] == 0 for row in rows)
+    assert rows[2]["psnr"] > rows[6]["psnr"]
+    assert Path(report["sheet"]).name == "turbo-sheet.png"
+    assert Image.open(report["sheet"]).width > 8 * 128

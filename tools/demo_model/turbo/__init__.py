@@ -1,0 +1,1 @@
+"""How the turbo demo model was made."""

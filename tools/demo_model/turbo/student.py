@@ -1,0 +1,126 @@
+"""Fourth stage: the student learns to do in one to four steps, unguided, what the guided teacher does in many.
+
+By regression on the ends of the teacher's trajectories: from the noise that a trajectory began with to its end in one
+step (as "knowledge distillation" of DDIM, arXiv:2101.02388), and from the end noised again to the levels that the
+steps of the trailing schedule visit. Ancestral steps come there from the student's own estimates, so half of the time
+it is these that are noised. Adversarial distillation (SDXL-Turbo's, arXiv:2311.17042) sharpens what regression
+blurs, but needs a discriminator that does not run away; this needs nothing but the teacher and some minutes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gguf_sd.config import SchedulerConfig
+from gguf_sd.sampling.schedules import alphas_cumprod
+from tools.demo_model.turbo.trajectories import Trajectories
+from tools.demo_model.turbo.unet import Told, predict
+
+FIRST, LATER = 999, (749, 499, 249)  # timesteps of one, two and four steps, spaced "trailing"
+
+
+@dataclass(frozen=True)
+class Plan:
+    seed: int = 0
+    steps: int = 3000
+    batch: int = 32  # of first steps, and half as many later ones
+    rate: float = 5e-4
+    warmup: int = 100
+    decay_from: float = 0.2  # of the steps; the rate falls to nothing from here on
+    later: float = 0.5  # weight of the later steps' loss
+
+
+class Course:
+    """UNet, optimiser and the running mean of the weights; all that a checkpoint must hold."""
+
+    def __init__(self, plan: Plan, teacher: nn.Module):
+        self.plan = plan
+        self.unet = copy.deepcopy(teacher).requires_grad_(True).train()
+        self.mean = copy.deepcopy(teacher).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.unet.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+        self.step = 0
+        self.alphas = alphas_cumprod(SchedulerConfig()).float()
+
+    def state(self) -> dict[str, Any]:
+        parts = ("unet", "mean", "optimizer")
+        return {"step": self.step, **{name: getattr(self, name).state_dict() for name in parts}}
+
+    def resume(self, path: Path) -> None:
+        saved = torch.load(path, weights_only=True)
+        for name in ("unet", "mean", "optimizer"):
+            getattr(self, name).load_state_dict(saved[name])
+        self.step = saved["step"]
+
+    def noised(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        alpha = self.alphas[t, None, None, None]
+        return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+
+    def finished(self, noisy: Tensor, t: Tensor, told: Told) -> Tensor:
+        """The UNet's estimate of the latents without noise."""
+        alpha = self.alphas[t, None, None, None]
+        return alpha.sqrt() * noisy - (1 - alpha).sqrt() * predict(self.unet, noisy, t, told)
+
+    def learn(self, data: Trajectories) -> tuple[float, float]:
+        """One step; returns the mean squared errors, in latents, of first and later steps. Its random numbers follow
+        from seed and step alone."""
+        plan, half = self.plan, self.plan.batch // 2
+        generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + self.step)
+        rows = torch.randint(len(data.noise), (plan.batch,), generator=generator)
+        told, ends = data.told(rows), data.latents[rows]
+        first = torch.full((plan.batch,), FIRST)
+        estimates = self.finished(self.noised(torch.zeros_like(ends), data.noise[rows], first), first, told)
+        t = torch.tensor(LATER)[torch.randint(len(LATER), (half,), generator=generator)]
+        own = torch.rand(half, 1, 1, 1, generator=generator) < 0.5
+        fresh = torch.randn(ends[:half].shape, generator=generator)
+        reached = torch.where(own, estimates[:half].detach(), ends[:half])
+        refined = self.finished(self.noised(reached, fresh, t), t, data.told(rows[:half]))
+        one, more = (estimates - ends).square(), (refined - ends[:half]).square()
+        self.descend(_robust(one) + plan.later * _robust(more))
+        return one.mean().item(), more.mean().item()
+
+    def descend(self, loss: Tensor) -> None:
+        """A step of the optimiser, and of the running mean."""
+        plan, progress = self.plan, self.step / self.plan.steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = plan.rate * min(1, (self.step + 1) / plan.warmup, (1.01 - progress) / (1 - plan.decay_from))
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        with torch.no_grad():
+            keep = min(0.995, self.step / (self.step + 10))
+            means = list[Tensor](self.mean.parameters())
+            torch._foreach_lerp_(means, [p.detach() for p in self.unet.parameters()], 1 - keep)
+
+
+def _robust(squares: Tensor) -> Tensor:
+    """Of squared errors the pseudo-Huber loss, which where it is in doubt decides rather than blurs."""
+    return ((squares + 0.1**2).sqrt() - 0.1).mean()
+
+
+def train_student(
+    data: Trajectories, teacher: nn.Module, plan: Plan, checkpoint: Path, log: Callable[[str], None]
+) -> nn.Module:
+    """Trains, or goes on from ``checkpoint``, and returns the averaged UNet."""
+    course, errors = Course(plan, teacher), list[tuple[float, float]]()
+    if checkpoint.exists():
+        course.resume(checkpoint)
+    while course.step < plan.steps:
+        errors.append(course.learn(data))
+        if course.step % 50 == 0:
+            one, more = (sum(column) / len(errors) for column in zip(*errors, strict=True))
+            log(f"student {course.step}, loss {one:.4f} of first steps, {more:.4f} of later ones")
+            errors.clear()
+        if course.step % 100 == 0 or course.step >= plan.steps:
+            partial = checkpoint.with_suffix(".partial")
+            torch.save(course.state(), partial)
+            partial.replace(checkpoint)
+    return course.mean.eval()
