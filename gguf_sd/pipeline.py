@@ -60,7 +60,7 @@ class Picture:
     job: Job
     flagged: bool = False  # by the safety checker
     weights: str = ""  # quantized, resident or int8, as the UNet's were
-    in_8_bits: bool = False  # whether the UNet's products were
+    kernels: str = ""  # int8 or torch: the UNet computed in 8 bits, or nothing did; else empty
     graph_bytes: int = 0  # device memory that CUDA graphs held meanwhile
     plan: MemoryPlan | None = None
 
@@ -192,14 +192,20 @@ class Pipeline:
             on_step(step)
             del step  # with latents of its own
         self._turns.between_stages(plan)
-        in_8_bits = "int8" in (plan.weights, self.kernels)
+        kernels = self._computed(plan)
         painted = [_pasted(Image.fromarray(pixels.numpy()), job) for pixels in self.decode(latents, plan)]
         self._turns.between_stages(plan)
         shown, flags = self._checked(painted, job.safety, plan)
         return [
-            self._finished(Picture(image, task.seed, task.job, flagged, plan.weights, in_8_bits, graph_bytes, plan))
+            self._finished(Picture(image, task.seed, task.job, flagged, plan.weights, kernels, graph_bytes, plan))
             for image, task, flagged in zip(shown, batch, flags, strict=True)
         ]
+
+    def _computed(self, plan: MemoryPlan) -> str:
+        """As :attr:`Picture.kernels`."""
+        if "int8" in (plan.weights, self.kernels):
+            return "int8"
+        return "torch" if self.device.type == "cpu" and not plan.vae_weights else ""
 
     def encode(self, job: Job, plan: MemoryPlan | None = None) -> Conditioning:
         """The job's prompts through the text encoders, one encoder at a time."""

@@ -67,7 +67,7 @@ def parameters(
         "Paste original": job.paste if masked else None,
         **{f"ControlNet {i}": _control(control) for i, control in enumerate(job.controls)},
         "Precision": dtype,
-        "Kernels": "int8" if picture.in_8_bits else None,
+        "Kernels": picture.kernels,
         "Version": version(),
     }
     return compose(_with_tags(job), job.negative_prompt, pairs)
@@ -164,7 +164,7 @@ def parse_parameters(text: str) -> dict[str, Any]:
     """The settings in a text of AUTOMATIC1111's form: keywords of :class:`gguf_sd.request.Request`, where it has them.
 
     Sampler and schedule are as the text names them, ours or not. Besides: ``dtype`` and ``kernels`` of our own pictures
-    (int8 or torch: whether they were painted in 8 bits), ``model``, ``model_hash``, ``vae``, ``vae_hash``,
+    (int8 or torch, where they say so), ``model``, ``model_hash``, ``vae``, ``vae_hash``,
     ``lora_hashes`` and ``embedding_hashes`` (see :func:`read_hashes`); ``masked`` is true where a mask was in use,
     ``controls_used`` lists ControlNets (see :func:`_read_controls`), ``hires`` is true where a larger picture was
     painted from a first one, whose settings these are. Raises ValueError for values of the wrong kind.
@@ -183,10 +183,10 @@ def parse_parameters(text: str) -> dict[str, Any]:
         settings["schedule"] = "model" if ours else AUTOMATIC.get(settings.get("sampler", ""), "model")
     if ours and "Resize mode" in pairs:  # others' words for it mean other things
         settings["resize"] = pairs["Resize mode"]
-    if ours:
-        settings["kernels"] = "int8" if pairs.get("Kernels") == "int8" else "torch"
-    else:
+    if not ours:
         settings.pop("dtype", None)
+    elif pairs.get("Kernels") in ("int8", "torch"):
+        settings["kernels"] = pairs["Kernels"]
     if "Mask blur" in pairs:
         settings["masked"] = True
     if controls := _read_controls(pairs):
