@@ -46,7 +46,7 @@ def test_two_processes_tune_at_once(tmp_path: Path) -> None:
     assert len(json.loads(checks.read_text())["checks"]) > 5
     found, _ = end(start(tmp_path, 5, "crash", "linear_kernel"))  # which would be warned of, were anything tried again
     assert found["error"] < 1e-2
-    assert "linear_kernel" in found["ran"]
+    assert {"linear_kernel", "dequantize_kernel"} & set(found["ran"]), "whichever was faster in the interpreter"
 
 
 @pytest.mark.slow
