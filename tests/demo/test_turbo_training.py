@@ -152,12 +152,12 @@ def few(count: int = 8) -> trajectories.Trajectories:
 def test_student_learns_and_goes_on_where_it_stopped(parts: Any, tmp_path: Path) -> None:
     unet, data = parts[0], few(2)
     plan = student.Plan(steps=6, batch=2, rate=1e-3, warmup=1)
-    whole, stopped = student.Course(plan, unet), student.Course(plan, unet)
+    whole, stopped = student.Lesson(plan, unet), student.Lesson(plan, unet)
     errors = [whole.learn(data)[0] for _ in range(6)]
     assert errors[-1] < 0.8 * errors[0]
     for _ in range(3):
         stopped.learn(data)
-    torch.save(stopped.state(), tmp_path / "student.pt")
+    stopped.save(tmp_path / "student.pt")
     resumed = student.train_student(data, unet, plan, tmp_path / "student.pt", lambda line: None)
     for (name, one), two in zip(whole.mean.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, two), name
@@ -167,12 +167,12 @@ def test_teacher_learns_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     few_ones = few()
     data = Lessons(few_ones.latents, few_ones.time_ids, torch.arange(8), few_ones.contexts, few_ones.pooled)
     plan = teacher.Plan(steps=4, batch=2)
-    whole, stopped = teacher.Course(plan), teacher.Course(plan)
+    whole, stopped = teacher.Lesson(plan), teacher.Lesson(plan)
     for _ in range(4):
         whole.learn(data)
     for _ in range(2):
         stopped.learn(data)
-    torch.save(stopped.state(), tmp_path / "teacher.pt")
+    stopped.save(tmp_path / "teacher.pt")
     resumed = teacher.train_teacher(data, plan, tmp_path / "teacher.pt", lambda line: None)
     for (name, one), two in zip(whole.mean.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, two), name

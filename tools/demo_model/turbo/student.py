@@ -13,13 +13,11 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gguf_sd.config import SchedulerConfig
-from gguf_sd.sampling.schedules import alphas_cumprod
+from tools.demo_model.turbo.course import Course
 from tools.demo_model.turbo.trajectories import Trajectories
 from tools.demo_model.turbo.unet import Told, predict
 
@@ -34,29 +32,16 @@ class Plan:
     rate: float = 5e-4
     warmup: int = 100
     decay_from: float = 0.2  # of the steps; the rate falls to nothing from here on
+    keep: float = 0.995
     later: float = 0.5  # weight of the later steps' loss
 
 
-class Course:
-    """UNet, optimiser and the running mean of the weights; all that a checkpoint must hold."""
+class Lesson(Course):
+    """The student's, which begins as the teacher."""
 
     def __init__(self, plan: Plan, teacher: nn.Module):
+        super().__init__(plan, copy.deepcopy(teacher).requires_grad_(True).train())
         self.plan = plan
-        self.unet = copy.deepcopy(teacher).requires_grad_(True).train()
-        self.mean = copy.deepcopy(teacher).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.unet.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
-        self.step = 0
-        self.alphas = alphas_cumprod(SchedulerConfig()).float()
-
-    def state(self) -> dict[str, Any]:
-        parts = ("unet", "mean", "optimizer")
-        return {"step": self.step, **{name: getattr(self, name).state_dict() for name in parts}}
-
-    def resume(self, path: Path) -> None:
-        saved = torch.load(path, weights_only=True)
-        for name in ("unet", "mean", "optimizer"):
-            getattr(self, name).load_state_dict(saved[name])
-        self.step = saved["step"]
 
     def noised(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         alpha = self.alphas[t, None, None, None]
@@ -85,21 +70,6 @@ class Course:
         self.descend(_robust(one) + plan.later * _robust(more))
         return one.mean().item(), more.mean().item()
 
-    def descend(self, loss: Tensor) -> None:
-        """A step of the optimiser, and of the running mean."""
-        plan, progress = self.plan, self.step / self.plan.steps
-        for group in self.optimizer.param_groups:
-            group["lr"] = plan.rate * min(1, (self.step + 1) / plan.warmup, (1.01 - progress) / (1 - plan.decay_from))
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
-        self.optimizer.step()
-        self.step += 1
-        with torch.no_grad():
-            keep = min(0.995, self.step / (self.step + 10))
-            means = list[Tensor](self.mean.parameters())
-            torch._foreach_lerp_(means, [p.detach() for p in self.unet.parameters()], 1 - keep)
-
 
 def _robust(squares: Tensor) -> Tensor:
     """Of squared errors the pseudo-Huber loss, which where it is in doubt decides rather than blurs."""
@@ -110,9 +80,8 @@ def train_student(
     data: Trajectories, teacher: nn.Module, plan: Plan, checkpoint: Path, log: Callable[[str], None]
 ) -> nn.Module:
     """Trains, or goes on from ``checkpoint``, and returns the averaged UNet."""
-    course, errors = Course(plan, teacher), list[tuple[float, float]]()
-    if checkpoint.exists():
-        course.resume(checkpoint)
+    course, errors = Lesson(plan, teacher), list[tuple[float, float]]()
+    course.resume(checkpoint)
     while course.step < plan.steps:
         errors.append(course.learn(data))
         if course.step % 50 == 0:
@@ -120,7 +89,5 @@ def train_student(
             log(f"student {course.step}, loss {one:.4f} of first steps, {more:.4f} of later ones")
             errors.clear()
         if course.step % 100 == 0 or course.step >= plan.steps:
-            partial = checkpoint.with_suffix(".partial")
-            torch.save(course.state(), partial)
-            partial.replace(checkpoint)
+            course.save(checkpoint)
     return course.mean.eval()
