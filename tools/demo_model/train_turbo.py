@@ -41,6 +41,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--trajectories", type=int, default=16, help="shards of 512 each")
     parser.add_argument("--student-steps", type=int, default=student.Plan.steps)
     parser.add_argument("--prompts", type=int, default=500, help="held-out prompts to check")
+    parser.add_argument("--bf16", action="store_true", help="train in it: twice as fast where the processor has it")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
@@ -78,7 +79,7 @@ def main() -> None:
     finished(vae, work / "vae.pt", lambda: trained_vae(VAE_STEPS))
     encoded = shards(work, "shard", chosen.shards, lambda number: pictures.encode_shard(vae, number, SEED))
     data = lessons(pictures.joined(encoded), text.encode)
-    plan = teacher.Plan(SEED, chosen.teacher_steps)
+    plan = teacher.Plan(SEED, chosen.teacher_steps, bf16=chosen.bf16)
     guided = teacher.train_teacher(data, plan, work / "teacher.pt", log)
     traced = shards(
         work, "trace", chosen.trajectories, lambda number: trajectories.trace_shard(guided, vae, text, number, SEED)

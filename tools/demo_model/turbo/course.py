@@ -38,7 +38,7 @@ class Course:
         self.pace = pace
         self.unet = unet
         self.mean = copy.deepcopy(unet).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.unet.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(self.unet.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         self.step = 0
         self.alphas = alphas_cumprod(SchedulerConfig()).float()
 

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from tools.demo_model.turbo.pictures import Pictures
 from tools.demo_model.turbo.text import POOLED
 from tools.demo_model.turbo.vae import SCALING
 
-WIDTHS, DEPTHS, CONTEXT, SIZE_WIDTH = (32, 64, 128), (0, 1, 2), 256, 256
+WIDTHS, DEPTHS, CONTEXT, SIZE_WIDTH = (64, 96, 128), (0, 1, 1), 256, 32
 
 
 def unet_config() -> dict[str, Any]:
@@ -40,6 +42,14 @@ def unet_config() -> dict[str, Any]:
         "addition_time_embed_dim": SIZE_WIDTH,
         "projection_class_embeddings_input_dim": POOLED + 6 * SIZE_WIDTH,
     }
+
+
+def new_unet() -> nn.Module:
+    """With random weights. Its attention is written out: on a processor the backward pass of torch's fused one takes
+    as long as all the rest of a training step."""
+    unet = UNet2DConditionModel(**unet_config())
+    unet.set_attn_processor(AttnProcessor())
+    return unet
 
 
 @dataclass(frozen=True)
