@@ -20,7 +20,7 @@ from tools.demo_model.turbo.pictures import Pictures
 from tools.demo_model.turbo.text import POOLED
 from tools.demo_model.turbo.vae import SCALING
 
-WIDTHS, DEPTHS, CONTEXT, SIZE_WIDTH = (64, 96, 128), (0, 1, 1), 256, 32
+WIDTHS, DEPTHS, CONTEXT, SIZE_WIDTH = (64, 96, 128), (0, 1, 1), 256, 256
 
 
 def unet_config() -> dict[str, Any]:
