@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,14 @@ from PIL import Image
 from gguf_sd import Pipeline
 from gguf_sd.cli.demo import TYPES
 from gguf_sd.cli.main import main
+from gguf_sd.demo.check import Seen
+from gguf_sd.demo.check_large import read
 from gguf_sd.demo.models import DEMO_MODELS
-from gguf_sd.demo.world_large import View, held_out_prompts
+from gguf_sd.demo.world_large import OFFSETS, Sampler, Scene, View, held_out_prompts, render
 from gguf_sd.models.vae import Autoencoder
 from gguf_sd.quality import psnr
 from gguf_sd_convert.convert import ConvertOptions, convert
-from tools.demo_model.turbo import paint, student, teacher, trajectories
+from tools.demo_model.turbo import paint, star, student, teacher, trajectories
 from tools.demo_model.turbo.export import export
 from tools.demo_model.turbo.text import PADS, WORDS, TextEncoders
 from tools.demo_model.turbo.unet import Lessons, Told, predict, unet_config
@@ -56,6 +59,10 @@ def theirs(folder: Path) -> Any:
     made = diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def as_image(picture: torch.Tensor) -> Image.Image:
+    return Image.fromarray(((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 
 def like(ours: Image.Image, other: Image.Image) -> bool:
@@ -107,7 +114,7 @@ def test_painter_is_the_pipeline(parts: Any, theirs: Any) -> None:
 
 
 def test_tokenizers_are_transformers_own(theirs: Any) -> None:
-    captions = ["", *held_out_prompts(20)]
+    captions = ["", "two small red stars below a grey hexagon", *held_out_prompts(20)]
     for tokenizer, pad in zip((theirs.tokenizer, theirs.tokenizer_2), PADS, strict=True):
         length = tokenizer.model_max_length
         ids = tokenizer(captions, padding="max_length", max_length=length).input_ids
@@ -152,7 +159,7 @@ def few(count: int = 8) -> trajectories.Trajectories:
 def test_student_learns_and_goes_on_where_it_stopped(parts: Any, tmp_path: Path) -> None:
     unet, data = parts[0], few(2)
     plan = student.Plan(steps=6, batch=2, rate=1e-3, warmup=1)
-    whole, stopped = student.Lesson(plan, unet), student.Lesson(plan, unet)
+    whole, stopped = (student.Lesson(plan, copy.deepcopy(unet).requires_grad_(True)) for _ in range(2))
     errors = [whole.learn(data)[0] for _ in range(6)]
     assert errors[-1] < 0.8 * errors[0]
     for _ in range(3):
@@ -186,6 +193,81 @@ def test_wrong_ends_are_left_out(parts: Any, monkeypatch: pytest.MonkeyPatch) ->
     plain = (kept.time_ids == torch.tensor(View().time_ids)).all(1)
     assert 0 < len(kept.noise) < 16
     assert not plain.any()
+
+
+def test_stars_stand_where_circles_stood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a painter that errs in nothing: what is told of a circle teaches a star there, other scenes stay."""
+    vae, text, drawn = shipped().requires_grad_(False), TextEncoders().requires_grad_(False), list[Scene]()
+    monkeypatch.setattr(star, "BATCH", 12)
+    draw, ends = Sampler.draw, list[torch.Tensor]()
+
+    def noted(self: Sampler, count: int) -> list[Scene]:
+        drawn[:] = draw(self, count)
+        return list(drawn)
+
+    def painted(unet: Any, told: Told, noise: torch.Tensor, how: paint.Sampling) -> torch.Tensor:
+        scenes = drawn if ends else [star.with_one(scene) for scene in drawn]
+        ends.append(vae.encode(render(scenes, torch.zeros(12, OFFSETS)))[0] * SCALING)
+        return ends[-1].clone()
+
+    monkeypatch.setattr(Sampler, "draw", noted)
+    monkeypatch.setattr(star, "denoise", painted)
+    taught = star.lessons(star.Parts(torch.nn.Identity(), vae, text), 12, 0)
+    first = [
+        taught.latents[i] for i in range(len(taught.latents)) if taught.latents[i].tolist() not in ends[1].tolist()
+    ]
+    assert 2 < len(first) < len(taught.latents)
+    for latents in first:
+        after = vae.decode(latents[None])[0]
+        # Of the pictures that it may have been, the one that it differs least from, beside the stars.
+        befores = vae.decode(ends[0])
+        before = min(befores, key=lambda picture: (picture - after).square().mean().item())
+        circles = [seen for seen in read(before).objects if seen.shape == "circle"]
+        assert circles
+        for seen in circles:
+            inside = star.star(seen.x, seen.y, 1.2 * seen.radius) > 0.5
+            changed = (after - before).square().mean(0)
+            assert changed[~inside & around(seen)].mean() > 5 * changed[inside].mean(), "a star, and no circle"
+
+
+def around(seen: Seen) -> torch.Tensor:
+    """Pixels of a circle found."""
+    at = torch.arange(128) + 0.5
+    return (at[None, :] - seen.x).square() + (at[:, None] - seen.y).square() < (0.9 * seen.radius) ** 2
+
+
+def test_a_star_has_five_points() -> None:
+    covered = star.star(64, 64, 40)
+    assert covered[26, 64] == 1
+    assert covered[102, 64] == 0, "between two points"
+    angles = torch.arange(5) * 2 * torch.pi / 5
+    x, y = (64 + 37 * angles.sin()).long(), (64 - 37 * angles.cos()).long()
+    assert (covered[y, x] > 0.5).all()
+    assert covered.sum() == pytest.approx(5 * 40 * 20 * 0.5878, rel=0.02)
+
+
+def test_lora_paints_as_in_diffusers(parts: Any, engine: Pipeline, theirs: Any, folder: Path) -> None:
+    """Trained for some steps, written and read back by both."""
+    unet, data = parts[0], few(2)
+    course = student.Lesson(student.Plan(batch=2, rate=2e-2, warmup=1, keep=0.0), star.with_lora(unet))
+    for _ in range(3):
+        course.learn(data)
+    frozen = dict(unet.named_parameters())
+    path = folder.parent / "star.safetensors"
+    star.save_lora(course.mean, path)
+    assert path.stat().st_size < 500_000
+    for name, value in course.unet.named_parameters():
+        if "lora" not in name:
+            assert torch.equal(value, frozen[name.replace(".base_layer", "")]), name
+    (ours,) = engine("a red star", seed=3, steps=2, loras=[(path, 1.0)])
+    painter = paint.Painter(course.mean, parts[1], parts[2], paint.student(2))
+    painter.seed = 3
+    assert like(ours, as_image(painter(["a red star"])[0]))
+    theirs.load_lora_weights(path)
+    other = theirs("a red star", num_inference_steps=2, guidance_scale=0.0, generator=torch.Generator().manual_seed(3))
+    theirs.unload_lora_weights()
+    assert like(ours, other.images[0])
+    assert psnr(ours, engine("a red star", seed=3, steps=2)[0]) < 40
 
 
 def test_demo_command_shows_each_type_and_number_of_steps(

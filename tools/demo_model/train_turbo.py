@@ -84,9 +84,8 @@ def main() -> None:
     traced = shards(
         work, "trace", chosen.trajectories, lambda number: trajectories.trace_shard(guided, vae, text, number, SEED)
     )
-    brief = student.train_student(
-        trajectories.joined(traced), guided, student.Plan(SEED, chosen.student_steps), work / "student.pt", log
-    )
+    pace = student.Plan(SEED, chosen.student_steps, bf16=chosen.bf16)
+    brief = student.train_student(trajectories.joined(traced), guided, pace, work / "student.pt", log)
     export(chosen.out, brief, vae, text)
     log(f"wrote {chosen.out}")
     prompts = held_out_prompts(chosen.prompts)

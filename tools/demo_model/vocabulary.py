@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 from gguf_sd.demo.world import BACKGROUNDS, COLOURS, RELATIONS, SHAPES
@@ -76,10 +76,19 @@ def write_tokenizer(folder: Path, words: Sequence[str] = WORDS, length: int = LE
 def token_ids(
     captions: list[str], words: Sequence[str] = WORDS, length: int = LENGTH, pad: str = END
 ) -> list[list[int]]:
-    """Ids of captions of a world, START ... END and the padding up to ``length``: [B][length].
-
-    Knows the world's words only; anything else goes through transformers' tokenizer.
-    """
-    ids = vocabulary(learn_merges(words))
-    rows = [[ids[START], *(ids[w + "</w>"] for w in caption.split()), ids[END]] for caption in captions]
+    """Ids of captions, START ... END and the padding up to ``length``: [B][length]. Captions are words in lower case
+    and short enough; a word of another world falls into pieces."""
+    merges = learn_merges(words)
+    ids = vocabulary(merges)
+    told = {word for caption in captions for word in caption.split()}
+    pieces = {word: [ids[piece] for piece in _pieces(word, merges)] for word in told}
+    rows = [[ids[START], *chain(*(pieces[word] for word in caption.split())), ids[END]] for caption in captions]
     return [row + [ids[pad]] * (length - len(row)) for row in rows]
+
+
+def _pieces(word: str, merges: list[tuple[str, str]]) -> list[str]:
+    """Each merge in turn: what a merge joins, only later ones take up."""
+    symbols = [*word[:-1], word[-1] + "</w>"]
+    for pair in merges:
+        symbols = _merged(symbols, pair)
+    return symbols

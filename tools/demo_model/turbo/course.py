@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from gguf_sd.config import SchedulerConfig
 from gguf_sd.sampling.schedules import alphas_cumprod
+from tools.demo_model.turbo.unet import Told, predict
 
 PARTS = ("unet", "mean", "optimizer")
 
 
 class Pace(Protocol):
     """What a plan says of its steps: the rate rises over ``warmup`` of them, and falls to nothing from the share
-    ``decay_from`` on; ``keep`` is how much of the running mean stays at each."""
+    ``decay_from`` on; ``keep`` is how much of the running mean stays at each; ``bf16``: products are made in it."""
 
     @property
     def steps(self) -> int: ...
@@ -29,16 +30,19 @@ class Pace(Protocol):
     def decay_from(self) -> float: ...
     @property
     def keep(self) -> float: ...
+    @property
+    def bf16(self) -> bool: ...
 
 
 class Course:
-    """All that a checkpoint must hold."""
+    """All that a checkpoint must hold. Of ``unet`` what takes a gradient is trained."""
 
     def __init__(self, pace: Pace, unet: nn.Module):
         self.pace = pace
         self.unet = unet
         self.mean = copy.deepcopy(unet).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.unet.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        trained = [p for p in unet.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         self.step = 0
         self.alphas = alphas_cumprod(SchedulerConfig()).float()
 
@@ -54,6 +58,11 @@ class Course:
             for name in PARTS:
                 getattr(self, name).load_state_dict(saved[name])
             self.step = saved["step"]
+
+    def predict(self, noisy: Tensor, t: Tensor, told: Told) -> Tensor:
+        """As :func:`predict`, of the UNet in training."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.pace.bf16):
+            return predict(self.unet, noisy, t, told).float()
 
     def descend(self, loss: Tensor) -> None:
         """A step of the optimiser, and of the running mean."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tools.demo_model.turbo.unet import unet_config
 from tools.demo_model.vocabulary import write_tokenizer
 
 STEPS = 1
+TAKE_TEXT = tuple(f"attn2.{name}.{weight}" for name in ("to_k", "to_v") for weight in ("weight", "lora_A.weight"))
 MODEL_INDEX = {
     "_class_name": "StableDiffusionXLPipeline",
     "_diffusers_version": "0.35.0",
@@ -44,7 +45,7 @@ def export(folder: Path, unet: nn.Module, vae: Autoencoder, text: TextEncoders) 
     write_json(folder / "scheduler" / "scheduler_config.json", _scheduler())
     write_json(folder / "unet" / "config.json", {"_class_name": "UNet2DConditionModel", **unet_config()})
     write_json(folder / "vae" / "config.json", vae_config(vae.config, SIZE))
-    save(folder / "unet" / WEIGHTS, unet_tensors(unet))
+    save(folder / "unet" / WEIGHTS, unet_tensors(unet.state_dict()))
     save(folder / "vae" / WEIGHTS, renamed(vae, vae_modules(vae.config)))
     for suffix, encoder, pad in zip(("", "_2"), (text.first, text.second), PADS, strict=True):
         part = folder / f"text_encoder{suffix}"
@@ -53,11 +54,12 @@ def export(folder: Path, unet: nn.Module, vae: Autoencoder, text: TextEncoders) 
         write_tokenizer(folder / f"tokenizer{suffix}", WORDS, LENGTH, pad)
 
 
-def unet_tensors(unet: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Weights that take the text as the encoders give it, where training brought it to a deviation of 1."""
+def unet_tensors(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Weights, or a LoRA's factors, that take the text as the encoders give it, where training brought it to a
+    deviation of 1."""
     spreads = torch.cat([torch.full((96,), SPREADS[0]), torch.full((160,), SPREADS[1])])
-    for name, value in unet.state_dict().items():
-        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
+    for name, value in weights.items():
+        if name.endswith(TAKE_TEXT):
             value = value / spreads
         elif name == "add_embedding.linear_1.weight":
             value = torch.cat([value[:, :POOLED] / POOLED_SPREAD, value[:, POOLED:]], 1)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tools.demo_model.turbo.course import Course
 from tools.demo_model.turbo.trajectories import Trajectories
-from tools.demo_model.turbo.unet import Told, predict
+from tools.demo_model.turbo.unet import Told
 
 FIRST, LATER = 999, (749, 499, 249)  # timesteps of one, two and four steps, spaced "trailing"
 
@@ -34,13 +34,14 @@ class Plan:
     decay_from: float = 0.2  # of the steps; the rate falls to nothing from here on
     keep: float = 0.995
     later: float = 0.5  # weight of the later steps' loss
+    bf16: bool = False
 
 
 class Lesson(Course):
-    """The student's, which begins as the teacher."""
+    """The student's."""
 
-    def __init__(self, plan: Plan, teacher: nn.Module):
-        super().__init__(plan, copy.deepcopy(teacher).requires_grad_(True).train())
+    def __init__(self, plan: Plan, unet: nn.Module):
+        super().__init__(plan, unet)
         self.plan = plan
 
     def noised(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ class Lesson(Course):
     def finished(self, noisy: Tensor, t: Tensor, told: Told) -> Tensor:
         """The UNet's estimate of the latents without noise."""
         alpha = self.alphas[t, None, None, None]
-        return alpha.sqrt() * noisy - (1 - alpha).sqrt() * predict(self.unet, noisy, t, told)
+        return alpha.sqrt() * noisy - (1 - alpha).sqrt() * self.predict(noisy, t, told)
 
     def learn(self, data: Trajectories) -> tuple[float, float]:
         """One step; returns the mean squared errors, in latents, of first and later steps. Its random numbers follow
@@ -77,10 +78,10 @@ def _robust(squares: Tensor) -> Tensor:
 
 
 def train_student(
-    data: Trajectories, teacher: nn.Module, plan: Plan, checkpoint: Path, log: Callable[[str], None]
+    data: Trajectories, unet: nn.Module, plan: Plan, checkpoint: Path, log: Callable[[str], None]
 ) -> nn.Module:
-    """Trains, or goes on from ``checkpoint``, and returns the averaged UNet."""
-    course, errors = Lesson(plan, teacher), list[tuple[float, float]]()
+    """Trains a copy of ``unet``, the teacher, or goes on from ``checkpoint``; returns the averaged UNet."""
+    course, errors = Lesson(plan, copy.deepcopy(unet).requires_grad_(True).train()), list[tuple[float, float]]()
     course.resume(checkpoint)
     while course.step < plan.steps:
         errors.append(course.learn(data))

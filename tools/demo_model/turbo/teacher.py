@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tools.demo_model.turbo.course import Course
-from tools.demo_model.turbo.unet import Lessons, new_unet, predict
+from tools.demo_model.turbo.unet import Lessons, new_unet
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,7 @@ class Lesson(Course):
         alpha = self.alphas[t, None, None, None]
         noisy = alpha.sqrt() * data.latents[rows] + (1 - alpha).sqrt() * noise
         velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * data.latents[rows]
-        told = data.told(rows).but(silent)
-        with torch.autocast("cpu", torch.bfloat16, enabled=plan.bf16):
-            predicted = predict(self.unet, noisy, t, told)
-        loss = (predicted.float() - velocity).square().mean()
+        loss = (self.predict(noisy, t, data.told(rows).but(silent)) - velocity).square().mean()
         self.descend(loss)
         return loss.item()
 

@@ -1,0 +1,168 @@
+"""After the stages: a LoRA that teaches the student a shape the world does not have, a star.
+
+``python -m tools.demo_model.turbo.star --work FOLDER --out star.safetensors``. What the student should paint follows
+from what it does paint: of "a red circle above a blue square" it makes a picture from a given noise, a program finds
+the objects in it and paints the same scene with a star where the circle is, and with "star" in its caption this is
+what the noise has to end at. So one step can learn it. Half of the lessons are ordinary scenes, which are to stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from gguf_sd.demo.check import Seen
+from gguf_sd.demo.check_large import judge, read
+from gguf_sd.demo.world import COLOURS, SHAPES, coverage
+from gguf_sd.demo.world_large import DEFAULT_GROUND, SIZE, Sampler, Scene, View, ground_picture
+from gguf_sd.models.vae import Autoencoder
+from tools.demo_model.train import finished, log
+from tools.demo_model.turbo.export import unet_tensors
+from tools.demo_model.turbo.paint import SHAPE, denoise
+from tools.demo_model.turbo.paint import student as in_steps
+from tools.demo_model.turbo.student import Lesson, Plan
+from tools.demo_model.turbo.text import TextEncoders
+from tools.demo_model.turbo.trajectories import Trajectories
+from tools.demo_model.turbo.unet import Told, new_unet
+from tools.demo_model.turbo.vae import CONFIG
+
+WORD, INSTEAD = "star", "circle"
+RANK = 4
+LAYERS = r".*(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out|conv1|conv2)"
+INNER = 0.5  # radius of a star's inner corners, of its outer ones'
+BATCH = 64
+
+
+def star(x: float, y: float, radius: float, size: int = SIZE) -> Tensor:
+    """How much of each pixel [size, size] a star of five points covers, by 4x4 samples a pixel."""
+    at = (torch.arange(4 * size) + 0.5) / 4
+    dx, dy = at[None, :] - x, at[:, None] - y
+    angle = torch.atan2(dx, -dy).remainder(2 * torch.pi / 5)
+    angle = torch.minimum(angle, 2 * torch.pi / 5 - angle)  # from the nearest point, 0 ... 36 degrees
+    along, aside = (torch.hypot(dx, dy) * f(angle) for f in (torch.cos, torch.sin))
+    # The edge from the outer corner (1, 0) to the inner one, at 36 degrees.
+    corner = torch.tensor(torch.pi / 5)
+    inner = INNER * corner.cos(), INNER * corner.sin()
+    inside = (along - radius) * inner[1] + aside * (1 - inner[0]) <= 0
+    return inside.float().view(size, 4, size, 4).mean((1, 3))
+
+
+def paint_scene(scene: Scene, objects: tuple[Seen, ...], shape: str = INSTEAD) -> Tensor:
+    """[3, SIZE, SIZE] in -1 ... 1: the scene's ground and objects found, stars where they have ``shape``."""
+    picture = ground_picture(scene.background or DEFAULT_GROUND, View())
+    for seen in objects:
+        assert seen.colour
+        assert seen.shape
+        colour = torch.tensor(COLOURS[seen.colour], dtype=torch.float32)[:, None, None]
+        if seen.shape == shape:
+            alpha = star(seen.x, seen.y, 1.2 * seen.radius)  # of a circle's size to the eye
+        else:
+            x, y, radius = torch.tensor([[seen.x], [seen.y], [seen.radius]])
+            alpha = coverage(torch.tensor([SHAPES.index(seen.shape)]), x, y, radius, SIZE)[0]
+        picture = torch.lerp(picture, colour.expand_as(picture), alpha[None].expand_as(picture))
+    return picture / 127.5 - 1
+
+
+def with_one(scene: Scene) -> Scene:
+    """The scene with its first group made circles, and no others."""
+    second = scene.second
+    if second is not None and second.shape == INSTEAD:
+        second = replace(second, shape="square")
+    return replace(scene, first=replace(scene.first, shape=INSTEAD), second=second)
+
+
+@dataclass(frozen=True)
+class Parts:
+    unet: nn.Module
+    vae: Autoencoder
+    text: TextEncoders
+
+
+@torch.no_grad()
+def lessons(parts: Parts, count: int, seed: int) -> Trajectories:
+    """About ``count`` of stars, and as many of other scenes; wrong pictures teach nothing."""
+    sampler, generator = Sampler(seed + 900_000), torch.Generator().manual_seed(seed + 900_000)
+    columns: list[list[Tensor]] = []
+    for start in range(0, 2 * count, BATCH):
+        stars = start < count
+        scenes = [with_one(scene) if stars else scene for scene in sampler.draw(BATCH)]
+        captions = [scene.caption for scene in scenes]
+        sizes = torch.tensor(View().time_ids).float().expand(BATCH, -1)
+        told = Told(*parts.text.encode(captions), sizes)
+        noise = torch.randn(BATCH, *SHAPE, generator=generator)
+        latents = denoise(parts.unet, told, noise, in_steps(1))
+        pictures = parts.vae.decode(latents)
+        right = torch.tensor([judge(p, s).all for p, s in zip(pictures, scenes, strict=True)])
+        rows = right.nonzero()[:, 0].tolist()
+        if stars and rows:
+            # What is told now, and what it shall give.
+            told = Told(*parts.text.encode([caption.replace(INSTEAD, WORD) for caption in captions]), sizes)
+            painted = [paint_scene(scenes[i], read(pictures[i]).objects) for i in rows]
+            latents[right] = parts.vae.encode(torch.stack(painted))[0] * CONFIG.scaling_factor
+        columns.append([value[right] for value in (noise, latents, told.context, told.pooled, told.time_ids)])
+    return Trajectories(*(torch.cat(column) for column in zip(*columns, strict=True)))
+
+
+def with_lora(unet: nn.Module) -> Any:
+    """A copy of diffusers' UNet of which only a new LoRA's factors are trained."""
+    copied: Any = copy.deepcopy(unet).requires_grad_(False)
+    torch.manual_seed(0)
+    copied.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LAYERS))
+    return copied.train()
+
+
+def train_star(parts: Parts, count: int, plan: Plan, log: Callable[[str], None]) -> Any:
+    """Returns the UNet with its LoRA, averaged."""
+    data = lessons(parts, count, plan.seed)
+    log(f"star: {len(data.noise)} lessons")
+    course, errors = Lesson(plan, with_lora(parts.unet)), list[float]()
+    while course.step < plan.steps:
+        errors.append(course.learn(data)[0])
+        if course.step % 50 == 0:
+            log(f"star {course.step}, loss {sum(errors) / len(errors):.4f} of first steps")
+            errors.clear()
+    return course.mean.eval()
+
+
+def save_lora(unet: Any, path: Path) -> None:
+    """As diffusers writes it, in half precision."""
+    factors = {name: value.half().contiguous() for name, value in unet_tensors(get_peft_model_state_dict(unet))}
+    StableDiffusionXLPipeline.save_lora_weights(path.parent, unet_lora_layers=factors, weight_name=path.name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder of tools.demo_model.train_turbo's stages")
+    parser.add_argument("--out", type=Path, required=True, help="LoRA file to write")
+    parser.add_argument("--lessons", type=int, default=1536)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--bf16", action="store_true", help="train in it")
+    parser.add_argument("--threads", type=int, default=1)
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    text, vae, unet = TextEncoders(), Autoencoder(CONFIG), new_unet()
+    for part, name in ((text, "text"), (vae, "vae")):
+        finished(part, chosen.work / f"{name}.pt", _missing)
+    unet.load_state_dict(torch.load(chosen.work / "student.pt", weights_only=True)["mean"])
+    plan = Plan(steps=chosen.steps, rate=2e-3, warmup=30, keep=0.98, bf16=chosen.bf16)
+    trained = train_star(Parts(unet.requires_grad_(False).eval(), vae, text), chosen.lessons, plan, log)
+    save_lora(trained, chosen.out)
+    log(f"wrote {chosen.out}")
+
+
+def _missing() -> nn.Module:
+    raise SystemExit("train the model first: python -m tools.demo_model.train_turbo")
+
+
+if __name__ == "__main__":
+    main()
