@@ -165,7 +165,7 @@ def test_student_learns_and_goes_on_where_it_stopped(parts: Any, tmp_path: Path)
     for _ in range(3):
         stopped.learn(data)
     stopped.save(tmp_path / "student.pt")
-    resumed = student.train_student(data, unet, plan, tmp_path / "student.pt", lambda line: None)
+    resumed = student.train_student(data, unet, plan, tmp_path / "student.pt", lambda line: None, str)
     for (name, one), two in zip(whole.mean.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, two), name
 
@@ -180,7 +180,7 @@ def test_teacher_learns_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     for _ in range(2):
         stopped.learn(data)
     stopped.save(tmp_path / "teacher.pt")
-    resumed = teacher.train_teacher(data, plan, tmp_path / "teacher.pt", lambda line: None)
+    resumed = teacher.train_teacher(data, plan, tmp_path / "teacher.pt", lambda line: None, str)
     for (name, one), two in zip(whole.mean.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, two), name
 

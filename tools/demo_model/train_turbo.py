@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from gguf_sd.demo.check_large import evaluate
+from gguf_sd.demo.check_large import Report, evaluate
 from gguf_sd.demo.world_large import held_out_prompts
 from gguf_sd.models.vae import Autoencoder
 from tools.demo_model.train import finished, log
@@ -29,6 +30,7 @@ from tools.demo_model.turbo.vae import CONFIG, normalise, train_vae
 SEED = 0
 TEXT_STEPS, TEXT_BATCH = 1200, 64
 VAE_STEPS, VAE_BATCH = 420, 2
+CHECKED = 60  # held-out prompts, while it trains
 MEASURED = 256  # pictures whose latents the autoencoder's scaling is measured on
 
 
@@ -36,7 +38,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="diffusers folder to write")
     parser.add_argument("--work", type=Path, default=Path("turbo-training"), help="folder of finished stages")
-    parser.add_argument("--shards", type=int, default=24, help="of 512 pictures each")
+    parser.add_argument("--shards", type=int, default=48, help="of 512 pictures each")
     parser.add_argument("--teacher-steps", type=int, default=teacher.Plan.steps)
     parser.add_argument("--trajectories", type=int, default=16, help="shards of 512 each")
     parser.add_argument("--student-steps", type=int, default=student.Plan.steps)
@@ -79,19 +81,23 @@ def main() -> None:
     finished(vae, work / "vae.pt", lambda: trained_vae(VAE_STEPS))
     encoded = shards(work, "shard", chosen.shards, lambda number: pictures.encode_shard(vae, number, SEED))
     data = lessons(pictures.joined(encoded), text.encode)
+
+    def check(unet: nn.Module, how: paint.Sampling, count: int = CHECKED) -> Report:
+        return evaluate(paint.Painter(unet, vae, text, how), held_out_prompts(count))
+
     plan = teacher.Plan(SEED, chosen.teacher_steps, bf16=chosen.bf16)
-    guided = teacher.train_teacher(data, plan, work / "teacher.pt", log)
+    guided = teacher.train_teacher(data, plan, work / "teacher.pt", log, lambda unet: check(unet, paint.TEACHER))
     traced = shards(
         work, "trace", chosen.trajectories, lambda number: trajectories.trace_shard(guided, vae, text, number, SEED)
     )
     pace = student.Plan(SEED, chosen.student_steps, bf16=chosen.bf16)
-    brief = student.train_student(trajectories.joined(traced), guided, pace, work / "student.pt", log)
+    ends, at_once = trajectories.joined(traced), paint.student(1)
+    brief = student.train_student(ends, guided, pace, work / "student.pt", log, lambda unet: check(unet, at_once))
     export(chosen.out, brief, vae, text)
     log(f"wrote {chosen.out}")
-    prompts = held_out_prompts(chosen.prompts)
     for steps in (1, 2, 4):
-        log(f"student, {steps} steps, {evaluate(paint.Painter(brief, vae, text, paint.student(steps)), prompts)}")
-    log(f"teacher, {paint.TEACHER}, {evaluate(paint.Painter(guided, vae, text, paint.TEACHER), prompts)}")
+        log(f"student, {steps} steps, {check(brief, paint.student(steps), chosen.prompts)}")
+    log(f"teacher, {paint.TEACHER}, {check(guided, paint.TEACHER, chosen.prompts)}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from tools.demo_model.turbo.course import Course
 from tools.demo_model.turbo.trajectories import Trajectories
 from tools.demo_model.turbo.unet import Told
 
+CHECKED = 500  # steps from one check to the next
 FIRST, LATER = 999, (749, 499, 249)  # timesteps of one, two and four steps, spaced "trailing"
 
 
@@ -78,9 +79,15 @@ def _robust(squares: Tensor) -> Tensor:
 
 
 def train_student(
-    data: Trajectories, unet: nn.Module, plan: Plan, checkpoint: Path, log: Callable[[str], None]
+    data: Trajectories,
+    unet: nn.Module,
+    plan: Plan,
+    checkpoint: Path,
+    log: Callable[[str], None],
+    check: Callable[[nn.Module], object],
 ) -> nn.Module:
-    """Trains a copy of ``unet``, the teacher, or goes on from ``checkpoint``; returns the averaged UNet."""
+    """Trains a copy of ``unet``, the teacher, or goes on from ``checkpoint``; returns the averaged UNet, and logs now
+    and then what ``check`` says of it."""
     course, errors = Lesson(plan, copy.deepcopy(unet).requires_grad_(True).train()), list[tuple[float, float]]()
     course.resume(checkpoint)
     while course.step < plan.steps:
@@ -89,6 +96,8 @@ def train_student(
             one, more = (sum(column) / len(errors) for column in zip(*errors, strict=True))
             log(f"student {course.step}, loss {one:.4f} of first steps, {more:.4f} of later ones")
             errors.clear()
+        if course.step % CHECKED == 0 and course.step < plan.steps:
+            log(f"student {course.step}, 1 step, {check(course.mean)}")
         if course.step % 100 == 0 or course.step >= plan.steps:
             course.save(checkpoint)
     return course.mean.eval()

@@ -18,11 +18,13 @@ from torch import nn
 from tools.demo_model.turbo.course import Course
 from tools.demo_model.turbo.unet import Lessons, new_unet
 
+CHECKED = 1000  # steps from one check to the next
+
 
 @dataclass(frozen=True)
 class Plan:
     seed: int = 0
-    steps: int = 14000
+    steps: int = 8000
     batch: int = 32
     rate: float = 1.2e-3
     decay_from: float = 0.4  # of the steps; the rate falls to nothing from here on
@@ -57,8 +59,11 @@ class Lesson(Course):
         return loss.item()
 
 
-def train_teacher(data: Lessons, plan: Plan, checkpoint: Path, log: Callable[[str], None]) -> nn.Module:
-    """Trains, or goes on from ``checkpoint``, and returns the averaged UNet."""
+def train_teacher(
+    data: Lessons, plan: Plan, checkpoint: Path, log: Callable[[str], None], check: Callable[[nn.Module], object]
+) -> nn.Module:
+    """Trains, or goes on from ``checkpoint``, and returns the averaged UNet; logs now and then what ``check`` says of
+    it."""
     course, errors, saved = Lesson(plan), list[float](), time.monotonic()
     course.resume(checkpoint)
     while course.step < plan.steps:
@@ -66,6 +71,8 @@ def train_teacher(data: Lessons, plan: Plan, checkpoint: Path, log: Callable[[st
         if course.step % 50 == 0:
             log(f"teacher {course.step}, loss {sum(errors) / len(errors):.4f}")
             errors.clear()
+        if course.step % CHECKED == 0 and course.step < plan.steps:
+            log(f"teacher {course.step}, {check(course.mean)}")
         if time.monotonic() - saved > 60 or course.step >= plan.steps:
             course.save(checkpoint)
             saved = time.monotonic()
