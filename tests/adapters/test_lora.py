@@ -62,7 +62,7 @@ def test_pictures_equal_diffusers_with_peft(
 
     reference = oracle(tiny_pipeline(**fields), model)
     plain = paint_with(reference, [3], **SETTINGS)[0]
-    reference.load_lora_weights(file, adapter_name="style")
+    reference.load_lora_weights(file.parent, weight_name=file.name, adapter_name="style")
     reference.set_adapters(["style"], [0.7])
     expected = paint_with(reference, [3], **SETTINGS)[0]
     got = Pipeline.load(model, "cpu", "float32", "quantized")(PROMPT, loras=f"{file}:0.7", **OURS)[0]

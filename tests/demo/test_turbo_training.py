@@ -263,7 +263,7 @@ def test_lora_paints_as_in_diffusers(parts: Any, engine: Pipeline, theirs: Any, 
     painter = paint.Painter(course.mean, parts[1], parts[2], paint.student(2))
     painter.seed = 3
     assert like(ours, as_image(painter(["a red star"])[0]))
-    theirs.load_lora_weights(path)
+    theirs.load_lora_weights(path.parent, weight_name=path.name)
     other = theirs("a red star", num_inference_steps=2, guidance_scale=0.0, generator=torch.Generator().manual_seed(3))
     theirs.unload_lora_weights()
     assert like(ours, other.images[0])
