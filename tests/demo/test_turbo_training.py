@@ -20,12 +20,13 @@ from gguf_sd.cli.main import main
 from gguf_sd.demo.check import Seen
 from gguf_sd.demo.check_large import read
 from gguf_sd.demo.models import DEMO_MODELS
-from gguf_sd.demo.world_large import OFFSETS, Sampler, Scene, View, held_out_prompts, render
+from gguf_sd.demo.world_large import OFFSETS, Sampler, Scene, View, held_out_prompts, parse, render
 from gguf_sd.models.vae import Autoencoder
 from gguf_sd.quality import psnr
 from gguf_sd_convert.convert import ConvertOptions, convert
-from tools.demo_model.turbo import paint, star, student, teacher, trajectories
+from tools.demo_model.turbo import paint, pictures, star, student, teacher, trajectories
 from tools.demo_model.turbo.export import export
+from tools.demo_model.turbo.pictures import coupled, patterns
 from tools.demo_model.turbo.text import PADS, WORDS, TextEncoders
 from tools.demo_model.turbo.unet import Lessons, Told, predict, unet_config
 from tools.demo_model.turbo.vae import SCALING, normalise, shipped
@@ -172,7 +173,9 @@ def test_student_learns_and_goes_on_where_it_stopped(parts: Any, tmp_path: Path)
 
 def test_teacher_learns_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     few_ones = few()
-    data = Lessons(few_ones.latents, few_ones.time_ids, torch.arange(8), few_ones.contexts, few_ones.pooled)
+    data = Lessons(
+        few_ones.latents, few_ones.time_ids, torch.zeros(8, 4), torch.arange(8), few_ones.contexts, few_ones.pooled
+    )
     plan = teacher.Plan(steps=4, batch=2)
     whole, stopped = teacher.Lesson(plan), teacher.Lesson(plan)
     for _ in range(4):
@@ -284,3 +287,33 @@ def test_demo_command_shows_each_type_and_number_of_steps(
     assert rows[2]["psnr"] > rows[6]["psnr"]
     assert Path(report["sheet"]).name == "turbo-sheet.png"
     assert Image.open(report["sheet"]).width > 8 * 128
+
+
+def test_noise_that_tells_where_objects_stand_is_noise() -> None:
+    moves = torch.randn(4000, OFFSETS, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(4000, *paint.SHAPE, generator=torch.Generator().manual_seed(1))
+    made = coupled(noise, moves).flatten(1)
+    basis = patterns()
+    assert torch.allclose(made @ basis.T, moves, atol=1e-4)
+    assert torch.allclose(
+        made - made @ basis.T @ basis, noise.flatten(1) - noise.flatten(1) @ basis.T @ basis, atol=1e-4
+    )
+    covariance = made.T @ made / len(made)
+    assert (covariance.diagonal() - 1).abs().max() < 0.12, "4,000 samples of a normal come as near"
+    assert (covariance - torch.eye(1024)).abs().max() < 0.12
+
+
+def test_pictures_go_with_their_moves() -> None:
+    """An object alone stands where its moves say."""
+    vae = shipped().requires_grad_(False)
+    shard = pictures.joined([pictures.encode_shard(vae, 0, 0, 48)])
+    view = torch.tensor(View().time_ids)
+    checked = 0
+    for latents, sizes, moves, caption in zip(*vars(shard).values(), strict=True):
+        objects = read(vae.decode(latents[None] * SCALING)[0]).objects
+        if parse(caption).kind == "single" and torch.equal(sizes.long(), view) and len(objects) == 1:
+            where = 64 + 10 * (pictures.SPREAD * moves).clamp(-1, 1)
+            assert abs(objects[0].x - where[0]) < 1.5
+            assert abs(objects[0].y - where[1]) < 3.5, "a triangle's centroid is below its centre"
+            checked += 1
+    assert checked >= 3

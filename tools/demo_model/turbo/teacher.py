@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tools.demo_model.turbo.course import Course
+from tools.demo_model.turbo.pictures import coupled
 from tools.demo_model.turbo.unet import Lessons, new_unet
 
 CHECKED = 1000  # steps from one check to the next
@@ -49,7 +50,7 @@ class Lesson(Course):
         rows = torch.randint(len(data.latents), (plan.batch,), generator=generator)
         t = torch.randint(len(self.alphas), (plan.batch,), generator=generator)
         t[::2] = (t[::2] + len(self.alphas)) // 2
-        noise = torch.randn(plan.batch, *data.latents.shape[1:], generator=generator)
+        noise = coupled(torch.randn(plan.batch, *data.latents.shape[1:], generator=generator), data.moves[rows])
         silent = torch.rand(plan.batch, generator=generator) < plan.unconditional
         alpha = self.alphas[t, None, None, None]
         noisy = alpha.sqrt() * data.latents[rows] + (1 - alpha).sqrt() * noise

@@ -76,6 +76,7 @@ class Lessons:
 
     latents: Tensor  # [N, 4, 16, 16], scaled
     time_ids: Tensor  # [N, 6]
+    moves: Tensor  # [N, OFFSETS]
     caption: Tensor  # [N] rows of contexts and pooled
     contexts: Tensor  # [M, LENGTH, CONTEXT]
     pooled: Tensor  # [M, POOLED]
@@ -88,7 +89,7 @@ def lessons(pictures: Pictures, encode: Callable[[list[str]], tuple[Tensor, Tens
     told = sorted(set(pictures.captions))
     row = {caption: i for i, caption in enumerate(told)}
     rows = torch.tensor([row[caption] for caption in pictures.captions])
-    return Lessons(pictures.latents * SCALING, pictures.time_ids, rows, *encode(told))
+    return Lessons(pictures.latents * SCALING, pictures.time_ids, pictures.moves, rows, *encode(told))
 
 
 def predict(unet: nn.Module, noisy: Tensor, t: Tensor, told: Told) -> Tensor:
