@@ -306,7 +306,7 @@ def test_noise_that_tells_where_objects_stand_is_noise() -> None:
 def test_pictures_go_with_their_moves() -> None:
     """An object alone stands where its moves say."""
     vae = shipped().requires_grad_(False)
-    shard = pictures.joined([pictures.encode_shard(vae, 0, 0, 48)])
+    shard = pictures.joined([pictures.encode_shard(vae, 0, 0, 80)])
     view = torch.tensor(View().time_ids)
     checked = 0
     for latents, sizes, moves, caption in zip(*vars(shard).values(), strict=True):

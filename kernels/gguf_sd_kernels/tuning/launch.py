@@ -111,7 +111,8 @@ Table = dict[str, tuple[tuple[int, Launch], ...]]
 
 # mma (sm_80 86 89 120): mma.sync; 128x128 and 128x64 spill with 4 warps and 64x128 with any. At a BLOCK_K of 64,
 # 128x64 spills with 8 warps too, in 1x1 convolutions, and with GEGLU on sm_120. 3 stages fit 99 KiB.
-# wgmma (sm_90): 256 rows of x share one decoding of 128 rows of w. tcgen05: sm_100. mfma: AMD CDNA. wmma: AMD
+# wgmma (sm_90): 256 rows of x share one decoding of 128 rows of w. tcgen05: sm_100, where 64x64 spills with 4 warps
+# (linears of Q8_0, and behind an enlargement), as does 128x128 at a BLOCK_K of 64 there. mfma: AMD CDNA. wmma: AMD
 # RDNA, where 128x128 spills at a BLOCK_K of 64, 64x128 does with Triton 3.9 (12 bytes, linears of Q8_0 in float16), and
 # 32x64 does with 4 warps where it takes a layer norm in.
 UNTUNED: Table = {
@@ -130,8 +131,8 @@ UNTUNED: Table = {
         (1 << 31, Launch(128, 64, 64, warps=4, stages=4, ptx=True)),
     ),
     "tcgen05": (
-        (64, Launch(64, 64, 64, warps=4, stages=3, ptx=True)),
-        (1 << 31, Launch(128, 128, 64, warps=8, stages=3, ptx=True)),
+        (64, Launch(64, 64, 64, warps=8, stages=3, ptx=True)),
+        (1 << 31, Launch(128, 128, 32, warps=8, stages=4, ptx=True)),
     ),
     "mfma": (
         (64, Launch(32, 64, 64, warps=4, stages=2)),
