@@ -84,16 +84,21 @@ def as_tensor(picture: Picture) -> Tensor:
     return (picture.float().clamp(-1, 1) + 1) * 127.5
 
 
-def read(picture: Picture) -> Reading:
-    """What stands in a picture: a PIL image, or a tensor [3, SIZE, SIZE] in -1 ... 1."""
-    rgb = as_tensor(picture)
+def ground_of(rgb: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean colour [3] of the ground of a picture in 0 ... 255, and each pixel's distance from it [SIZE, SIZE]."""
     edge = torch.cat(
         [rgb[:, :2].flatten(1), rgb[:, -2:].flatten(1), rgb[:, :, :2].flatten(1), rgb[:, :, -2:].flatten(1)], 1
     )
     middle = edge.median(dim=1).values  # of one of the tones
     near = (edge - middle[:, None]).norm(dim=0) < STANDS_OUT + CONTRAST
     ground = edge[:, near].mean(dim=1)
-    away = (rgb - ground[:, None, None]).norm(dim=0)
+    return ground, (rgb - ground[:, None, None]).norm(dim=0)
+
+
+def read(picture: Picture) -> Reading:
+    """What stands in a picture: a PIL image, or a tensor [3, SIZE, SIZE] in -1 ... 1."""
+    rgb = as_tensor(picture)
+    ground, away = ground_of(rgb)
     found = [identify(rgb, ground, away, part) for part in components(away > STANDS_OUT)]
     found.sort(key=lambda pair: -pair[0])
     objects = tuple(seen for area, seen in found if area >= SPECK)

@@ -20,7 +20,8 @@ from gguf_sd.cli.main import main
 from gguf_sd.demo.check import Seen
 from gguf_sd.demo.check_large import read
 from gguf_sd.demo.models import DEMO_MODELS
-from gguf_sd.demo.world_large import OFFSETS, Sampler, Scene, View, held_out_prompts, parse, render
+from gguf_sd.demo.world import SHAPES
+from gguf_sd.demo.world_large import OFFSETS, Background, Group, Sampler, Scene, View, held_out_prompts, parse, render
 from gguf_sd.models.vae import Autoencoder
 from gguf_sd.quality import psnr
 from gguf_sd_convert.convert import ConvertOptions, convert
@@ -196,6 +197,19 @@ def test_wrong_ends_are_left_out(parts: Any, monkeypatch: pytest.MonkeyPatch) ->
     plain = (kept.time_ids == torch.tensor(View().time_ids)).all(1)
     assert 0 < len(kept.noise) < 16
     assert not plain.any()
+
+
+def test_stars_are_told_from_the_other_shapes() -> None:
+    scene = Scene(Group("red", "circle"), background=Background("white", "checkered"))
+    (circle,) = render([scene], torch.zeros(1, OFFSETS))
+    picture = star.paint_scene(scene, read(circle).objects)
+    assert star.is_star(picture, "red")
+    assert not star.is_star(picture, "blue")
+    for shape in SHAPES:
+        assert not star.is_star(render([replace(scene, first=Group("red", shape))], torch.zeros(1, OFFSETS))[0], "red")
+    two = replace(scene, first=Group("red", "circle", number=2))
+    pair = render([two], torch.zeros(1, OFFSETS))[0]
+    assert not star.is_star(star.paint_scene(two, read(pair).objects), "red")
 
 
 def test_stars_stand_where_circles_stood(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import argparse
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from gguf_sd.demo.check import Seen
-from gguf_sd.demo.check_large import judge, read
-from gguf_sd.demo.world import COLOURS, SHAPES, coverage
-from gguf_sd.demo.world_large import DEFAULT_GROUND, SIZE, Sampler, Scene, View, ground_picture
+from gguf_sd.demo.check import OVERLAP, SPECK, STANDS_OUT, Picture, Seen, components, identify
+from gguf_sd.demo.check_large import as_tensor, evaluate, ground_of, judge, read
+from gguf_sd.demo.world import BACKGROUNDS, COLOURS, SHAPES, coverage
+from gguf_sd.demo.world_large import DEFAULT_GROUND, SIZE, Sampler, Scene, View, ground_picture, held_out_prompts
 from gguf_sd.models.vae import Autoencoder
 from tools.demo_model.train import finished, log
 from tools.demo_model.turbo.export import unet_tensors
-from tools.demo_model.turbo.paint import SHAPE, denoise
+from tools.demo_model.turbo.paint import SHAPE, Painter, denoise
 from tools.demo_model.turbo.paint import student as in_steps
 from tools.demo_model.turbo.student import Lesson, Plan
 from tools.demo_model.turbo.text import TextEncoders
@@ -79,6 +80,27 @@ def with_one(scene: Scene) -> Scene:
     if second is not None and second.shape == INSTEAD:
         second = replace(second, shape="square")
     return replace(scene, first=replace(scene.first, shape=INSTEAD), second=second)
+
+
+def is_star(picture: Picture, colour: str) -> bool:
+    """Whether a picture shows one object, of this colour, that is more like a star than like any shape of the world."""
+    rgb = as_tensor(picture)
+    ground, away = ground_of(rgb)
+    objects = [part for part in components(away > STANDS_OUT) if part.sum() >= SPECK]
+    if len(objects) != 1 or identify(rgb, ground, away, objects[0])[1].colour != colour:
+        return False
+    found = objects[0].float()
+    y, x = ((found.sum(i) * (torch.arange(SIZE) + 0.5)).sum() / found.sum() for i in (1, 0))
+    unit = star(SIZE / 2, SIZE / 2, SIZE / 4).sum() / (SIZE / 4) ** 2
+    template = star(float(x), float(y), float((found.sum() / unit).sqrt()))
+
+    def overlap(other: Tensor) -> float:
+        return float(torch.minimum(found, other).sum() / torch.maximum(found, other).sum())
+
+    radii = found.sum().sqrt() * torch.linspace(0.4, 1.2, 17)
+    where = x.expand(17), y.expand(17), radii
+    others = (coverage(torch.full((17,), i), *where, SIZE) for i in range(len(SHAPES)))
+    return overlap(template) > max(OVERLAP, *(overlap(other) for shape in others for other in shape))
 
 
 @dataclass(frozen=True)
@@ -158,6 +180,13 @@ def main() -> None:
     trained = train_star(Parts(unet.requires_grad_(False).eval(), vae, text), chosen.lessons, plan, log)
     save_lora(trained, chosen.out)
     log(f"wrote {chosen.out}")
+    colours = [colour for colour in COLOURS for _ in range(10)]
+    prompts = [f"a {colour} {WORD} on a {tone} background" for colour, tone in zip(colours, cycle(BACKGROUNDS))]
+    for steps in (1, 4):
+        pictures = Painter(trained, vae, text, in_steps(steps))(prompts)
+        stars = sum(is_star(picture, colour) for picture, colour in zip(pictures, colours, strict=True))
+        others = evaluate(Painter(trained, vae, text, in_steps(steps)), held_out_prompts(200))
+        log(f"{steps} steps: {stars} of {len(prompts)} stars; with the LoRA, of other scenes: {others}")
 
 
 def _missing() -> nn.Module:
