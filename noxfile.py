@@ -12,9 +12,9 @@ import nox
 
 nox.options.sessions = ["newest"]
 # The oldest that pyproject.toml takes; CUDA builds of torch require a Triton of their own.
-OLDEST = ("torch==2.11.0", "transformers==4.50.0", "numpy==2.0.0", "Pillow==10.0.0", "safetensors==0.5.0",
+OLDEST = ("torch==2.11.0", "transformers==4.50.0", "numpy==2.0.0", "Pillow==10.3.0", "safetensors==0.5.0",
           "gguf==0.17.0", "huggingface_hub==0.34.0", "tqdm==4.60.0", "diffusers==0.35.0",
-          "accelerate==1.0.0")  # fmt: skip
+          "accelerate==1.0.0", "peft==0.17.0")  # fmt: skip
 
 
 def _tests(session: nox.Session) -> None:

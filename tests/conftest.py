@@ -116,10 +116,10 @@ def tiny_model(tiny_pipeline: Callable[..., Path], tmp_path_factory: pytest.Temp
 
 def save_pipeline(tiny: Tiny, folder: Path) -> Path:
     import diffusers
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
 
     write_tokenizer(folder / "tokenizer")
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = CLIPTokenizerFast.from_pretrained(folder / "tokenizer")  # which writes tokenizer.json, too
     scheduler = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
     if tiny.scheduler == "PNDMScheduler":
         scheduler |= {"skip_prk_steps": True}

@@ -3,6 +3,7 @@ earlier download was cut short."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -160,14 +161,14 @@ def _refusal(error: Exception, repo: str, revision: str) -> str | None:
         return f"{repo} is no name that the Hub knows: {error}"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it to reach the Hub"
-    if type(error).__module__.split(".")[0] in HTTP_LIBRARIES:
+    if type(error).__module__.split(".")[0] in HTTP_LIBRARIES and not isinstance(error, json.JSONDecodeError):
         return f"the connection to the Hub broke off ({type(error).__name__}); try again, what was fetched is kept"
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # of a file among several
         return _refusal(error.__cause__, repo, revision)
     if isinstance(error, NONSENSE):  # before OSError: requests' JSON error is one
         return f"the Hub's answer for {repo} makes no sense ({type(error).__name__}); is there another program between?"
     if isinstance(error, OSError):
-        return f"cannot fetch from or write to {repo}: {error.strerror or error}"
+        return f"cannot fetch from or write to {repo}: {error.strerror or ' '.join(str(error).split())}"
     return None
 
 

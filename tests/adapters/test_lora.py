@@ -12,7 +12,17 @@ import pytest
 
 from gguf_sd.config import ModelConfig
 from gguf_sd.pipeline import Pipeline
-from tests.adapters.conftest import DIFFUSERS, all_targets, config_of, kohya, name_of, peft, random_lora, save
+from tests.adapters.conftest import (
+    DIFFUSERS,
+    all_targets,
+    config_of,
+    kohya,
+    name_of,
+    peft,
+    random_lora,
+    reads_loras,
+    save,
+)
 from tests.test_pipeline import oracle, paint_with, psnr
 
 SETTINGS: dict[str, Any] = {"steps": 2, "width": 64, "height": 64, "guidance": 4.0}
@@ -37,6 +47,7 @@ def peft_header(config: ModelConfig) -> dict[str, str]:
     return {"lora_adapter_metadata": json.dumps(values)}
 
 
+@reads_loras
 @pytest.mark.parametrize(("xl", "kind"), [(False, "q4_0"), (True, "q8_0")])
 @pytest.mark.parametrize("names", ["kohya", "peft"])
 def test_pictures_equal_diffusers_with_peft(

@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import pytest
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from gguf_sd.cli.main import main
@@ -134,7 +134,7 @@ def test_wrong_arguments_cost_no_conversion(
 @pytest.mark.parametrize("size", [(515, 389), (512, 64), (71, 9)])
 def test_the_pictures_own_size_as_in_diffusers(size: tuple[int, int]) -> None:
     image = Image.new("RGB", size)
-    processor = diffusers.image_processor.VaeImageProcessor(vae_scale_factor=8)
+    processor = VaeImageProcessor(vae_scale_factor=8)
     height, width = processor.get_default_height_width(image)
     job = prepare(Request(image=image), SD15)
     assert (job.width, job.height) == (width, height)

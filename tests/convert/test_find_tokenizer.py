@@ -39,9 +39,9 @@ TEXTS = [
 
 
 def transformers_tokenizer(folder: Path, merges: list[str] | None = None) -> Any:
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTokenizerFast
 
-    return CLIPTokenizer.from_pretrained(folder)
+    return CLIPTokenizerFast.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from tools.demo_model.turbo.export import export
 from tools.demo_model.turbo.pictures import coupled, patterns
 from tools.demo_model.turbo.text import PADS, WORDS, TextEncoders
 from tools.demo_model.turbo.unet import Lessons, Told, predict, unet_config
-from tools.demo_model.turbo.vae import SCALING, normalise, shipped
+from tools.demo_model.turbo.vae import SCALING, colours, normalise, shipped, train_vae
 from tools.demo_model.vocabulary import token_ids
 
 PROMPT = "three small red rings on a striped white background"
@@ -146,8 +146,28 @@ def test_latents_come_out_with_unit_deviation(parts: Any) -> None:
         before = vae.decode(latents[:1] * SCALING)
         after_latents = normalise(vae, latents)
         after = vae.decode(after_latents[:1] * SCALING)
-    assert torch.allclose((after_latents * SCALING).std((0, 2, 3)), torch.ones(4), atol=1e-3)
+    spread = after_latents * SCALING
+    assert torch.allclose(spread.mean((0, 2, 3)), torch.zeros(4), atol=1e-3)
+    assert spread.var((0, 2, 3)).mean() == pytest.approx(1, abs=1e-3)
+    assert torch.allclose(spread.std((0, 2, 3)) / spread[:, 0].std(), torch.arange(1, 5.0), rtol=0.1), "all alike"
     assert torch.allclose(before, after, atol=1e-3)
+
+
+def test_three_channels_are_colours() -> None:
+    """The first three channels: grounds have no hue, and their brightness differs as it should; training nears that."""
+    tones = [Scene(Group("red", "ring"), background=Background(tone)) for tone in ("white", "grey")]
+    drawn = render(tones, torch.zeros(2, OFFSETS))
+    corner = colours(drawn)[:, :, 0, 0]
+    assert torch.allclose(corner[:, 1:], torch.zeros(2, 2), atol=1e-4)
+    assert float(corner[0, 0] - corner[1, 0]) == pytest.approx(3 * (245 - 128) / 127.5 / 1.3, abs=1e-3)
+
+    def astray(vae: Autoencoder) -> float:
+        with torch.no_grad():
+            return float((vae.encode(drawn)[0][:, :3] - colours(drawn)).square().mean())
+
+    lines = list[str]()
+    assert astray(train_vae(0, 50, 1, lines.append)) < 0.5 * astray(shipped())
+    assert len(lines) == 2
 
 
 def few(count: int = 8) -> trajectories.Trajectories:

@@ -32,12 +32,12 @@ LISTINGS: dict[str, tuple[bytes, str]] = {
     "deep": (b"[" * 100_000, NONSENSE),
     "digits": (b'{"id": ' + b"9" * 10_000 + b"}", NONSENSE),
     "above": (listing("../../x.gguf", "/etc/x.gguf", "a/../../y.gguf"), "refused: evil/above holds no files"),
-    "backslash": (listing("..\\..\\z.gguf"), NONSENSE),
+    "backslash": (listing("..\\..\\z.gguf"), "refused: "),
     "control": (listing("\x1b[2Ja\n.gguf", "b.gguf"), r"refused: evil/control holds several models, '\x1b[2Ja\n.gguf'"),
 }
 # What is answered for the file: status, headers, and how that ends.
 FILES: dict[str, tuple[int, dict[str, str], str]] = {
-    "elsewhere": (302, GIVEN | {"Location": "file:///etc/passwd"}, BROKEN),
+    "elsewhere": (302, GIVEN | {"Location": "file:///etc/passwd"}, "refused: "),
     "round": (302, GIVEN | {"Location": "/evil/round/resolve/main/m.gguf"}, "refused: "),
     "longer": (200, GIVEN | {"Content-Length": "5000"}, BROKEN),
     "terabytes": (200, GIVEN | {"Content-Length": str(10 << 40)}, "refused: "),
@@ -63,7 +63,7 @@ class _Handler(BaseHTTPRequestHandler):
             body, _ = LISTINGS.get("".join(parts[4:5]), (listing("m.gguf"), ""))
             self._answer(200, body, {})
         else:
-            status, headers, _ = FILES[parts[2]]
+            status, headers, _ = FILES.get(parts[2], (404, {}, ""))
             self._answer(status, b"GGUF" + bytes(100), headers)
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:

@@ -102,7 +102,7 @@ def test_values_of_the_wrong_kind(tmp_path: Path, line: str) -> None:
 def test_jpegs_carry_their_settings_in_exif(tmp_path: Path) -> None:
     image = Image.new("RGB", (8, 8))
     exif = image.getexif()
-    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + "a café\nSteps: 9, Seed: 4".encode("utf-16-be")
+    exif[0x8769] = {0x9286: b"UNICODE\0" + "a café\nSteps: 9, Seed: 4".encode("utf-16-be")}
     image.save(tmp_path / "a.jpg", exif=exif)
     settings = read_parameters(tmp_path / "a.jpg")
     assert (settings["prompt"], settings["steps"], settings["seed"]) == ("a café", 9, 4)

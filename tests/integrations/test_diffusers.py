@@ -18,7 +18,7 @@ from gguf_sd.errors import GgufSdError
 from gguf_sd.integrations.diffusers import GgufUNet, load_unet
 from gguf_sd.models.layers import Quantized
 from gguf_sd_convert.convert import ConvertOptions, convert
-from tests.adapters.conftest import all_targets, config_of, kohya, random_lora, save
+from tests.adapters.conftest import all_targets, config_of, kohya, random_lora, reads_loras, save
 from tests.conftest import UNET, XL_UNET, randomise
 from tests.test_pipeline import oracle, psnr, stored_unet
 
@@ -209,6 +209,7 @@ def test_offloading_hooks(painter: Callable[[str], Painter]) -> None:
         assert torch.equal(hooked(latents, 500, context).sample, expected)
 
 
+@reads_loras
 def test_loras(painter: Callable[[str], Painter], tmp_path: Path) -> None:
     """Ours are laid beside the weights; cross_attention_kwargs says how much of them; peft's are refused."""
     own, config = painter("sd1"), config_of(painter("sd1").path)

@@ -25,7 +25,8 @@ def test_a_picture_on_the_kernels(
     path = tmp_path / "demo.gguf"
     convert(model_folder(), path, ConvertOptions(type="q4_0"), quiet=True)
     settings = {"prompt": "a red circle left of a blue square", "steps": 1, "seed": 3, "guidance": 1.0}
-    (expected,) = Pipeline.load(path, device="cpu", dtype="float32", weights="quantized")(**settings)
+    # In 16 bits as well: torch before 2.13 draws another noise in them.
+    (expected,) = Pipeline.load(path, device="cpu", dtype="float16", weights="quantized")(**settings)
     layers: list[str] = []
 
     def spy(unet: nn.Module, mode: str) -> None:

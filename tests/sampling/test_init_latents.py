@@ -88,6 +88,8 @@ def test_image_to_image(engine: Callable[..., Any], scheduler: str, strength: fl
 def test_turbo_image_to_image(
     engine: Callable[..., Any], steps: int, strength: float, dtype: str, bound: float
 ) -> None:
+    if dtype == "bfloat16" and tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 38):
+        pytest.skip("older diffusers round more in bfloat16")
     config = {"timestep_spacing": "trailing"}
     folder, pipeline = engine(xl=True, scheduler="EulerAncestralDiscreteScheduler", scheduler_config=config)
     settings = {"strength": strength, "num_inference_steps": steps, "guidance_scale": 0.0}

