@@ -234,7 +234,8 @@ def test_second_text_encoders_with_transformers_names(tiny_pipeline: Make, tmp_p
     pictures = [
         Pipeline.load(tmp_path / name, "cpu", "float32")("a cat", **settings)[0] for name in ("w.gguf", "c.gguf")
     ]
-    assert pictures[0].tobytes() == pictures[1].tobytes()
+    packed_one, converted = (np.asarray(picture, dtype=int) for picture in pictures)
+    assert np.abs(packed_one - converted).max() <= 1, "products of one matrix or of three may round otherwise"
 
 
 def test_loras_go_into_plain_weights(made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

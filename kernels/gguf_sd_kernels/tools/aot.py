@@ -2,6 +2,7 @@
 
     python -m gguf_sd_kernels.tools.aot                 # every launch, type and target
     python -m gguf_sd_kernels.tools.aot --sample 40     # some of them, of every target
+    python -m gguf_sd_kernels.tools.aot --target 90 --summary benchmarks/results/aot.json    # a target's line there
 
 Checked: no stack (a spill), shared memory within the card's, the matrix instruction the card is bought for, and
 that the compiler is silent (inline PTX "compiles" for AMD, printing an error).
@@ -18,14 +19,16 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from itertools import zip_longest
 from multiprocessing import get_context
 from pathlib import Path
 
 from gguf_sd_kernels.tools.aot_cases import Case, cases
+from gguf_sd_kernels.tuning.fingerprint import kernels_version
 
 # Shared memory a thread block may have, KiB. CUDA C programming guide, technical specifications per compute
 # capability; AMD: 64 KiB of local data share a work group.
@@ -209,6 +212,25 @@ def _in_turn(lists: list[list[tuple[Case, str]]]) -> list[tuple[Case, str]]:
     return [job for row in zip_longest(*lists) for job in row if job]
 
 
+def summarise(results: Sequence[Built], path: Path) -> None:
+    """Puts a line for each target into a JSON file, in place of that target's last one."""
+    from triton import __version__ as triton_version
+
+    lines = json.loads(path.read_text()) if path.exists() else {}
+    for target in dict.fromkeys(r.target for r in results):
+        built = [r for r in results if r.target == target]
+        lines[target] = {
+            "compiled": len(built),
+            "with_faults": sum(bool(r.faults) for r in built),
+            "most_registers": max(r.registers for r in built),
+            "most_shared_bytes": max(r.shared for r in built),
+            "kernels": kernels_version(),
+            "triton": triton_version,
+            "date": datetime.now(UTC).date().isoformat(),
+        }
+    path.write_text(json.dumps(lines, indent=1, sort_keys=True) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", action="append", choices=list(SHARED_KIB), help="default: all")
@@ -216,7 +238,10 @@ def main() -> None:
     parser.add_argument("--sample", type=int, help="how many compilations, over all targets; default: all")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="file to write results to")
+    parser.add_argument("--summary", type=Path, help="JSON file that gets a line for each target; of whole targets")
     args = parser.parse_args()
+    if args.summary and (args.only or args.sample):
+        parser.error("--summary is of whole targets, without --only and --sample")
     jobs = [(case, t) for t in args.target or SHARED_KIB for case in cases(t) if args.only in case.name]
     if args.sample:
         jobs = sample(jobs, args.sample)
@@ -231,6 +256,8 @@ def main() -> None:
         )
     if args.json:
         args.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
+    if args.summary:
+        summarise(results, args.summary)
     faults = sum(bool(r.faults) for r in results)
     print(f"{len(results)} compiled, {faults} with faults")
     sys.exit(bool(faults))

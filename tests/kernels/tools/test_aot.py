@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from gguf_sd_kernels.tools import aot
+
 triton = pytest.importorskip("triton")
 SPILLS_NOT_IN = "3.7."
 SAMPLE = 45  # of all, five kernels on each target; about 1 s each on one core
@@ -33,3 +35,21 @@ def test_a_sample_compiles_for_every_target(tmp_path: Path) -> None:
     products = [b for b in built if b["case"].startswith(("linear", "conv", "int8 linear", "int8 conv"))]
     assert any(b["case"].startswith("int8 conv") for b in products)
     assert all(b["loop_matrix"] for b in products)
+
+
+def test_a_summary_has_a_line_for_each_target(tmp_path: Path) -> None:
+    def built(target: str, registers: int, *faults: str) -> aot.Built:
+        return aot.Built("linear", target, registers, 1024, 0, 10, 5, 1, faults)
+
+    aot.summarise([built("90", 100), built("80", 7)], tmp_path / "aot.json")
+    aot.summarise([built("90", 60, "no HGMMA"), built("90", 80)], tmp_path / "aot.json")
+    lines = json.loads((tmp_path / "aot.json").read_text())
+    found = {target: (line["compiled"], line["with_faults"], line["most_registers"]) for target, line in lines.items()}
+    assert found == {"80": (1, 0, 7), "90": (2, 1, 80)}
+
+
+def test_no_summary_of_a_part(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["aot", "--sample", "1", "--summary", "x.json"])
+    with pytest.raises(SystemExit):
+        aot.main()
+    assert "--summary is of whole targets" in capsys.readouterr().err
