@@ -2,7 +2,7 @@
 spread.
 
 Everything that it starts from was trained from nothing by :mod:`tools.demo_model.train_vae`; it would take 25 minutes
-of a core again. Left to itself it puts all six colours on one line, red and purple on black a twentieth as far apart
+of a core again. Left to itself it puts all six colours on one line, red and purple on black an eighth as far apart
 as black and white, and hides shapes in differences that hardly show: latents off by a fifth of their deviation left
 22 % of scenes readable, and a UNet mixed colours for thousands of steps. So three of the four channels are told to be
 brightness and the two opponent colours, each 8x8 pixels' mean; the fourth is free, and carries what of edges it can.
