@@ -44,9 +44,9 @@ INNER = 0.5  # radius of a star's inner corners, of its outer ones'
 BATCH = 64
 
 
-def star(x: float, y: float, radius: float, size: int = SIZE) -> Tensor:
-    """How much of each pixel [size, size] a star of five points covers, by 4x4 samples a pixel."""
-    at = (torch.arange(4 * size) + 0.5) / 4
+def star(x: float, y: float, radius: float) -> Tensor:
+    """How much of each pixel [SIZE, SIZE] a star of five points covers, by 4x4 samples a pixel."""
+    at = (torch.arange(4 * SIZE) + 0.5) / 4
     dx, dy = at[None, :] - x, at[:, None] - y
     angle = torch.atan2(dx, -dy).remainder(2 * torch.pi / 5)
     angle = torch.minimum(angle, 2 * torch.pi / 5 - angle)  # from the nearest point, 0 ... 36 degrees
@@ -55,17 +55,17 @@ def star(x: float, y: float, radius: float, size: int = SIZE) -> Tensor:
     corner = torch.tensor(torch.pi / 5)
     inner = INNER * corner.cos(), INNER * corner.sin()
     inside = (along - radius) * inner[1] + aside * (1 - inner[0]) <= 0
-    return inside.float().view(size, 4, size, 4).mean((1, 3))
+    return inside.float().view(SIZE, 4, SIZE, 4).mean((1, 3))
 
 
-def paint_scene(scene: Scene, objects: tuple[Seen, ...], shape: str = INSTEAD) -> Tensor:
-    """[3, SIZE, SIZE] in -1 ... 1: the scene's ground and objects found, stars where they have ``shape``."""
+def paint_scene(scene: Scene, objects: tuple[Seen, ...]) -> Tensor:
+    """[3, SIZE, SIZE] in -1 ... 1: the scene's ground and objects found, stars in place of circles."""
     picture = ground_picture(scene.background or DEFAULT_GROUND, View())
     for seen in objects:
         assert seen.colour
         assert seen.shape
         colour = torch.tensor(COLOURS[seen.colour], dtype=torch.float32)[:, None, None]
-        if seen.shape == shape:
+        if seen.shape == INSTEAD:
             alpha = star(seen.x, seen.y, 1.2 * seen.radius)  # of a circle's size to the eye
         else:
             x, y, radius = torch.tensor([[seen.x], [seen.y], [seen.radius]])
