@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Callable
 
+LONGEST_PATH = 4096  # bytes that Linux takes; a text given in place of a name may be longer
+
 
 def printable(text: str, newlines: bool = True) -> str:
     """``text`` with everything that could steer a terminal, hide or reorder text (control characters, escape
@@ -59,4 +61,9 @@ def discard_output() -> None:
 def of_the_system(error: OSError) -> str:
     """The sentence for an error of the operating system; output that is printed has no name."""
     reason = error.strerror or str(error)
-    return f"cannot write the output: {reason}" if error.filename is None else f"{error.filename}: {reason}"
+    if error.filename is None:
+        return f"cannot write the output: {reason}"
+    from gguf_sd.field_checks import shown
+
+    name = str(error.filename)
+    return f"{name if len(name) <= LONGEST_PATH else shown(name)}: {reason}"

@@ -465,6 +465,11 @@ def a_table_of_a_million_columns(folder: Path, model: Path) -> list[str]:
 
 
 @refused
+def settings_as_text_instead_of_a_file(folder: Path, model: Path) -> list[str]:
+    return generate(model, "--from", "x\nSteps: 2, Size: 64x" + "9" * 100_000)
+
+
+@refused
 def settings_of_endless_tables(folder: Path, model: Path) -> list[str]:
     (folder / "x.toml").write_text("[" + "a." * 20_000 + "a]\n")
     return ["bench", "x.toml"]

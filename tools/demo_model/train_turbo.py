@@ -29,7 +29,7 @@ from tools.demo_model.turbo.vae import CONFIG, normalise, train_vae
 
 SEED = 0
 TEXT_STEPS, TEXT_BATCH = 1200, 64
-VAE_STEPS, VAE_BATCH = 6000, 2
+VAE_STEPS, VAE_BATCH = 4000, 2
 CHECKED = 60  # held-out prompts, while it trains
 MEASURED = 256  # pictures whose latents the autoencoder's scaling is measured on
 

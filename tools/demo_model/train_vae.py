@@ -19,12 +19,14 @@ from gguf_sd.models.vae import Autoencoder
 VAE = VAEConfig(block_out_channels=(32, 32, 64, 96), layers_per_block=1, norm_groups=16, scaling_factor=1.0)
 
 
-def reconstruct(vae: Autoencoder, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def reconstruct(vae: Autoencoder, pictures: Tensor, noise: float = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Pictures [B, 3, H, W] through sampled latents and back, the mean KL divergence of a latent, in nats, and the
-    latents' means."""
+    latents' means. To each picture's latents more noise is added, of a deviation up to ``noise``."""
     mean, log_variance = vae.quant_conv(vae.encoder(pictures)).chunk(2, 1)
     log_variance = log_variance.clamp(-30, 20)
     latents = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+    if noise:
+        latents = latents + noise * torch.rand(len(mean), 1, 1, 1) * torch.randn_like(mean)
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
     return vae.decoder(vae.post_quant_conv(latents)), kl, mean
 
