@@ -82,7 +82,12 @@ def write_report(spec: Spec, rows: Sequence[Row], folder: Path, timed: bool = Tr
 
 def in_columns(spec: Spec, rows: Sequence[Row], timed: bool, width: int) -> str:
     """Table and legend for a terminal: as many columns side by side as its ``width`` takes, the others below."""
-    table = _table(rows, _columns(rows, timed))
+    tables = filter(None, (_table(rows, _columns(rows, timed)), by_settings(rows)))
+    parts = [part for table in tables for part in _in_parts(table, width)]
+    return "\n\n".join([*parts, textwrap.fill(_legend(spec, rows), min(width, 100))])
+
+
+def _in_parts(table: list[list[str]], width: int) -> list[str]:
     first, *others = ([line[i] for line in table] for i in range(len(table[0])))
     first = [cell.ljust(max(map(len, first))) for cell in first]
     parts: list[list[str]] = []
@@ -92,8 +97,7 @@ def in_columns(spec: Spec, rows: Sequence[Row], timed: bool, width: int) -> str:
         if lines != first and len(lines[0]) + 2 + wide > width:
             parts, lines = [*parts, lines], first
         lines = [f"{line}  {cell.rjust(wide)}" for line, cell in zip(lines, column, strict=True)]
-    legend = textwrap.fill(_legend(spec, rows), min(width, 100))
-    return "\n\n".join(["\n".join(part) for part in (*parts, lines)] + [legend])
+    return ["\n".join(part) for part in (*parts, lines)]
 
 
 def _columns(rows: Sequence[Row], timed: bool) -> list[tuple[str, str, int, float]]:
@@ -110,12 +114,12 @@ def _write(path: Path, data: bytes) -> None:
 def _plain(row: Row, timed: bool) -> dict[str, Any]:
     """JSON knows no infinity: equal pictures have a PSNR of null and "equal"."""
     plain = asdict(row)
-    for part in ("values", "spread"):
-        plain[part] = {
-            name: "equal" if value == math.inf else value
-            for name, value in plain[part].items()
-            if timed or name not in TIMED
-        }
+    for part in (plain["values"], plain["spread"], *plain["by_settings"].values()):
+        for name, value in list(part.items()):
+            if name in TIMED and not timed:
+                del part[name]
+            elif value == math.inf:
+                part[name] = "equal"
     return plain
 
 
@@ -143,6 +147,21 @@ def _table(rows: Sequence[Row], columns: Sequence[tuple[str, str, int, float]]) 
     return [head, *([row.name, *(_text(row, k, d, f) for k, _, d, f in columns)] for row in rows)]
 
 
+def by_settings(rows: Sequence[Row]) -> list[list[str]]:
+    """PSNR and what is right by settings, where pictures have several in turn; else nothing."""
+    heads = list(rows[0].by_settings)
+    return (
+        [["contestant", *heads], *([row.name, *map(_both, row.by_settings.values())] for row in rows)] if heads else []
+    )
+
+
+def _both(part: dict[str, float]) -> str:
+    """As "38.1 dB, 95.0 % correct"."""
+    psnr, correct = part.get("psnr"), part.get("correct")
+    words = [] if psnr is None else ["equal" if psnr == math.inf else f"{psnr:.1f} dB"]
+    return ", ".join(words if correct is None else [*words, f"{correct:.1%} correct"])
+
+
 def _csv(rows: Sequence[Row], columns: Sequence[tuple[str, str, int, float]]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -159,10 +178,11 @@ def _csv(rows: Sequence[Row], columns: Sequence[tuple[str, str, int, float]]) ->
 def _markdown(
     spec: Spec, rows: Sequence[Row], columns: Sequence[tuple[str, str, int, float]], images: Sequence[str]
 ) -> str:
-    head, *body = _table(rows, columns)
-    lines = ["# Comparison", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    lines += [f"| {' | '.join(cells)} |" for cells in body]
-    lines += ["", _legend(spec, rows), ""]
+    lines = ["# Comparison", ""]
+    for head, *body in filter(None, (_table(rows, columns), by_settings(rows))):
+        lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+        lines += [*(f"| {' | '.join(cells)} |" for cells in body), ""]
+    lines += [_legend(spec, rows), ""]
     lines += [f"![{CAPTIONS[name]}]({name}.png)\n" for name in images]
     return "\n".join([*lines, *(f"- {key}: {value}" for key, value in spec.recorded.items())]) + "\n"
 
@@ -184,9 +204,7 @@ def _legend(spec: Spec, rows: Sequence[Row]) -> str:
 def _html(
     spec: Spec, rows: Sequence[Row], columns: Sequence[tuple[str, str, int, float]], images: dict[str, bytes]
 ) -> str:
-    head, *body = _table(rows, columns)
-    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line) + "</tr>" for line in body)
+    tables = "".join(map(_html_table, filter(None, (_table(rows, columns), by_settings(rows)))))
     shown = "".join(
         f"<h2>{CAPTIONS[name]}</h2>"
         f'<img alt="{CAPTIONS[name]}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
@@ -201,9 +219,16 @@ def _html(
     legend = html.escape(_legend(spec, rows))
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>Comparison</title><style>{style}</style>"
-        f"<h1>Comparison</h1><div><table><tr>{cells}</tr>{lines}</table></div><p>{legend}</p>{shown}"
+        f"<h1>Comparison</h1>{tables}<p>{legend}</p>{shown}"
         f"<ul>{facts}</ul></html>\n"
     )
+
+
+def _html_table(table: list[list[str]]) -> str:
+    head, *body = table
+    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line) + "</tr>" for line in body)
+    return f"<div><table><tr>{cells}</tr>{lines}</table></div>"
 
 
 def contact_sheet(spec: Spec, folder: Path) -> Image.Image:

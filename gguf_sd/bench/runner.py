@@ -42,6 +42,8 @@ class Row:
     spread: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)  # of the UNet's output, by timestep
     facts: dict[str, str] = field(default_factory=dict)  # device, dtype, weights
+    # Where pictures take several settings in turn, PSNR and the share that is right of those with each.
+    by_settings: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def run(
@@ -131,7 +133,7 @@ def _row(spec: Spec, folder: Path, contestant: Contestant) -> Row:
 
 def _quality(spec: Spec, folder: Path, contestant: Contestant, row: Row) -> None:
     first = spec.contestants[0]
-    pictures = load_pictures(spec, folder, contestant)
+    pictures, found = load_pictures(spec, folder, contestant), list[dict[str, float]]()
     if contestant != first:
         references = load_pictures(spec, folder, first)
         found = [compare(a, b) for a, b in zip(pictures, references, strict=True)]
@@ -149,6 +151,24 @@ def _quality(spec: Spec, folder: Path, contestant: Contestant, row: Row) -> None
         _put(row, "clip", clip_scores(pictures, spec.prompts, Path(spec.clip)))
     if (share := share_correct(pictures, spec.prompts)) is not None:
         row.values["correct"] = share
+    for settings in spec.settings if len(spec.settings) > 1 else ():
+        own = [i for i in range(len(pictures)) if spec.job(i)[2] == settings]
+        if not own:
+            continue
+        part = row.by_settings[_told(settings)] = dict[str, float]()
+        if contestant != first:
+            part["psnr"] = statistics.median(found[i]["psnr"] for i in own)
+        share = share_correct([pictures[i] for i in own], [spec.prompts[i] for i in own])
+        if share is not None:
+            part["correct"] = share
+
+
+def _told(settings: dict[str, Any]) -> str:
+    """As "4 steps, guidance 0"."""
+    words = [f"{key} {value}" for key, value in settings.items() if key != "steps"]
+    if steps := settings.get("steps"):
+        words.insert(0, f"{steps} step{'s' if steps > 1 else ''}")
+    return ", ".join(words)
 
 
 def _put(row: Row, name: str, values: list[float]) -> None:

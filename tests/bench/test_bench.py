@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import html
 import json
+import math
+import random
 import re
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from gguf_sd.bench.spec import Contestant, Spec
 from gguf_sd.cli import bench_spec
 from gguf_sd.cli.main import main
 from gguf_sd.demo import model_folder
+from gguf_sd.demo.world import parse, render
 from gguf_sd.errors import GgufSdError
 
 
@@ -48,6 +52,35 @@ def test_report_of_given_rows(tmp_path: Path) -> None:
     write_report(spec, rows, tmp_path, timed=False)
     assert "step" not in (tmp_path / "report.csv").read_text()
     assert "step_s" not in (tmp_path / "report.json").read_text()
+
+
+def test_quality_by_settings_that_pictures_take_in_turn(tmp_path: Path) -> None:
+    """The second contestant paints half of what it does in one step wrong, and everything in two as the first does."""
+    prompts = ("a red circle", "a red circle", "a blue ring", "a blue ring")
+    settings = ({"steps": 1, "guidance": 0}, {"steps": 2, "guidance": 0}, {"steps": 9})
+    spec = Spec((Contestant("first", "a"), Contestant("second", "b")), prompts, settings[:2], rounds=1)
+    rows = [Row("first", "gguf-sd", 100, 50), Row("second", "gguf-sd", 60, 20)]
+    for row, wrong in zip(rows, (None, 2), strict=True):
+        (tmp_path / "runs" / f"{row.name}-0").mkdir(parents=True)
+        for i, prompt in enumerate(spec.prompts):
+            scene = parse("a yellow cross" if i == wrong else prompt)
+            (picture,) = render([scene], random.Random(0))
+            pixels = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(tmp_path / "runs" / f"{row.name}-0" / f"{i:05}.png")
+    for row, contestant in zip(rows, spec.contestants, strict=True):
+        runner._quality(spec, tmp_path, contestant, row)
+    assert rows[0].by_settings == {"1 step, guidance 0": {"correct": 1}, "2 steps, guidance 0": {"correct": 1}}
+    one, two = rows[1].by_settings.values()
+    assert (one["correct"], two) == (0.5, {"psnr": math.inf, "correct": 1})
+    page = write_report(spec, rows, tmp_path).read_text()
+    for text in (page, (tmp_path / "report.md").read_text(), in_columns(spec, rows, True, 200)):
+        assert "1 step, guidance 0" in text
+        assert "equal, 100.0% correct" in text
+    written = json.loads((tmp_path / "report.json").read_text())["rows"][1]["by_settings"]
+    assert written["2 steps, guidance 0"] == {"psnr": "equal", "correct": 1}
+    few = replace(spec, settings=settings)
+    runner._quality(few, tmp_path, few.contestants[0], row := Row("first", "gguf-sd", 100, 50))
+    assert list(row.by_settings) == ["1 step, guidance 0", "2 steps, guidance 0", "9 steps"]
 
 
 def test_plots_leave_out_what_all_names_begin_with() -> None:
