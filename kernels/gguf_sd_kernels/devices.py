@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 # Compute capability * 10 -> family, see tuning.launch.UNTUNED.
-FAMILIES = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 103: "tcgen05", 120: "mma", 121: "mma"}
+FAMILIES = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 103: "tcgen05", 120: "mma120", 121: "mma120"}
 
 
 @dataclass(frozen=True)

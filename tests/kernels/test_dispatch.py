@@ -107,7 +107,7 @@ def test_tables_are_kept_and_the_nearest_m_is_taken(tmp_path: Path, monkeypatch:
         ("75", None),
         ("86", "mma"),
         ("90", "wgmma"),
-        ("120", "mma"),
+        ("120", "mma120"),
         ("gfx906:sramecc+:xnack-", None),
         ("gfx90a:sramecc+:xnack-", "mfma"),
         ("gfx942", "mfma"),

@@ -109,9 +109,10 @@ class Product:
 # serves every M is only measured beside the others.
 Table = dict[str, tuple[tuple[int, Launch], ...]]
 
-# mma (sm_80 86 89 120): mma.sync; 128x128 and 128x64 spill with 4 warps, as does 64x64 (8 bytes, a linear of Q4_0 in
-# bfloat16 on sm_86), and 64x128 with any. At a BLOCK_K of 64, 128x64 spills with 8 warps too, in 1x1 convolutions, and
-# with GEGLU on sm_120. 3 stages fit 99 KiB.
+# mma (sm_80 86 89): mma.sync; 128x128 and 128x64 spill with 4 warps, as does 64x64 (8 bytes, a linear of Q4_0 in
+# bfloat16 on sm_86), and 64x128 with any. At a BLOCK_K of 64, 128x64 spills with 8 warps too, in 1x1 convolutions.
+# 3 stages fit 99 KiB. mma120 (sm_120): mma.sync too; there 64x64 spills with 8 warps (8 bytes, of Q8_0 where K is
+# split) and 16x64 with 4 (behind an enlargement), and 128x64 at a BLOCK_K of 64 with GEGLU.
 # wgmma (sm_90): 256 rows of x share one decoding of 128 rows of w. tcgen05: sm_100, where 64x64 spills with 4 warps
 # (linears of Q8_0, and behind an enlargement), as does 128x128 at a BLOCK_K of 64 there. mfma: AMD CDNA. wmma: AMD
 # RDNA, where 128x128 spills at a BLOCK_K of 64, 64x128 does with Triton 3.9 (12 bytes, linears of Q8_0 in float16), and
@@ -120,6 +121,12 @@ UNTUNED: Table = {
     "mma": (
         (16, Launch(16, 64, 64, warps=4, stages=4, swap=True, ptx=True)),
         (64, Launch(64, 64, 64, warps=8, stages=4, swap=True, ptx=True)),
+        (512, Launch(128, 64, 32, warps=8, stages=4, swap=True, ptx=True)),
+        (1 << 31, Launch(128, 128, 64, warps=8, stages=3, swap=True, ptx=True)),
+    ),
+    "mma120": (
+        (16, Launch(16, 64, 64, warps=8, stages=4, swap=True, ptx=True)),
+        (64, Launch(64, 64, 64, warps=4, stages=4, swap=True, ptx=True)),
         (512, Launch(128, 64, 32, warps=8, stages=4, swap=True, ptx=True)),
         (1 << 31, Launch(128, 128, 64, warps=8, stages=3, swap=True, ptx=True)),
     ),

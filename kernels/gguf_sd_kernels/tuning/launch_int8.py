@@ -15,10 +15,15 @@ INT8_TYPES = ("Q4_0", "Q8_0")
 # As launch.UNTUNED: by what compiles cleanly, with no GPU at hand. A step is one block of 32, as every block has
 # scales of its own. 128x128 spills with 4 warps, on sm_90 with 8 too; on sm_100 64x64 spills, and with Triton 3.9 so do
 # 128x64 with 4 warps and 128x128.
-# What multiplies: IMMA (mma), IGMMA (wgmma), v_mfma_i32, v_wmma_i32. On sm_100 Triton has no tcgen05 product of
+# What multiplies: IMMA (mma, mma120), IGMMA (wgmma), v_mfma_i32, v_wmma_i32. On sm_100 Triton has no tcgen05 product of
 # int8 and makes mma.sync of it, IMMA too: whether that pays there has to be measured.
 UNTUNED_INT8: Table = {
     "mma": (
+        (64, Launch(64, 64, 32, warps=4, stages=4)),
+        (512, Launch(128, 64, 32, warps=4, stages=3)),
+        (1 << 31, Launch(128, 128, 32, warps=8, stages=3)),
+    ),
+    "mma120": (
         (64, Launch(64, 64, 32, warps=4, stages=4)),
         (512, Launch(128, 64, 32, warps=4, stages=3)),
         (1 << 31, Launch(128, 128, 32, warps=8, stages=3)),
