@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -187,7 +187,7 @@ class QuantLinear(AroundNorm, Quantized):
         """As :class:`AroundNorm` has it, with what the norm takes where the kernels leave it."""
         if self.packed is None or is_compiling():
             return super().measured(x, residual)
-        return linear_measured(x, self.packed, self.bias, residual, self.mode)
+        return _as_called(self, lambda: linear_measured(x, self.packed, self.bias, residual, self.mode))
 
     def after_norm(self, norm: LayerNorm, x: Measured, geglu: bool = False) -> Tensor:
         """As :class:`AroundNorm` has it, in one launch where the kernels have one for it."""
@@ -240,6 +240,17 @@ class QuantConv2d(AfterGroupNorm, Quantized):
         if self.packed is None or self.stride != 1 or is_compiling():
             return self(nn.functional.interpolate(x, size=size))
         return conv2d_enlarged(x, self.packed, self.bias, size, self.padding, self.mode)
+
+
+def _as_called(module: nn.Module, compute: Callable[[], Measured]) -> Measured:
+    """What ``compute`` makes of the module's weights, between the hooks of a call: weights that are streamed come with
+    one. Hooks are given nothing, and change nothing."""
+    for before in module._forward_pre_hooks.values():
+        before(module, ())
+    result = compute()
+    for after in module._forward_hooks.values():
+        after(module, (), result)
+    return result
 
 
 def quantized(module: nn.Linear | nn.Conv2d, weight: QuantTensor) -> nn.Module:

@@ -125,8 +125,10 @@ def held(module: torch.nn.Module) -> list[Tensor]:
     return [module.weight]  # type: ignore[list-item]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kernels", ["fused", "dequantize", "int8"])
+@pytest.mark.parametrize(
+    "kernels",
+    ["fused", pytest.param("dequantize", marks=pytest.mark.slow), pytest.param("int8", marks=pytest.mark.slow)],
+)
 def test_steps_on_our_kernels_are_equal(model: Callable[[str], Path], kernels: str) -> None:
     """In Triton's interpreter."""
     parts = Parts(ModelFile.open(model("sdxl q4_0")), CPU)

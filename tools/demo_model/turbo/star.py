@@ -29,7 +29,7 @@ from gguf_sd.demo.world_large import DEFAULT_GROUND, SIZE, Sampler, Scene, View,
 from gguf_sd.models.vae import Autoencoder
 from tools.demo_model.train import finished, log
 from tools.demo_model.turbo.export import unet_tensors
-from tools.demo_model.turbo.paint import SHAPE, Painter, denoise
+from tools.demo_model.turbo.paint import SHAPE, Painter, Sampling, denoise
 from tools.demo_model.turbo.paint import student as in_steps
 from tools.demo_model.turbo.student import Lesson, Plan
 from tools.demo_model.turbo.text import TextEncoders
@@ -42,6 +42,7 @@ RANK = 4
 LAYERS = r".*(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out|conv1|conv2)"
 INNER = 0.5  # radius of a star's inner corners, of its outer ones'
 BATCH = 64
+ONE_STEP = Sampling("euler", 1, 0.0)  # as the ancestral one, which draws noise and adds none
 
 
 def star(x: float, y: float, radius: float) -> Tensor:
@@ -122,7 +123,7 @@ def lessons(parts: Parts, count: int, seed: int) -> Trajectories:
         sizes = torch.tensor(View().time_ids).float().expand(BATCH, -1)
         told = Told(*parts.text.encode(captions), sizes)
         noise = torch.randn(BATCH, *SHAPE, generator=generator)
-        latents = denoise(parts.unet, told, noise, in_steps(1))
+        latents = denoise(parts.unet, told, noise, ONE_STEP)
         pictures = parts.vae.decode(latents)
         right = torch.tensor([judge(p, s).all for p, s in zip(pictures, scenes, strict=True)])
         rows = right.nonzero()[:, 0].tolist()
