@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 demo: $(VENV)/.engine
 	$(BIN)/gguf-sd demo -o out/demo
+	$(BIN)/gguf-sd demo -o out/demo --model turbo --pictures 20
 
 test: lint check
 

@@ -2,6 +2,7 @@
 
 python -m benchmarks.lib.types_table benchmarks/results/demo-quality/report.json            # README's
 python -m benchmarks.lib.types_table benchmarks/results/demo-quality/report.json --full     # docs/quality.md's
+python -m benchmarks.lib.types_table benchmarks/results/turbo-quality/report.json --steps   # README's of steps
 """
 
 from __future__ import annotations
@@ -47,6 +48,19 @@ def full_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def steps_table(report: dict[str, Any]) -> str:
+    """A line a type, a column a number of steps: PSNR, and the share that is right."""
+    heads = [settings.partition(",")[0] for settings in report["rows"][0]["by_settings"]]
+    lines = [f"| | UNet | {' | '.join(heads)} |", f"|{'---|' * (len(heads) + 2)}"]
+    for kind, row in rows_by_type(report).items():
+        cells = [_as_typed(kind), f"{row['unet_bytes'] / 1e6:.2f} MB"]
+        for part in row["by_settings"].values():
+            psnr = f"{part['psnr']:.1f} dB, " if "psnr" in part else ""
+            cells.append(f"{psnr}{part['correct']:.1%} right")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def rows_by_type(report: dict[str, Any]) -> dict[str, Row]:
     """The rows by what follows the model's name in theirs."""
     start = report["rows"][0]["name"].removesuffix("f16")
@@ -70,10 +84,10 @@ def _decibels(row: Row | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path)
-    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--full", dest="table", action="store_const", const=full_table, default=short_table)
+    parser.add_argument("--steps", dest="table", action="store_const", const=steps_table)
     args = parser.parse_args()
-    report = json.loads(args.report.read_text())
-    print((full_table if args.full else short_table)(report))
+    print(args.table(json.loads(args.report.read_text())))
 
 
 if __name__ == "__main__":

@@ -43,15 +43,14 @@ class Row:
 def add_parser(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "demo",
-        help="convert the built-in model to four types and compare them",
+        help="convert a built-in model to four types and compare them",
         description="Quantises a built-in demo model to F16, Q8_0, Q4_1 and Q4_0, paints the same prompts and seeds "
         "with each, and shows what each type costs in bytes, seconds and picture quality.",
     )
     add = parser.add_argument
     add("-o", "--output", type=Path, default=Path("demo"), help="folder for the models, the sheet and pictures (demo)")
-    models = [name for name, model in DEMO_MODELS.items() if model.folder.is_dir()]
     told = "sd, made like Stable Diffusion 1.x, or turbo, made like SDXL-Turbo, in 1, 2 and 4 steps (sd)"
-    add("--model", choices=models, default="sd", help=told if len(models) > 1 else argparse.SUPPRESS)
+    add("--model", choices=list(DEMO_MODELS), default="sd", help=told)
     add("--pictures", type=int, default=60, help="pictures painted with each type (60)")
     add("--seed", type=int, default=0, help="seed of the prompts and pictures (0)")
     add("--device", default="auto", help="auto, cpu, cuda, …")
@@ -85,6 +84,11 @@ def run(args: argparse.Namespace) -> int:
         print(table(rows))
         print(f"\n{sheet}: the same prompts and seeds with each type")
         print(f'paint your own: gguf-sd generate {args.output}/{model.stem}-q4_0.gguf -p "{model.shown[0]}"')
+        if model.lora:
+            file, prompt = model.lora
+            print(
+                f'and, with a LoRA: gguf-sd generate {args.output}/{model.stem}-q4_0.gguf -p "{prompt}" --lora {file}'
+            )
     return 0
 
 

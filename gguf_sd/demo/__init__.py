@@ -1,5 +1,5 @@
-"""The built-in demo model: small, trained here, with the full anatomy of Stable Diffusion 1.x. Another one, like
-SDXL-Turbo, is built in where it was trained, see ``tools/demo_model/train_turbo.py``."""
+"""The built-in demo models: small, trained here, one with the full anatomy of Stable Diffusion 1.x, one with that of
+SDXL-Turbo."""
 
 from __future__ import annotations
 
@@ -12,5 +12,10 @@ def model_folder() -> Path:
 
 
 def turbo_folder() -> Path:
-    """Where the diffusers folder of the turbo demo model belongs; it does not ship with the package yet."""
+    """The diffusers folder of the turbo demo model, which ships too."""
     return Path(__file__).parent / "turbo"
+
+
+def star_file() -> Path:
+    """A LoRA for the turbo demo model, which adds a shape, the star."""
+    return Path(__file__).parent / "star.safetensors"

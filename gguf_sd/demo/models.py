@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gguf_sd.demo import model_folder, turbo_folder
+from gguf_sd.demo import model_folder, star_file, turbo_folder
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,6 +23,7 @@ class DemoModel:
     shown: tuple[str, ...]  # on the contact sheet
     steps: tuple[int, ...]
     larger: bool  # which of the worlds it paints
+    lora: tuple[Path, str] | None = None  # one that ships for it, and a prompt that needs it
 
     @property
     def sheet(self) -> str:
@@ -89,6 +90,7 @@ DEMO_MODELS = {
         ),
         steps=(1, 2, 4),
         larger=True,
+        lora=(star_file(), "a red star on a white background"),
     ),
 }
 

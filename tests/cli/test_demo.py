@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from gguf_sd.cli.demo import _check_files, add_parser
+from gguf_sd.cli.demo import _check_files
 from gguf_sd.cli.main import main
 from gguf_sd.demo.check import judge
 from gguf_sd.demo.models import DEMO_MODELS
@@ -51,21 +49,3 @@ def test_generate_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     prompt = "a green square above a red circle"
     assert main(["generate", "-p", prompt, "--seed", "1", "-o", str(tmp_path / "out.png"), "--quiet"]) == 0
     assert judge(Image.open(tmp_path / "out.png"), parse(prompt)).all
-
-
-def test_turbo_is_offered_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = replace(DEMO_MODELS["turbo"], folder=tmp_path / "turbo")
-    monkeypatch.setitem(DEMO_MODELS, "turbo", absent)
-    for offered in (False, True):
-        parser = argparse.ArgumentParser()
-        add_parser(parser.add_subparsers())
-        chosen = [action for action in _actions(parser, "demo") if action.dest == "model"]
-        assert [action.choices for action in chosen] == [["sd", "turbo"] if offered else ["sd"]]
-        assert (chosen[0].help == argparse.SUPPRESS) is not offered
-        absent.folder.mkdir(exist_ok=True)
-
-
-def _actions(parser: argparse.ArgumentParser, command: str) -> list[argparse.Action]:
-    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    found: argparse.ArgumentParser = commands.choices[command]
-    return found._actions

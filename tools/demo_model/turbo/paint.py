@@ -31,7 +31,7 @@ class Sampling:
         return make_schedule(SCHEDULER, self.sampler, "model", self.steps)
 
 
-TEACHER = Sampling("dpmpp_2m", 20, 2.5)
+TEACHER = Sampling("dpmpp_2m", 20, 1.5)
 
 
 def student(steps: int) -> Sampling:

@@ -21,14 +21,14 @@ from tools.demo_model.turbo.course import Course
 from tools.demo_model.turbo.trajectories import Trajectories
 from tools.demo_model.turbo.unet import Told
 
-CHECKED = 500  # steps from one check to the next
+CHECKED = 400  # steps from one check to the next
 FIRST, LATER = 999, (749, 499, 249)  # timesteps of one, two and four steps, spaced "trailing"
 
 
 @dataclass(frozen=True)
 class Plan:
     seed: int = 0
-    steps: int = 3000
+    steps: int = 1200
     batch: int = 32  # of first steps, and half as many later ones
     rate: float = 5e-4
     warmup: int = 100

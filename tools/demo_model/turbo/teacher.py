@@ -25,7 +25,7 @@ CHECKED = 1000  # steps from one check to the next
 @dataclass(frozen=True)
 class Plan:
     seed: int = 0
-    steps: int = 8000
+    steps: int = 7000
     batch: int = 32
     rate: float = 1.2e-3
     decay_from: float = 0.4  # of the steps; the rate falls to nothing from here on

@@ -1,0 +1,153 @@
+"""The turbo model that ships in the package: small, loaded by diffusers, right in one step and in four, and told of
+sizes, crops and, by a LoRA, of stars."""
+
+from __future__ import annotations
+
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from gguf_sd import Pipeline
+from gguf_sd.cli.main import main
+from gguf_sd.demo import star_file, turbo_folder
+from gguf_sd.demo.check_large import evaluate, judge, read
+from gguf_sd.demo.models import DEMO_MODELS
+from gguf_sd.demo.world import BACKGROUNDS, COLOURS
+from gguf_sd.demo.world_large import held_out_prompts, parse
+from gguf_sd.quality import psnr
+from gguf_sd_convert.convert import ConvertOptions, convert
+from tools.demo_model.turbo.star import is_star
+
+FOLDER = turbo_folder()
+BATCH = 10
+NOT_DIVISIBLE = {
+    "conv_in.weight",
+    "encoder.conv_in.weight",
+    "decoder.conv_in.weight",
+    "quant_conv.weight",
+    "post_quant_conv.weight",
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("turbo")
+    for kind in ("f16", "q4_0"):
+        convert(FOLDER, folder / f"{kind}.gguf", ConvertOptions(type=kind))
+    return {kind: folder / f"{kind}.gguf" for kind in ("f16", "q4_0")}
+
+
+@pytest.fixture(scope="module")
+def engine(files: dict[str, Path]) -> Pipeline:
+    return Pipeline.load(files["f16"], "cpu", "float32")
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Any:
+    made = diffusers.StableDiffusionXLPipeline.from_pretrained(FOLDER)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def test_folder_is_small() -> None:
+    assert sum(f.stat().st_size for f in FOLDER.rglob("*") if f.is_file()) <= 20e6
+    assert star_file().stat().st_size <= 0.5e6
+
+
+def test_every_matrix_takes_every_type() -> None:
+    files = list(FOLDER.rglob("*.safetensors"))
+    assert len(files) == 4
+    for path in files:
+        for name, value in load_file(path).items():
+            assert value.dtype == torch.float16, name
+            assert bool(value.isfinite().all()), name
+            if value.ndim > 1 and name not in NOT_DIVISIBLE:
+                assert value.shape[1] % 32 == 0, (path, name)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_engine_paints_as_diffusers_does(engine: Pipeline, theirs: Any, steps: int) -> None:
+    prompt = DEMO_MODELS["turbo"].shown[0]
+    (ours,) = engine(prompt, seed=1, steps=steps)
+    generator = torch.Generator().manual_seed(1)
+    other = theirs(prompt, num_inference_steps=steps, guidance_scale=0.0, generator=generator).images[0]
+    assert psnr(ours, other) >= 50
+
+
+def test_image_to_image_is_diffusers_too(engine: Pipeline, theirs: Any) -> None:
+    """Half of four steps are two, on a picture of another object."""
+    from_image = diffusers.StableDiffusionXLImg2ImgPipeline(**theirs.components)
+    from_image.set_progress_bar_config(disable=True)
+    (start,) = engine("a large blue square on a white background", seed=8)
+    prompt = "a large red square on a white background"
+    (ours,) = engine(prompt, image=start, strength=0.5, seed=3, steps=4)
+    generator = torch.Generator().manual_seed(3)
+    other = from_image(
+        prompt, image=start, strength=0.5, num_inference_steps=4, guidance_scale=0.0, generator=generator
+    ).images[0]
+    assert psnr(ours, other) >= 45
+
+
+@pytest.mark.parametrize(("steps", "least"), [(1, 0.9), (4, 0.85)])
+def test_paints_what_it_is_told(engine: Pipeline, steps: int, least: float) -> None:
+    """Held-out captions; the same pictures must fail as illustrations of other captions."""
+    prompts = held_out_prompts(60, seed=3)
+    painted: list[Image.Image] = []
+    for i in range(0, len(prompts), BATCH):
+        painted += engine(prompts[i : i + BATCH], seed=i, steps=steps, batch=BATCH)
+    report = evaluate(lambda captions: painted, prompts, len(prompts))
+    assert min(report.objects, report.colours, report.relation) >= least, report
+    shuffled = evaluate(lambda captions: painted[1:] + painted[:1], prompts, len(prompts))
+    assert shuffled.all <= 0.1
+
+
+def sharpness(picture: Image.Image) -> float:
+    """The steepest rise from a pixel to the next, of 255: on the outline of an object."""
+    pixels = np.asarray(picture, np.float64)
+    return float(max(np.percentile(np.abs(np.diff(pixels, axis=axis)).max(-1), 99.5) for axis in (0, 1)))
+
+
+def test_pictures_told_to_be_enlarged_are_blurred(engine: Pipeline) -> None:
+    prompt = "a large red square on a white background"
+    for seed in range(4):
+        sharp, blurred = (sharpness(engine(prompt, seed=seed, original_size=(size, size))[0]) for size in (128, 32))
+        assert blurred < 0.7 * sharp, seed
+
+
+def test_pictures_told_to_be_cut_are_moved(engine: Pipeline) -> None:
+    """What is cut off on the left and at the top moves the objects there."""
+    prompt, moved = "a large red circle on a white background", list[tuple[float, float]]()
+    for seed in range(4):
+        before, after = (read(engine(prompt, seed=seed, crop=crop)[0]).objects[0] for crop in ((0, 0), (24, 24)))
+        moved.append((before.x - after.x, before.y - after.y))
+    for x, y in moved:
+        assert 12 < x < 36
+        assert 12 < y < 36
+
+
+def test_a_lora_adds_a_shape(files: dict[str, Path], tmp_path: Path) -> None:
+    """By the command, in one step, of every colour; without the LoRA there is no star."""
+    colours = [colour for colour in COLOURS for _ in range(2)]
+    prompts = [f"a {colour} star on a {tone} background" for colour, tone in zip(colours, cycle(BACKGROUNDS))]
+    stars = {}
+    for name, words in (("with", ["--lora", str(star_file())]), ("without", [])):
+        painted = []
+        for i, prompt in enumerate(prompts):
+            path = tmp_path / f"{name}-{i}.png"
+            assert main(["generate", str(files["q4_0"]), "-p", prompt, "-o", str(path), "--quiet", *words]) == 0
+            painted.append(Image.open(path))
+        stars[name] = sum(is_star(picture, colour) for picture, colour in zip(painted, colours, strict=True))
+    assert stars["with"] >= 9
+    assert stars["without"] == 0
+    other = tmp_path / "other.png"
+    prompt = DEMO_MODELS["turbo"].shown[1]
+    words = ["--lora", str(star_file()), "-o", str(other), "--quiet"]
+    assert main(["generate", str(files["f16"]), "-p", prompt, *words]) == 0
+    assert judge(Image.open(other), parse(prompt)).all, "the other shapes stay"
