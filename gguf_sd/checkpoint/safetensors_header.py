@@ -48,7 +48,9 @@ def is_safetensors(path: Path) -> bool:
     """Told by content; a file that cannot be read is none."""
     try:
         with open_input(path) as file:
-            return file.read(9)[8:] == b"{"
+            start = file.read(9)
+            # In a GGUF file the ninth byte is the lowest of the number of tensors: "{" where there are 123, 379, …
+            return start[8:] == b"{" and not start.startswith(b"GGUF")
     except OSError:
         return False
 

@@ -16,6 +16,8 @@ import torch
 from gguf_sd.checkpoint import gguf_header
 from gguf_sd.checkpoint.ggml_types import GGML_TYPES
 from gguf_sd.checkpoint.gguf_file import GGUFFile
+from gguf_sd.checkpoint.gguf_header import is_gguf
+from gguf_sd.checkpoint.safetensors_header import is_safetensors
 from gguf_sd.errors import GgufSdError
 
 TYPE = gguf.GGUFValueType
@@ -228,3 +230,18 @@ def test_nested_arrays_have_a_number(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(header(keys=16, body=body * 16))
     with pytest.raises(GgufSdError, match="more than 4096 metadata arrays lie in arrays"):
         GGUFFile(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("tensors", [122, 123, 379])
+def test_any_number_of_tensors_makes_no_other_kind_of_file(tmp_path: Path, tensors: int) -> None:
+    """The number's lowest byte stands where safetensors' JSON begins, and 123 is "{"."""
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "sd1")
+    for i in range(tensors):
+        writer.add_tensor(f"t{i}", np.zeros(1, np.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    assert (tmp_path / "x.gguf").read_bytes()[8] == tensors % 256
+    assert is_gguf(tmp_path / "x.gguf")
+    assert not is_safetensors(tmp_path / "x.gguf")
+    assert len(GGUFFile(tmp_path / "x.gguf").tensors) == tensors
