@@ -155,7 +155,8 @@ def _quality(spec: Spec, folder: Path, contestant: Contestant, row: Row) -> None
         own = [i for i in range(len(pictures)) if spec.job(i)[2] == settings]
         if not own:
             continue
-        part = row.by_settings[_told(settings)] = dict[str, float]()
+        differing = {k: v for k, v in settings.items() if any(other.get(k) != v for other in spec.settings)}
+        part = row.by_settings[_told(differing)] = dict[str, float]()
         if contestant != first:
             part["psnr"] = statistics.median(found[i]["psnr"] for i in own)
         share = share_correct([pictures[i] for i in own], [spec.prompts[i] for i in own])

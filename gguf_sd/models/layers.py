@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -187,7 +188,7 @@ class QuantLinear(AroundNorm, Quantized):
         """As :class:`AroundNorm` has it, with what the norm takes where the kernels leave it."""
         if self.packed is None or is_compiling():
             return super().measured(x, residual)
-        return _as_called(self, lambda: linear_measured(x, self.packed, self.bias, residual, self.mode))
+        return _as_called(self, partial(linear_measured, x, self.packed, self.bias, residual, self.mode))
 
     def after_norm(self, norm: LayerNorm, x: Measured, geglu: bool = False) -> Tensor:
         """As :class:`AroundNorm` has it, in one launch where the kernels have one for it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks.lib.types_table import full_table, rows_by_type, short_table
+from benchmarks.lib.types_table import full_table, rows_by_type, short_table, steps_table
 
 ROOT = Path(__file__).parents[2]
 REPORT = json.loads((ROOT / "benchmarks/results/demo-quality/report.json").read_text())
@@ -13,6 +13,11 @@ REPORT = json.loads((ROOT / "benchmarks/results/demo-quality/report.json").read_
 
 def test_readme_has_the_reports_table() -> None:
     assert short_table(REPORT) in (ROOT / "README.md").read_text()
+
+
+def test_readme_has_the_turbo_models_table() -> None:
+    report = json.loads((ROOT / "benchmarks/results/turbo-quality/report.json").read_text())
+    assert steps_table(report) in (ROOT / "README.md").read_text()
 
 
 def test_quality_has_the_reports_table() -> None:

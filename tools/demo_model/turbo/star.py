@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of tools.demo_model.train_turbo's stages")
     parser.add_argument("--out", type=Path, required=True, help="LoRA file to write")
     parser.add_argument("--lessons", type=int, default=1536)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--bf16", action="store_true", help="train in it")
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
@@ -177,7 +177,7 @@ def main() -> None:
     for part, name in ((text, "text"), (vae, "vae")):
         finished(part, chosen.work / f"{name}.pt", _missing)
     unet.load_state_dict(torch.load(chosen.work / "student.pt", weights_only=True)["mean"])
-    plan = Plan(steps=chosen.steps, rate=2e-3, warmup=30, keep=0.98, bf16=chosen.bf16)
+    plan = Plan(steps=chosen.steps, rate=4e-3, warmup=30, keep=0.98, bf16=chosen.bf16)
     trained = train_star(Parts(unet.requires_grad_(False).eval(), vae, text), chosen.lessons, plan, log)
     save_lora(trained, chosen.out)
     log(f"wrote {chosen.out}")
