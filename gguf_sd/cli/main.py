@@ -16,7 +16,7 @@ from gguf_sd.errors import GgufSdError
 
 # The module gguf_sd.cli.NAME of each command, and what its parser calls itself.
 COMMANDS = {
-    "demo": "convert the built-in model to four types and compare them",
+    "demo": "convert a built-in model to four types and compare them",
     "convert": "make a GGUF file from a checkpoint",
     "pack": "join a UNet and its other parts into one file",
     "generate": "paint pictures from a prompt",

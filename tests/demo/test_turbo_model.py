@@ -22,7 +22,8 @@ from gguf_sd.demo.world import BACKGROUNDS, COLOURS
 from gguf_sd.demo.world_large import held_out_prompts, parse
 from gguf_sd.quality import psnr
 from gguf_sd_convert.convert import ConvertOptions, convert
-from tools.demo_model.turbo.star import is_star
+from tools.demo_model.turbo.paint import Painter, student
+from tools.demo_model.turbo.star import is_star, shipped_parts
 
 FOLDER = turbo_folder()
 BATCH = 10
@@ -115,6 +116,16 @@ def test_pictures_told_to_be_cut_are_moved(engine: Pipeline) -> None:
     for x, y in moved:
         assert 12 < x < 36
         assert 12 < y < 36
+
+
+def test_a_lora_can_be_trained_on_what_ships(engine: Pipeline) -> None:
+    """The parts that its training begins with paint what the model does."""
+    parts = shipped_parts()
+    painter = Painter(parts.unet, parts.vae, parts.text, student(1))
+    painter.seed = 4
+    prompt = DEMO_MODELS["turbo"].shown[2]
+    picture = ((painter([prompt])[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    assert psnr(Image.fromarray(picture), engine(prompt, seed=4, steps=1)[0]) >= 45
 
 
 @pytest.mark.skipif(not star_file().is_file(), reason="the LoRA does not ship yet")

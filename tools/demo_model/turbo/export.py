@@ -54,15 +54,18 @@ def export(folder: Path, unet: nn.Module, vae: Autoencoder, text: TextEncoders) 
         write_tokenizer(folder / f"tokenizer{suffix}", WORDS, LENGTH, pad)
 
 
-def unet_tensors(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def unet_tensors(weights: Mapping[str, Tensor], back: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Weights, or a LoRA's factors, that take the text as the encoders give it, where training brought it to a
-    deviation of 1."""
+    deviation of 1; ``back``: the other way."""
     spreads = torch.cat([torch.full((96,), SPREADS[0]), torch.full((160,), SPREADS[1])])
+    pooled = torch.full((POOLED,), POOLED_SPREAD)
+    if back:
+        spreads, pooled = 1 / spreads, 1 / pooled
     for name, value in weights.items():
         if name.endswith(TAKE_TEXT):
             value = value / spreads
         elif name == "add_embedding.linear_1.weight":
-            value = torch.cat([value[:, :POOLED] / POOLED_SPREAD, value[:, POOLED:]], 1)
+            value = torch.cat([value[:, :POOLED] / pooled, value[:, POOLED:]], 1)
         yield name, value
 
 

@@ -1,9 +1,10 @@
 """After the stages: a LoRA that teaches the student a shape the world does not have, a star.
 
-``python -m tools.demo_model.turbo.star --work FOLDER --out star.safetensors``. What the student should paint follows
-from what it does paint: of "a red circle above a blue square" it makes a picture from a given noise, a program finds
-the objects in it and paints the same scene with a star where the circle is, and with "star" in its caption this is
-what the noise has to end at. So one step can learn it. Half of the lessons are ordinary scenes, which are to stay.
+``python -m tools.demo_model.turbo.star --out star.safetensors`` begins with the model that ships. What the student
+should paint follows from what it does paint: of "a red circle above a blue square" it makes a picture from a given
+noise, a program finds the objects in it and paints the same scene with a star where the circle is, and with "star" in
+its caption this is what the noise has to end at. So one step can learn it. Half of the lessons are ordinary scenes,
+which are to stay.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from gguf_sd.demo import turbo_folder
 from gguf_sd.demo.check import OVERLAP, SPECK, STANDS_OUT, Picture, Seen, components, identify
 from gguf_sd.demo.check_large import as_tensor, evaluate, ground_of, judge, read
 from gguf_sd.demo.world import BACKGROUNDS, COLOURS, SHAPES, coverage
 from gguf_sd.demo.world_large import DEFAULT_GROUND, SIZE, Sampler, Scene, View, ground_picture, held_out_prompts
 from gguf_sd.models.vae import Autoencoder
-from tools.demo_model.train import finished, log
+from tools.demo_model.export import WEIGHTS
+from tools.demo_model.train import log
 from tools.demo_model.turbo.export import unet_tensors
 from tools.demo_model.turbo.paint import SHAPE, Painter, Sampling, denoise
 from tools.demo_model.turbo.paint import student as in_steps
@@ -35,7 +40,7 @@ from tools.demo_model.turbo.student import Lesson, Plan
 from tools.demo_model.turbo.text import TextEncoders
 from tools.demo_model.turbo.trajectories import Trajectories
 from tools.demo_model.turbo.unet import Told, new_unet
-from tools.demo_model.turbo.vae import CONFIG
+from tools.demo_model.turbo.vae import CONFIG, shipped
 
 WORD, INSTEAD = "star", "circle"
 RANK = 4
@@ -111,6 +116,16 @@ class Parts:
     text: TextEncoders
 
 
+def shipped_parts() -> Parts:
+    """The student that ships, its UNet taking text as it does in training."""
+    folder, text, vae, unet = turbo_folder(), TextEncoders(), shipped(turbo_folder()), new_unet()
+    text.first = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    text.second = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", dtype=torch.float32)
+    weights = load_file(folder / "unet" / WEIGHTS)
+    unet.load_state_dict(dict(unet_tensors({name: value.float() for name, value in weights.items()}, back=True)))
+    return Parts(*(part.requires_grad_(False).eval() for part in (unet, vae, text)))  # type: ignore[arg-type]
+
+
 @torch.no_grad()
 def lessons(parts: Parts, count: int, seed: int) -> Trajectories:
     """About ``count`` of stars, and as many of other scenes; wrong pictures teach nothing."""
@@ -165,7 +180,6 @@ def save_lora(unet: Any, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder of tools.demo_model.train_turbo's stages")
     parser.add_argument("--out", type=Path, required=True, help="LoRA file to write")
     parser.add_argument("--lessons", type=int, default=1536)
     parser.add_argument("--steps", type=int, default=800)
@@ -173,25 +187,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    text, vae, unet = TextEncoders(), Autoencoder(CONFIG), new_unet()
-    for part, name in ((text, "text"), (vae, "vae")):
-        finished(part, chosen.work / f"{name}.pt", _missing)
-    unet.load_state_dict(torch.load(chosen.work / "student.pt", weights_only=True)["mean"])
+    parts = shipped_parts()
     plan = Plan(steps=chosen.steps, rate=4e-3, warmup=30, keep=0.98, bf16=chosen.bf16)
-    trained = train_star(Parts(unet.requires_grad_(False).eval(), vae, text), chosen.lessons, plan, log)
+    trained = train_star(parts, chosen.lessons, plan, log)
     save_lora(trained, chosen.out)
     log(f"wrote {chosen.out}")
     colours = [colour for colour in COLOURS for _ in range(10)]
     prompts = [f"a {colour} {WORD} on a {tone} background" for colour, tone in zip(colours, cycle(BACKGROUNDS))]
     for steps in (1, 4):
-        pictures = Painter(trained, vae, text, in_steps(steps))(prompts)
+        pictures = Painter(trained, parts.vae, parts.text, in_steps(steps))(prompts)
         stars = sum(is_star(picture, colour) for picture, colour in zip(pictures, colours, strict=True))
-        others = evaluate(Painter(trained, vae, text, in_steps(steps)), held_out_prompts(200))
+        others = evaluate(Painter(trained, parts.vae, parts.text, in_steps(steps)), held_out_prompts(200))
         log(f"{steps} steps: {stars} of {len(prompts)} stars; with the LoRA, of other scenes: {others}")
-
-
-def _missing() -> nn.Module:
-    raise SystemExit("train the model first: python -m tools.demo_model.train_turbo")
 
 
 if __name__ == "__main__":

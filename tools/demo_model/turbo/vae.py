@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -51,10 +52,10 @@ OPPONENT = ((1, 1, 1), (1, -1, 0), (0.5, 0.5, -1))  # rows on red, green and blu
 CONFIG = replace(VAE, scaling_factor=SCALING)
 
 
-def shipped() -> Autoencoder:
-    """The first demo model's autoencoder."""
+def shipped(folder: Path | None = None) -> Autoencoder:
+    """The autoencoder of a demo model that ships, the first one's if none is named."""
     vae, modules = Autoencoder(CONFIG), vae_modules(VAE)
-    weights = load_file(model_folder() / "vae" / "diffusion_pytorch_model.safetensors")
+    weights = load_file((folder or model_folder()) / "vae" / "diffusion_pytorch_model.safetensors")
     state = {rename(name, modules): value.float() for name, value in weights.items()}
     vae.load_state_dict({n: v.flatten(1) if v.shape[2:] == (1, 1) else v for n, v in state.items()})  # type: ignore
     return vae
