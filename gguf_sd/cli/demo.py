@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         print(table(rows))
         print(f"\n{sheet}: the same prompts and seeds with each type")
         print(f'paint your own: gguf-sd generate {args.output}/{model.stem}-q4_0.gguf -p "{model.shown[0]}"')
-        if model.lora and model.lora[0].is_file():
+        if model.lora:
             file, prompt = model.lora
             print(
                 f'and, with a LoRA: gguf-sd generate {args.output}/{model.stem}-q4_0.gguf -p "{prompt}" --lora {file}'

@@ -17,5 +17,5 @@ def turbo_folder() -> Path:
 
 
 def star_file() -> Path:
-    """Where a LoRA for the turbo demo model belongs that adds a shape, the star; it does not ship yet."""
+    """A LoRA for the turbo demo model, which adds a shape, the star."""
     return Path(__file__).parent / "star.safetensors"
