@@ -150,9 +150,9 @@ def _table(rows: Sequence[Row], columns: Sequence[tuple[str, str, int, float]]) 
 def by_settings(rows: Sequence[Row]) -> list[list[str]]:
     """PSNR and what is right by settings, where pictures have several in turn; else nothing."""
     heads = list(rows[0].by_settings)
-    return (
-        [["contestant", *heads], *([row.name, *map(_both, row.by_settings.values())] for row in rows)] if heads else []
-    )
+    if not heads:
+        return []
+    return [["contestant", *heads], *([row.name, *map(_both, row.by_settings.values())] for row in rows)]
 
 
 def _both(part: dict[str, float]) -> str:

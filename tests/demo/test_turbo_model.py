@@ -11,7 +11,6 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from gguf_sd import Pipeline
 from gguf_sd.cli.main import main
@@ -22,18 +21,12 @@ from gguf_sd.demo.world import BACKGROUNDS, COLOURS
 from gguf_sd.demo.world_large import held_out_prompts, parse
 from gguf_sd.quality import psnr
 from gguf_sd_convert.convert import ConvertOptions, convert
+from tests.demo.matrices import check_matrices
 from tools.demo_model.turbo.paint import Painter, student
 from tools.demo_model.turbo.star import is_star, shipped_parts
 
 FOLDER = turbo_folder()
 BATCH = 10
-NOT_DIVISIBLE = {
-    "conv_in.weight",
-    "encoder.conv_in.weight",
-    "decoder.conv_in.weight",
-    "quant_conv.weight",
-    "post_quant_conv.weight",
-}
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +55,7 @@ def test_folder_is_small() -> None:
 
 
 def test_every_matrix_takes_every_type() -> None:
-    files = list(FOLDER.rglob("*.safetensors"))
-    assert len(files) == 4
-    for path in files:
-        for name, value in load_file(path).items():
-            assert value.dtype == torch.float16, name
-            assert bool(value.isfinite().all()), name
-            if value.ndim > 1 and name not in NOT_DIVISIBLE:
-                assert value.shape[1] % 32 == 0, (path, name)
+    check_matrices(FOLDER, 4)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
