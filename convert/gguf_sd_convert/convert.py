@@ -34,8 +34,9 @@ from gguf_sd_convert.quantize.policy import MIXED, SAME, Stored, plan
 from gguf_sd_convert.quantize.requantize import file_type, settled, type_label
 from gguf_sd_convert.report import ConvertReport, make_report, shapes
 from gguf_sd_convert.sources.entries import in_memory
+from gguf_sd_convert.target import check_target
 from gguf_sd_convert.workers import in_order, workers
-from gguf_sd_convert.writer import GGUFSink, check_target, terminable
+from gguf_sd_convert.writer import GGUFSink, terminable
 from gguf_sd_kernels.formats import FORMATS
 
 if TYPE_CHECKING:

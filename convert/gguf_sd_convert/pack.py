@@ -38,8 +38,9 @@ from gguf_sd_convert.progress import Progress, progress_bar
 from gguf_sd_convert.quantize.policy import Stored
 from gguf_sd_convert.quantize.requantize import file_type, type_label
 from gguf_sd_convert.sources.diffusers_config import checked_config
+from gguf_sd_convert.target import check_target
 from gguf_sd_convert.workers import in_order, workers
-from gguf_sd_convert.writer import GGUFSink, check_target
+from gguf_sd_convert.writer import GGUFSink
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,12 @@ class _Parser(argparse.ArgumentParser):
         """argparse's own keeps silent about a disk that is full."""
         (file or sys.stderr).write(message)
 
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """What an abbreviation may mean; argparse's own takes two names of one option, as --init-img and --init-image,
+        for two options."""
+        found: list[Any] = super()._get_option_tuples(option_string)  # type: ignore[misc]
+        return found[:1] if len({(action.dest, action.const) for action, *_ in found}) == 1 else found
+
     def error(self, message: str) -> NoReturn:
         program = f"{self.prog} {self.command}" if self.command else self.prog
         raise GgufSdError(sentence(message, program, list(COMMANDS)))

@@ -98,6 +98,9 @@ def test_a_wrong_type_is_refused_before_converting(tiny_pipeline: Callable[..., 
     source = str(tiny_pipeline())
     assert imported(["convert", source, "-o", "x.gguf", "--type", "q9_0"], tmp_path) == (2, [])
     assert imported(["generate", source, "-p", "a cat", "--type", "q9_0"], tmp_path) == (2, [])
+    taken = tmp_path / "taken.gguf"
+    taken.touch()
+    assert imported(["convert", source, "-o", str(taken)], tmp_path) == (2, [])
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -120,6 +123,8 @@ def test_the_summary_is_the_commands_own(name: str) -> None:
         (["generate", "--steps", "x"], "--steps takes a whole number, got 'x'"),
         (["generate", "--guidance", "much"], "--guidance takes a number, got 'much'"),
         (["generate", "--steps"], "--steps takes a value"),
+        (["generate", "none.gguf", "--init", "a.png"], "none.gguf does not exist"),  # short for both of its names
+        (["generate", "none.gguf", "--clip", "2"], "ambiguous option: --clip could match --clip-skip, --clip-l"),
         (["inspect", "a", "--tensor-list"], "unknown argument --tensor-list; see gguf-sd inspect --help"),
         (["convert"], "SOURCE and --output must be given; see gguf-sd convert --help"),
         (["genrate"], "no command 'genrate', did you mean generate; choose from "),
