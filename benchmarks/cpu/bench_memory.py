@@ -67,7 +67,8 @@ def measure(case: Case, batches: int, dtype: str) -> dict[str, Any]:
     if done.returncode:
         raise SystemExit(f"{case.key}: {done.stderr[-2000:]}")
     told = json.loads(done.stdout)
-    return {"dtype": told["dtype"]} | row(told["memory"], told["seconds"], parse_memory(case.budget))
+    machine = f"{cpu_name()}, {os.cpu_count()} processors"
+    return {"machine": machine, "dtype": told["dtype"]} | row(told["memory"], told["seconds"], parse_memory(case.budget))
 
 
 def row(memory: dict[str, Any], seconds: float, budget: int | None) -> dict[str, Any]:
@@ -134,7 +135,6 @@ def main() -> None:
         print(shown(case.key, result), flush=True)
         facts = {
             "date": date.today().isoformat(),
-            "machine": f"{cpu_name()}, {os.cpu_count()} processors",
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "results": results,
         }

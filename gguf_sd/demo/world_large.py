@@ -27,6 +27,7 @@ CELL = 8  # pixels of a stripe or a square of a texture
 CONTRAST = 24  # between a texture's two tones, of 255
 OFFSETS = 4  # numbers in -1 ... 1 that move the objects of a picture
 CROP = 32  # at most so many pixels are cut off on the left and at the top
+ORIGINALS = (16, 24)  # pixels along each side of the pictures that were enlarged
 PLURALS = {shape: shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES}
 
 
@@ -186,22 +187,30 @@ class View:
 
 
 class Sampler:
-    """Draws scenes for training, kinds in ``shares``, ``named`` of the backgrounds said, and views of them."""
+    """Draws scenes for training, kinds in ``shares``, ``named`` of the backgrounds said, and views of them, of which
+    the share ``enlarged`` is."""
 
-    def __init__(self, seed: int, shares: Sequence[float] = (0.2, 0.25, 0.55), named: float = 0.85, held: bool = False):
+    def __init__(
+        self,
+        seed: int,
+        shares: Sequence[float] = (0.2, 0.25, 0.55),
+        named: float = 0.85,
+        held: bool = False,
+        enlarged: float = 0.12,
+    ):
         self.rng = random.Random(seed)
-        self.shares, self.named, self.held = shares, named, held
+        self.shares, self.named, self.held, self.enlarged = shares, named, held, enlarged
 
     def draw(self, count: int) -> list[Scene]:
         kinds = self.rng.choices(KINDS, self.shares, k=count)
         return [draw_scene(kind, self.held, self.rng, self.named) for kind in kinds]
 
     def view(self) -> View:
-        """Three pictures of four as they should be, the others enlarged or cut."""
+        """A picture of eight is cut; if it is not enlarged either, it is as it should be."""
         chance = self.rng.random()
-        if chance < 0.12:
-            return View(original=self.rng.choice((32, 48)))
-        if chance < 0.25:
+        if chance < self.enlarged:
+            return View(original=self.rng.choice(ORIGINALS))
+        if chance < self.enlarged + 0.13:
             return View(left=self.rng.randrange(CROP + 1), top=self.rng.randrange(CROP + 1))
         return View()
 
@@ -259,9 +268,14 @@ def render(todo: Sequence[Scene], offsets: Tensor, views: Sequence[View] | None 
         picture[rows] = torch.lerp(picture[rows], colour[:, :, None, None].expand(-1, -1, SIZE, SIZE), alpha)
     for i, view in enumerate(views):
         if view.original < SIZE:
-            small = F.interpolate(picture[i : i + 1], size=(view.original, view.original), mode="area")
-            picture[i : i + 1] = F.interpolate(small, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
+            picture[i : i + 1] = enlarged(picture[i : i + 1], view.original)
     return picture / 127.5 - 1
+
+
+def enlarged(pictures: Tensor, original: int) -> Tensor:
+    """What is left of pictures [B, 3, SIZE, SIZE] when ``original`` pixels along each side are enlarged to SIZE."""
+    small = F.interpolate(pictures, size=(original, original), mode="area")
+    return F.interpolate(small, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
 
 
 def held_out_prompts(count: int, seed: int = 0) -> list[str]:

@@ -17,15 +17,27 @@ from PIL import Image
 from gguf_sd import Pipeline
 from gguf_sd.cli.demo import TYPES
 from gguf_sd.cli.main import main
+from gguf_sd.demo import turbo_folder
 from gguf_sd.demo.check import Seen
 from gguf_sd.demo.check_large import read
 from gguf_sd.demo.models import DEMO_MODELS
 from gguf_sd.demo.world import SHAPES
-from gguf_sd.demo.world_large import OFFSETS, Background, Group, Sampler, Scene, View, held_out_prompts, parse, render
+from gguf_sd.demo.world_large import (
+    OFFSETS,
+    Background,
+    Group,
+    Sampler,
+    Scene,
+    View,
+    enlarged,
+    held_out_prompts,
+    parse,
+    render,
+)
 from gguf_sd.models.vae import Autoencoder
 from gguf_sd.quality import psnr
 from gguf_sd_convert.convert import ConvertOptions, convert
-from tools.demo_model.turbo import paint, pictures, star, student, teacher, trajectories
+from tools.demo_model.turbo import paint, pictures, sizes, star, student, teacher, trajectories
 from tools.demo_model.turbo.export import export
 from tools.demo_model.turbo.pictures import coupled, patterns
 from tools.demo_model.turbo.text import PADS, WORDS, TextEncoders
@@ -219,6 +231,68 @@ def test_wrong_ends_are_left_out(parts: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert not plain.any()
 
 
+def test_only_the_decoder_goes_on_learning_of_enlarged_pictures() -> None:
+    vae, before, lines = shipped(turbo_folder()).requires_grad_(False), shipped(turbo_folder()), list[str]()
+    (plain,) = render([Scene(Group("red", "square"))], torch.zeros(1, OFFSETS))
+    small = enlarged(plain[None], 16)
+
+    def error(decoder: Autoencoder) -> float:
+        with torch.no_grad():
+            return float((decoder.decode(decoder.encode(small)[0] * SCALING) - small).square().mean())
+
+    with torch.no_grad():  # a decoder that errs
+        vae.decoder.conv_out.bias.add_(0.2)
+    spoiled = error(vae)
+    sizes.train_decoder(vae, sizes.DecoderPlan(steps=25, batch=1), lines.append)
+    assert error(vae) < 0.5 * spoiled
+    assert len(lines) == 1
+    assert not any(p.requires_grad for p in vae.parameters())
+    for (name, one), two in zip(vae.encoder.named_parameters(), before.encoder.parameters(), strict=True):
+        assert torch.equal(one, two), name
+
+
+def test_ends_of_enlarged_pictures_are_enlarged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a painter that errs in nothing: it is asked for pictures that are not enlarged, and of those told to be, the
+    latents are those of a picture blurred."""
+    vae, text = shipped(turbo_folder()).requires_grad_(False), TextEncoders().requires_grad_(False)
+    drawn, asked, draw = list[Scene](), dict[str, torch.Tensor](), Sampler.draw
+
+    def noted(self: Sampler, count: int) -> list[Scene]:
+        drawn[:] = draw(self, count)
+        return list(drawn)
+
+    def painted(unet: Any, told: Told, noise: torch.Tensor, how: paint.Sampling) -> torch.Tensor:
+        asked["sizes"], asked["noise"] = told.time_ids[:, :2], noise
+        asked["ends"] = vae.encode(render(drawn, torch.zeros(len(drawn), OFFSETS)))[0] * SCALING
+        return asked["ends"].clone()
+
+    monkeypatch.setattr(Sampler, "draw", noted)
+    monkeypatch.setattr(sizes, "denoise", painted)
+    made = trajectories.joined([sizes.own_shard(torch.nn.Identity(), vae, text, 3, 0, 24)])
+    assert (asked["sizes"] == 128).all()
+    assert len(made.noise) >= 20, "right ones are kept"
+    assert {16, 24, 128} == set(made.time_ids[:, 0].tolist())
+    for noise, latents, (original, *_) in zip(made.noise, made.latents, made.time_ids.int().tolist(), strict=True):
+        (end,) = asked["ends"][(asked["noise"] == noise).flatten(1).all(1)]
+        if original < 128:
+            small = enlarged(vae.decode(end[None]).clamp(-1, 1), original)
+            end = vae.encode(small)[0][0] * SCALING
+        assert torch.allclose(latents, end, atol=1e-3)
+    # Random weights paint nothing right: what is cut is all that stays.
+    monkeypatch.setattr(sizes, "denoise", lambda unet, told, noise, how: noise)
+    wrong = sizes.own_shard(torch.nn.Identity(), vae, text, 3, 0, 24)
+    assert 0 < len(wrong["noise"]) < 12
+    assert (wrong["time_ids"][:, 2:4] > 0).any(1).all()
+
+
+def test_a_part_of_what_was_before_stays() -> None:
+    before, after = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    with torch.no_grad():
+        before.weight.fill_(1)
+        after.weight.fill_(2)
+    assert torch.allclose(sizes.averaged(before, after).weight, torch.tensor(1.9))
+
+
 def test_stars_are_told_from_the_other_shapes() -> None:
     scene = Scene(Group("red", "circle"), background=Background("white", "checkered"))
     (circle,) = render([scene], torch.zeros(1, OFFSETS))
@@ -343,9 +417,9 @@ def test_pictures_go_with_their_moves() -> None:
     shard = pictures.joined([pictures.encode_shard(vae, 0, 0, 80)])
     view = torch.tensor(View().time_ids)
     checked = 0
-    for latents, sizes, moves, caption in zip(*vars(shard).values(), strict=True):
+    for latents, time_ids, moves, caption in zip(*vars(shard).values(), strict=True):
         objects = read(vae.decode(latents[None] * SCALING)[0]).objects
-        if parse(caption).kind == "single" and torch.equal(sizes.long(), view) and len(objects) == 1:
+        if parse(caption).kind == "single" and torch.equal(time_ids.long(), view) and len(objects) == 1:
             where = 64 + 10 * (pictures.SPREAD * moves).clamp(-1, 1)
             assert abs(objects[0].x - where[0]) < 1.5
             assert abs(objects[0].y - where[1]) < 3.5, "a triangle's centroid is below its centre"

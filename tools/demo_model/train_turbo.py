@@ -1,16 +1,17 @@
 """Trains the turbo demo model: ``python -m tools.demo_model.train_turbo --out FOLDER``.
 
-Six stages, each kept in the work folder as it goes, so that a second call goes on where the first one stopped: the
-text encoders, the autoencoder, pictures as latents, the teacher, its trajectories, the student. Then the student is
-written as a diffusers folder, and both are asked for pictures of scenes they never saw. On one core of a server's
-processor with AMX a step of the teacher takes 0.45 s with ``--bf16``. What the shipped model took and reached is in
-``gguf_sd/demo/turbo/README.md``.
+Stages, each kept in the work folder as it goes, so that a second call goes on where the first one stopped: the text
+encoders, the autoencoder, pictures as latents, the teacher, its trajectories, the student, and what enlarged pictures
+look like. Then the student is written as a diffusers folder, and both are asked for pictures of scenes they never saw.
+On one core of a server's processor with AMX a step of the teacher takes 0.45 s with ``--bf16``. What the shipped model
+took and reached is in ``gguf_sd/demo/turbo/README.md``.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from gguf_sd.demo.check_large import Report, evaluate
 from gguf_sd.demo.world_large import held_out_prompts
 from gguf_sd.models.vae import Autoencoder
 from tools.demo_model.train import finished, log
-from tools.demo_model.turbo import paint, pictures, student, teacher, trajectories
+from tools.demo_model.turbo import paint, pictures, sizes, student, teacher, trajectories
 from tools.demo_model.turbo.export import export
 from tools.demo_model.turbo.text import TextEncoders, train_text
 from tools.demo_model.turbo.unet import lessons
@@ -42,6 +43,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--teacher-steps", type=int, default=teacher.Plan.steps)
     parser.add_argument("--trajectories", type=int, default=8, help="shards of 512 each")
     parser.add_argument("--student-steps", type=int, default=student.Plan.steps)
+    parser.add_argument("--own", type=int, default=12, help="shards of the student's own pictures, of 512 each")
     parser.add_argument("--prompts", type=int, default=500, help="held-out prompts to check")
     parser.add_argument("--bf16", action="store_true", help="train in it: twice as fast where the processor has it")
     parser.add_argument("--threads", type=int, default=1)
@@ -96,6 +98,12 @@ def main() -> None:
     pace = student.Plan(SEED, chosen.student_steps, bf16=chosen.bf16)
     ends, at_once = trajectories.joined(traced), paint.student(1)
     brief = student.train_student(ends, guided, pace, work / "student.pt", log, lambda unet: check(unet, at_once))
+    finished(vae, work / "decoder.pt", lambda: sizes.train_decoder(vae, sizes.DecoderPlan(SEED), log))
+    own = shards(work, "own", chosen.own, lambda number: sizes.own_shard(brief, vae, text, number, SEED))
+    pace = replace(sizes.STUDENT, seed=SEED, bf16=chosen.bf16)
+    ends, kept = trajectories.joined(own), work / "sizes.pt"
+    taught = student.train_student(ends, brief, pace, kept, log, lambda unet: check(unet, at_once), "sizes")
+    brief = sizes.averaged(brief, taught)
     export(chosen.out, brief, vae, text)
     log(f"wrote {chosen.out}")
     for steps in (1, 2, 4):

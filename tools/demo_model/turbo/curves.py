@@ -11,9 +11,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-VAE = re.compile(r"^vae (\d+), PSNR ([\d.]+) dB")
-LOSS = re.compile(r"^(teacher|student) (\d+), loss ([\d.]+)(?: of first steps, ([\d.]+) of later ones)?")
-RIGHT = re.compile(r"^(teacher|student) (\d+),.* objects ([\d.]+)%, colours ([\d.]+)%.* relation ([\d.]+)%")
+VAE = re.compile(r"^(vae|decoder) (\d+), PSNR ([\d.]+) dB")
+LOSS = re.compile(r"^(teacher|student|sizes) (\d+), loss ([\d.]+)(?: of first steps, ([\d.]+) of later ones)?")
+RIGHT = re.compile(
+    r"^(teacher|student|sizes) (\d+), (?:1 step, )?\d+ prompts: objects ([\d.]+)%, colours ([\d.]+)%.* relation ([\d.]+)%"
+)
 Curve = list[tuple[int, float]]
 
 
@@ -27,16 +29,20 @@ def read(log: str) -> dict[str, dict[str, Curve]]:
 
     for line in log.splitlines():
         if found := VAE.match(line):
-            put(names[0], "with noise in the latents", *found.groups())
+            put(
+                names[0],
+                {"vae": "with noise in the latents", "decoder": "decoder, with enlarged pictures"}[found[1]],
+                *found.groups()[1:],
+            )
         elif found := LOSS.match(line):
             stage, step, first, later = found.groups()
-            put(names[1], "student, first steps" if later else stage, step, first)
+            put(names[1], f"{stage}, first steps" if later else stage, step, first)
             if later:
-                put(names[1], "student, later steps", step, later)
+                put(names[1], f"{stage}, later steps", step, later)
         elif found := RIGHT.match(line):
             stage, step, *shares = found.groups()
             for what, share in zip(("objects", "colours", "relation"), shares, strict=True):
-                put(names[2 if stage == "teacher" else 3], what, step, share)
+                put(names[2 if stage == "teacher" else 3], f"sizes, {what}" if stage == "sizes" else what, step, share)
     return panels
 
 

@@ -32,6 +32,7 @@ class Sampling:
 
 
 TEACHER = Sampling("dpmpp_2m", 20, 1.5)
+ONE_STEP = Sampling("euler", 1, 0.0)  # as the ancestral one, which draws noise and adds none
 
 
 def student(steps: int) -> Sampling:

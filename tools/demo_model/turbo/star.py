@@ -34,7 +34,7 @@ from gguf_sd.models.vae import Autoencoder
 from tools.demo_model.export import WEIGHTS
 from tools.demo_model.train import log
 from tools.demo_model.turbo.export import unet_tensors
-from tools.demo_model.turbo.paint import SHAPE, Painter, Sampling, denoise
+from tools.demo_model.turbo.paint import ONE_STEP, SHAPE, Painter, denoise
 from tools.demo_model.turbo.paint import student as in_steps
 from tools.demo_model.turbo.student import Lesson, Plan
 from tools.demo_model.turbo.text import TextEncoders
@@ -47,7 +47,6 @@ RANK = 4
 LAYERS = r".*(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out|conv1|conv2)"
 INNER = 0.5  # radius of a star's inner corners, of its outer ones'
 BATCH = 64
-ONE_STEP = Sampling("euler", 1, 0.0)  # as the ancestral one, which draws noise and adds none
 
 
 def star(x: float, y: float, radius: float) -> Tensor:

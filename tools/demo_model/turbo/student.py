@@ -85,19 +85,20 @@ def train_student(
     checkpoint: Path,
     log: Callable[[str], None],
     check: Callable[[nn.Module], object],
+    stage: str = "student",
 ) -> nn.Module:
-    """Trains a copy of ``unet``, the teacher, or goes on from ``checkpoint``; returns the averaged UNet, and logs now
-    and then what ``check`` says of it."""
+    """Trains a copy of ``unet``, the teacher or a student, or goes on from ``checkpoint``; returns the averaged UNet,
+    and logs, as ``stage``, now and then what ``check`` says of it."""
     course, errors = Lesson(plan, copy.deepcopy(unet).requires_grad_(True).train()), list[tuple[float, float]]()
     course.resume(checkpoint)
     while course.step < plan.steps:
         errors.append(course.learn(data))
         if course.step % 50 == 0:
             one, more = (sum(column) / len(errors) for column in zip(*errors, strict=True))
-            log(f"student {course.step}, loss {one:.4f} of first steps, {more:.4f} of later ones")
+            log(f"{stage} {course.step}, loss {one:.4f} of first steps, {more:.4f} of later ones")
             errors.clear()
         if course.step % CHECKED == 0 and course.step < plan.steps:
-            log(f"student {course.step}, 1 step, {check(course.mean)}")
+            log(f"{stage} {course.step}, 1 step, {check(course.mean)}")
         if course.step % 100 == 0 or course.step >= plan.steps:
             course.save(checkpoint)
     return course.mean.eval()
