@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 VAE = re.compile(r"^(vae|decoder) (\d+), PSNR ([\d.]+) dB")
 LOSS = re.compile(r"^(teacher|student|sizes) (\d+), loss ([\d.]+)(?: of first steps, ([\d.]+) of later ones)?")
 RIGHT = re.compile(
-    r"^(teacher|student|sizes) (\d+), (?:1 step, )?\d+ prompts: objects ([\d.]+)%, colours ([\d.]+)%.* relation ([\d.]+)%"
+    r"^(teacher|student|sizes) (\d+), (?:1 step, )?\d+ prompts: "
+    r"objects ([\d.]+)%, colours ([\d.]+)%.* relation ([\d.]+)%"
 )
 Curve = list[tuple[int, float]]
 
