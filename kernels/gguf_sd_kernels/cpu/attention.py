@@ -3,7 +3,7 @@
 torch's own attention does its products in float32 where a CPU has no AMX. Where bfloat16's are faster, it is written
 out as two of them, with the exponential inside the first: 0.55 of the time on a Zen 4 ([2, 8, 4096, 40]); see
 :func:`_attention_bf16`. Where they are not, torch's is given float32: 0.6 to 0.7 of its time with bfloat16 on an
-Emerald Rapids without AMX.
+Emerald Rapids without AMX. With AMX torch's own is the fastest: 0.2 to 0.3 of the time of those two products.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             f"attention takes q [B, H, N, D] with k and v [B, H, M, D], "
             f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
         )
-    if not q.is_cpu or q.dtype != torch.bfloat16:
+    if not q.is_cpu or q.dtype != torch.bfloat16 or processor.has_tiles():
         return F.scaled_dot_product_attention(q, k, v)
     if processor.multiplies_bfloat16_fast():
         return _opaque(q, k, v) if is_compiling() else _attention_bf16(q, k, v)

@@ -40,12 +40,13 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, sharpness: float, seed: i
     return q, k, torch.randn(b, h, m, d, generator=gen).to(dtype)
 
 
-@pytest.fixture(params=["bfloat16 is fast", "bfloat16 is slow"])
-def either_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both ways, on whichever processor this is."""
-    fast = bool(request.param == "bfloat16 is fast")
-    monkeypatch.setattr(processor, "multiplies_bfloat16_fast", lambda: fast)
-    return fast
+@pytest.fixture(params=["with tiles", "bfloat16 is fast", "bfloat16 is slow"])
+def either_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each way, on whichever processor this is."""
+    kind = str(request.param)
+    monkeypatch.setattr(processor, "has_tiles", lambda: kind == "with tiles")
+    monkeypatch.setattr(processor, "multiplies_bfloat16_fast", lambda: kind != "bfloat16 is slow")
+    return kind
 
 
 @pytest.mark.usefixtures("either_processor")
@@ -87,6 +88,14 @@ def test_one_key_outweighs_all() -> None:
     k = k.clone()
     k[:, :, 513] = 16.0  # scores near 500 x log2 e, the others near 0
     torch.testing.assert_close(ops.attention(q, k, v), v[:, :, 513:514].expand_as(q), rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+def test_with_tiles_it_is_torchs_own(tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "has_tiles", lambda: tiles)
+    monkeypatch.setattr(processor, "multiplies_bfloat16_fast", lambda: True)
+    q, k, v = inputs((1, 2, 300, 300, 40), torch.bfloat16, 1.0, seed=5)
+    assert torch.equal(ops.attention(q, k, v), F.scaled_dot_product_attention(q, k, v)) is tiles
 
 
 def test_row_max_orders_negative_rows() -> None:

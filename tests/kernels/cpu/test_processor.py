@@ -17,7 +17,7 @@ X86 = "sse2 avx512f avx512_vnni"
 def cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    cached = (processor.flags, processor.multiplies_bytes, processor.multiplies_bfloat16_fast)
+    cached = (processor.flags, processor.has_tiles, processor.multiplies_bytes, processor.multiplies_bfloat16_fast)
     for function in cached:
         function.cache_clear()
     yield tmp_path / "cpuinfo"
@@ -38,6 +38,7 @@ def test_bfloat16_is_fast_where_its_instruction_is(cpuinfo: Path, vendor: str, f
     cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: {flags}\n\nprocessor\t: 1\n")
     assert processor.multiplies_bfloat16_fast() is fast
     assert processor.multiplies_bytes() is ("avx512_vnni" in flags)
+    assert processor.has_tiles() is ("amx_bf16" in flags)
 
 
 def test_other_processors_are_as_torch_says(cpuinfo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,5 +52,6 @@ def test_other_processors_are_as_torch_says(cpuinfo: Path, monkeypatch: pytest.M
 
 def test_without_proc(cpuinfo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert processor.flags() is None
+    assert not processor.has_tiles()
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True, raising=False)
     assert processor.multiplies_bytes()
