@@ -67,10 +67,8 @@ def measure(case: Case, batches: int, dtype: str) -> dict[str, Any]:
     if done.returncode:
         raise SystemExit(f"{case.key}: {done.stderr[-2000:]}")
     told = json.loads(done.stdout)
-    machine = f"{cpu_name()}, {os.cpu_count()} processors"
-    return {"machine": machine, "dtype": told["dtype"]} | row(
-        told["memory"], told["seconds"], parse_memory(case.budget)
-    )
+    known = {"machine": f"{cpu_name()}, {os.cpu_count()} processors", "dtype": told["dtype"]}
+    return known | row(told["memory"], told["seconds"], parse_memory(case.budget))
 
 
 def row(memory: dict[str, Any], seconds: float, budget: int | None) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def table(results: list[dict[str, Any]]) -> str:
 def heading(result: dict[str, Any]) -> str:
     what = "one step, no guidance" if "sdxl" in result["model"] else "a guided step"
     machine = " ".join(result["machine"].partition(",")[0].replace("(R)", "").replace("Processor", "").split())
-    machine += " with AMX" if "amx_bf16" in result["features"] else ""
+    machine += " with AMX" if "amx_bf16" in result.get("features", ()) else ""
     return f"{result['model'].removesuffix('.gguf')}, {what} ({machine}, {result['date']})"
 
 

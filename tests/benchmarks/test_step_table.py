@@ -27,6 +27,7 @@ def test_what_did_not_run_leaves_no_row() -> None:
         "vae_decode_seconds": {"diffusers": 3.0},
         "vae_ratio_to_diffusers": {"diffusers": 1.0},
     }
+    assert "(Intel Xeon with AMX, 2026" in table([result | {"features": ["avx2", "amx_bf16"]}])
     heading, _, *rows = table([result]).splitlines()
     assert heading == "| | sd15-q4_0, a guided step (Intel Xeon, 2026-01-02) |"
     assert rows == [
