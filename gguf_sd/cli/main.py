@@ -103,7 +103,7 @@ class _Parser(argparse.ArgumentParser):
     def _get_option_tuples(self, option_string: str) -> list[Any]:
         """What an abbreviation may mean; argparse's own takes two names of one option, as --init-img and --init-image,
         for two options."""
-        found: list[Any] = super()._get_option_tuples(option_string)  # type: ignore[misc]
+        found: list[Any] = super()._get_option_tuples(option_string)
         return found[:1] if len({(action.dest, action.const) for action, *_ in found}) == 1 else found
 
     def error(self, message: str) -> NoReturn:
