@@ -12,7 +12,6 @@ from gguf_sd.checkpoint.gguf_header import is_gguf
 from gguf_sd.cli.hub_models import add_revision, local_model
 from gguf_sd.cli.preflight import check_source, check_type
 from gguf_sd.errors import GgufSdError
-from gguf_sd_convert.target import check_target
 
 if TYPE_CHECKING:
     from gguf_sd_convert.calibrate.options import Calibration
@@ -69,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     check_type(args.type)
     args.source = local_model(args.source, args.revision, args.quiet or args.json)
     check_source(args.source, args.unet_only)
+    from gguf_sd_convert.target import check_target
+
     check_target(args.output, args.force, [args.source])
     from gguf_sd.adapters.lora import as_loras
     from gguf_sd_convert.convert import ConvertOptions, convert
