@@ -15,7 +15,7 @@ from PIL import Image
 from gguf_sd import Pipeline
 from gguf_sd.cli.main import main
 from gguf_sd.demo import star_file, turbo_folder
-from gguf_sd.demo.check_large import as_tensor, evaluate, judge, read
+from gguf_sd.demo.check_large import evaluate, judge, read
 from gguf_sd.demo.models import DEMO_MODELS
 from gguf_sd.demo.world import BACKGROUNDS, COLOURS
 from gguf_sd.demo.world_large import held_out_prompts, parse
@@ -23,8 +23,8 @@ from gguf_sd.quality import psnr
 from gguf_sd_convert.convert import ConvertOptions, convert
 from tests.demo.matrices import check_matrices
 from tools.demo_model.turbo.paint import Painter, student
-from tools.demo_model.turbo.sizes import steepest
 from tools.demo_model.turbo.star import is_star, shipped_parts
+from tools.demo_model.turbo.told import edges
 
 FOLDER = turbo_folder()
 BATCH = 10
@@ -114,8 +114,8 @@ def test_pictures_told_to_be_enlarged_are_blurred(engine: Pipeline) -> None:
         before, after = (read(picture).objects[0] for picture in (sharp, blurred))
         assert after.colour == before.colour == colour
         assert (after.x, after.y) == pytest.approx((before.x, before.y), abs=3)
-        edges = steepest(torch.stack([as_tensor(picture) for picture in (sharp, blurred)]) / 127.5 - 1)
-        assert edges[1] <= 0.5 * edges[0], prompt
+        steep, flat = edges([sharp, blurred])
+        assert flat <= 0.5 * steep, prompt
 
 
 def test_a_lora_can_be_trained_on_what_ships(engine: Pipeline) -> None:

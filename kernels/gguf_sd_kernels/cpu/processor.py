@@ -29,7 +29,7 @@ def multiplies_bytes() -> bool:
 
 @cache
 def has_tiles() -> bool:
-    """Whether bfloat16 is multiplied in AMX's tiles; on an Emerald Rapids ten times as fast as by its vectors."""
+    """Whether bfloat16 is multiplied in AMX's tiles, several times as fast as by vectors."""
     return "amx_bf16" in (flags() or ())
 
 
