@@ -38,7 +38,7 @@ from benchmarks.lib.kernel_checks import error, launch_name
 from benchmarks.lib.kernel_report import Row, line, step_totals, summary, table_head, targets
 from benchmarks.lib.random_weights import random_blocks
 from benchmarks.lib.shapes import WORKLOADS, Layer, step_layers, workloads
-from gguf_sd.checkpoint.cache import cache_folder
+from gguf_sd_kernels.cache_folder import cache_folder
 from gguf_sd_kernels.devices import gpu_family, multiprocessors
 from gguf_sd_kernels.repack import PackedWeight, repack
 from gguf_sd_kernels.tuning.launch import (

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.lib.device import device_name, prepare, synchronize
-from gguf_sd.checkpoint.cache import cache_folder
+from gguf_sd_kernels.cache_folder import cache_folder
 from gguf_sd_kernels.devices import gpu_family
 from gguf_sd_kernels.tuning.launch import table_name
 

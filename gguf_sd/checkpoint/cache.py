@@ -23,6 +23,7 @@ from gguf_sd.atomic_write import put_in_place, temporary_beside
 from gguf_sd.checkpoint.hub_names import plain_name
 from gguf_sd.errors import GgufSdError
 from gguf_sd.json_text import read_json_object
+from gguf_sd_kernels.cache_folder import cache_folder
 from gguf_sd_kernels.writers import remove_stale
 
 CHUNK = 1 << 24  # bytes read at once
@@ -47,13 +48,6 @@ class Conversion:
     source: str  # the path it was made from; empty where no record says
     nbytes: int
     used: float
-
-
-def cache_folder() -> Path:
-    """$GGUF_SD_CACHE, else gguf-sd under $XDG_CACHE_HOME, else under ~/.cache."""
-    if own := os.environ.get("GGUF_SD_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gguf-sd"
 
 
 def made_folder() -> Path:

@@ -13,6 +13,7 @@ from gguf_sd.checkpoint import cache
 from gguf_sd.checkpoint.cache import Conversion
 from gguf_sd.errors import GgufSdError
 from gguf_sd.input_files import open_input
+from gguf_sd_kernels.cache_folder import cache_folder
 
 if TYPE_CHECKING:
     from gguf_sd.config import ModelConfig
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _facts(found: list[Conversion]) -> dict[str, Any]:
     rows = [{"file": c.path.name, "source": c.source, "bytes": c.nbytes, "used": _date(c, "seconds")} for c in found]
-    return {"folder": str(cache.cache_folder()), "files": rows, "bytes": sum(c.nbytes for c in found)}
+    return {"folder": str(cache_folder()), "files": rows, "bytes": sum(c.nbytes for c in found)}
 
 
 def _date(conversion: Conversion, precision: str) -> str:
@@ -60,7 +61,7 @@ def _table(found: list[Conversion], action: str) -> str:
         f"{c.nbytes / 1e6:>10,.1f} MB  {_date(c, 'minutes')[:16]}  {c.path.name}  from {c.source or '?'}" for c in found
     ]
     what = "removed from" if action == "clear" else "in"
-    return "\n".join([*lines, f"{sum(c.nbytes for c in found) / 1e6:>10,.1f} MB {what} {cache.cache_folder()}"])
+    return "\n".join([*lines, f"{sum(c.nbytes for c in found) / 1e6:>10,.1f} MB {what} {cache_folder()}"])
 
 
 def is_gguf(model: Path) -> bool:

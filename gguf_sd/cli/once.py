@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from gguf_sd.atomic_write import put_in_place, temporary_beside
-from gguf_sd.checkpoint.cache import cache_folder
 from gguf_sd.errors import GgufSdError
+from gguf_sd_kernels.cache_folder import cache_folder
 
 TOLD = "told.json"
 REMEMBERED = 1000  # pairs of note and model; the oldest are told again

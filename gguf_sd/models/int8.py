@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +19,20 @@ from gguf_sd.models.layers import (
     AroundNorm,
     Conv2d,
     GroupNorm,
+    LayerNorm,
     Linear,
     Pointwise,
     PointwiseForward,
     QuantConv2d,
     Quantized,
     QuantPointwise,
-    added,
     resident,
 )
 from gguf_sd.models.unet import UNetEncoder
 from gguf_sd.models.unet_blocks import Stage, Upsample
 from gguf_sd.models.vae import Autoencoder, ResnetBlock
 from gguf_sd_kernels.cpu import enlarged, int8
-from gguf_sd_kernels.cpu.linear import GEGLU_ROWS
+from gguf_sd_kernels.normed import Measured
 
 # Left in 16 bits: the prompt's keys and values, whose first token has values a hundred times the others', the
 # convolutions that meet the latents themselves, and what is computed of the timestep alone, which costs nothing.
@@ -59,7 +60,7 @@ class Int8Layer(nn.Module):
         self.bias8 = None if bias is None else bias.detach().float()
 
     @property
-    def weights8(self) -> tuple[int8.LinearWeight | int8.ConvWeight, ...]:
+    def weights8(self) -> tuple[int8.LinearWeight | int8.GatedWeight | int8.ConvWeight, ...]:
         raise NotImplementedError
 
     @property
@@ -74,7 +75,7 @@ class Int8Linear(AroundNorm, Int8Layer):
     def __init__(self, codes: int8.Codes, bias: Tensor | None):
         super().__init__(bias)
         self.shape = tuple(codes.values.shape)
-        self.weight8 = int8.LinearWeight.of(codes)
+        self.weight8 = int8.LinearWeight(codes)
 
     @property
     def weights8(self) -> tuple[int8.LinearWeight, ...]:
@@ -82,10 +83,26 @@ class Int8Linear(AroundNorm, Int8Layer):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [B, ..., in], residual [B, ..., out] -> [B, ..., out]."""
-        return _by_picture(self._one, x, residual)
+        return _by_picture(lambda x, *added: self._product(int8.quantize(x), x.dtype, *added), x, residual)
 
-    def _one(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        return int8.linear(int8.quantize(x), self.weight8, self.bias8, x.dtype, residual)
+    def after_norm(self, norm: LayerNorm, x: Measured, geglu: bool = False) -> Tensor:
+        """The layer of norm(x), which is written in 8 bits at once."""
+        if geglu:
+            return super().after_norm(norm, x, geglu)
+        return _by_picture(lambda x: self._product(_layer_normed(norm, x), x.dtype), x.rows)
+
+    def of_map(self, norm: GroupNorm, x: Tensor) -> Measured:
+        """The layer of the pixels of norm(x)."""
+
+        def one(x: Tensor) -> Tensor:
+            codes = _group_normed(norm, x)
+            pixels = codes.values.permute(0, 2, 3, 1).flatten(1, 2)
+            return self._product(codes._replace(values=pixels), x.dtype)
+
+        return Measured(_by_picture(one, x), None)
+
+    def _product(self, x: int8.Activation, dtype: torch.dtype, residual: Tensor | None = None) -> Tensor:
+        return int8.linear(x, self.weight8, self.bias8, dtype, residual)
 
 
 class Int8Pointwise(PointwiseForward, Int8Linear):
@@ -93,50 +110,29 @@ class Int8Pointwise(PointwiseForward, Int8Linear):
 
 
 class Int8GEGLU(AroundNorm, Int8Layer):
-    """The projection of a GEGLU, whose two halves are weights of their own."""
+    """The projection of a GEGLU."""
 
     def __init__(self, codes: int8.Codes, bias: Tensor | None):
         super().__init__(bias)
-        values, scales = codes
-        self.value8, self.gate8 = (
-            int8.LinearWeight.of(int8.Codes(half, scale))
-            for half, scale in zip(values.chunk(2), scales.chunk(2), strict=True)
-        )
+        self.weight8 = int8.GatedWeight(codes, self.bias8)
 
     @property
-    def weights8(self) -> tuple[int8.LinearWeight, ...]:
-        return self.value8, self.gate8
-
-    @property
-    def _biases(self) -> tuple[Tensor | None, Tensor | None]:
-        if self.bias8 is None:
-            return None, None
-        value, gate = self.bias8.chunk(2)
-        return value, gate
+    def weights8(self) -> tuple[int8.GatedWeight, ...]:
+        return (self.weight8,)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [B, ..., in], residual [B, ..., out] -> [B, ..., out]: the values and the gates."""
-        return _by_picture(self._one, x, residual)
-
-    def _one(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        rows, biases = int8.quantize(x), self._biases
-        halves = zip(self.weights8, biases, strict=True)
-        y = torch.cat([int8.linear(rows, weight, bias, x.dtype) for weight, bias in halves], dim=-1)
+        y = _by_picture(lambda x: int8.linear_halves(int8.quantize(x), self.weight8, x.dtype), x)
         return y if residual is None else y.add_(residual)
 
     def geglu(self, x: Tensor) -> Tensor:
         """value * gelu(gate): x [B, ..., in] -> [B, ..., out / 2]."""
-        return _by_picture(self._one_geglu, x)
+        return _by_picture(lambda x: int8.linear_geglu(int8.quantize(x), self.weight8, x.dtype), x)
 
-    def _one_geglu(self, x: Tensor, _: Tensor | None) -> Tensor:
-        rows = int8.quantize(x.reshape(-1, x.shape[-1]))
-        value_bias, gate_bias = self._biases
-        out = x.new_empty(len(rows.values), len(self.value8.scales))
-        for codes, result in zip(rows.values.split(GEGLU_ROWS), out.split(GEGLU_ROWS), strict=True):
-            part = rows._replace(values=codes)
-            gates = int8.linear(part, self.gate8, gate_bias, x.dtype, gelu=True)
-            torch.mul(gates, int8.linear(part, self.value8, value_bias, x.dtype), out=result)
-        return out.view(*x.shape[:-1], -1)
+    def after_norm(self, norm: LayerNorm, x: Measured, geglu: bool = False) -> Tensor:
+        """The layer, with GEGLU if ``geglu``, of norm(x), which is written in 8 bits at once."""
+        multiply = int8.linear_geglu if geglu else int8.linear_halves
+        return _by_picture(lambda x: multiply(_layer_normed(norm, x), self.weight8, x.dtype), x.rows)
 
 
 class Int8Conv2d(AfterGroupNorm, Int8Layer):
@@ -145,7 +141,7 @@ class Int8Conv2d(AfterGroupNorm, Int8Layer):
     def __init__(self, codes: int8.Codes, bias: Tensor | None, stride: int, padding: int):
         super().__init__(bias)
         self.stride, self.padding = stride, padding
-        self.weight8 = int8.ConvWeight.of(codes, stride, padding)
+        self.weight8 = int8.ConvWeight(codes, stride, padding)
 
     @property
     def weights8(self) -> tuple[int8.ConvWeight, ...]:
@@ -153,34 +149,38 @@ class Int8Conv2d(AfterGroupNorm, Int8Layer):
 
     def forward(self, x: Tensor, emb: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """x [B, C, H, W], emb [B, out] for every pixel, residual [B, out, H', W'] -> [B, out, H', W']."""
-        return self._all(x, emb, residual, silu=False)
+        return self._all(int8.quantize, x, emb, residual)
 
     def normed(self, norm: GroupNorm, x: Tensor, emb: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        """The layer of norm(x), whose SiLU is taken on the way into 8 bits."""
-        return self._all(norm.without_silu(x), emb, residual, silu=norm.silu)
+        """The layer of norm(x), which is written in 8 bits at once, its SiLU taken on the way."""
+        return self._all(partial(_group_normed, norm), x, emb, residual)
 
     def enlarged(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """The layer of x enlarged to ``size`` (H, W), by its nearest neighbours."""
-        return self._all(x, None, None, size=size)
+
+        def coded(x: Tensor, margin: bool) -> int8.Activation:
+            codes = int8.quantize(x)
+            return codes._replace(values=nn.functional.interpolate(codes.values, size=size))
+
+        return self._all(coded, x)
 
     def _all(
         self,
+        coded: Callable[..., int8.Activation],
         x: Tensor,
-        emb: Tensor | None,
-        residual: Tensor | None,
-        silu: bool = False,
-        size: tuple[int, int] | None = None,
+        emb: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        def one(x: Tensor, emb: Tensor | None) -> Tensor:
-            codes = int8.quantize(x, silu)
-            if size is not None:
-                codes = codes._replace(values=nn.functional.interpolate(codes.values, size=size))
+        """The layer of what ``coded`` makes of a picture, with a ``margin`` where that is of use."""
+
+        def one(x: Tensor, emb: Tensor | None, residual: Tensor | None) -> Tensor:
             bias = self.bias8
             if emb is not None:
                 bias = emb[0].float() if bias is None else emb[0].float() + bias
-            return int8.convolve(codes, self.weight8, bias, x.dtype)
+            codes = coded(x, margin=self.weight8.tiles(x.dtype) is not None)
+            return int8.convolve(codes, self.weight8, bias, x.dtype, residual)
 
-        return added(_by_picture(one, x, emb), None, residual)
+        return _by_picture(one, x, emb, residual)
 
 
 class Int8EnlargingConv2d(Int8Conv2d):
@@ -188,7 +188,7 @@ class Int8EnlargingConv2d(Int8Conv2d):
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__(int8.Codes.of(weight), bias, stride=1, padding=1)
-        self.phases8 = [int8.ConvWeight.of(int8.Codes.of(phase), 1, 1) for phase in enlarged.phase_weights(weight)]
+        self.phases8 = [int8.ConvWeight(int8.Codes.of(phase), 1, 1) for phase in enlarged.phase_weights(weight)]
 
     @property
     def weights8(self) -> tuple[int8.ConvWeight, ...]:
@@ -196,24 +196,31 @@ class Int8EnlargingConv2d(Int8Conv2d):
 
     def enlarged(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         height, width = x.shape[2:]
-        if size != (2 * height, 2 * width) or height * width < MIN_PHASE_PIXELS:
+        tiles = self.phases8[0].tiles(x.dtype) is not None
+        if size != (2 * height, 2 * width) or (height * width < MIN_PHASE_PIXELS and not tiles):
             return super().enlarged(x, size)
 
-        def one(x: Tensor, _: Tensor | None) -> Tensor:
-            codes = int8.quantize(x)
-            phases = (int8.convolve(codes, weight, self.bias8, x.dtype) for weight in self.phases8)
-            return enlarged.interleaved(phases, height, width)
+        def one(x: Tensor) -> Tensor:
+            return int8.convolve_enlarged(int8.quantize(x, margin=tiles), self.phases8, self.bias8, x.dtype)
 
         return _by_picture(one, x)
 
 
-def _by_picture(layer: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, other: Tensor | None = None) -> Tensor:
-    """``layer`` of each picture of x [B, …] and of ``other`` [B, …]: over its own range, so that a picture is the same
-    whatever is painted with it."""
+def _layer_normed(norm: LayerNorm, x: Tensor) -> int8.Activation:
+    return int8.quantize_layer_norm(x, norm.weight, norm.bias, norm.eps)
+
+
+def _group_normed(norm: GroupNorm, x: Tensor, margin: bool = False) -> int8.Activation:
+    return int8.quantize_group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, norm.silu, margin)
+
+
+def _by_picture(layer: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> Tensor:
+    """``layer`` of each picture of x [B, …] and of the ``others`` [B, …]: over its own range, so that a picture is the
+    same whatever is painted with it."""
     if x.shape[0] == 1 or x.dim() < 3:
-        return layer(x, other)
-    others = [None] * x.shape[0] if other is None else other.split(1)
-    return torch.cat([layer(*pair) for pair in zip(x.split(1), others, strict=True)])
+        return layer(x, *others)
+    parts = [[None] * x.shape[0] if other is None else other.split(1) for other in others]
+    return torch.cat([layer(*picture) for picture in zip(x.split(1), *parts, strict=True)])
 
 
 def use_int8(unet: UNetEncoder, dtype: torch.dtype) -> None:

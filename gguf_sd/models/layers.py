@@ -40,6 +40,11 @@ class AroundNorm:
         rows = norm(x.rows)
         return self.geglu(rows) if geglu else self(rows)  # type: ignore[attr-defined,operator]
 
+    def of_map(self, norm: GroupNorm, x: Tensor) -> Measured:
+        """The layer of the pixels of norm(x), x [B, C, H, W] channels-last -> [B, H*W, out], which is to be
+        normalised."""
+        return self.measured(norm(x).permute(0, 2, 3, 1).flatten(1, 2))
+
 
 class AfterGroupNorm:
     """Mixin for convolutions behind a group norm, which is a module of its own here."""
@@ -113,10 +118,6 @@ class GroupNorm(nn.GroupNorm):
             norm = custom_ops.group_norm_silu if is_compiling() else dispatch.group_norm_silu
             return norm(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
         return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
-
-    def without_silu(self, x: Tensor) -> Tensor:
-        """The normalisation alone, on a CPU."""
-        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, silu=False)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -198,7 +198,7 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, projected: Tensor) -> Tensor:
         """x [B, dim, H, W], projected as in :meth:`UNet.project` -> [B, dim, H, W]."""
-        h = self.proj_in.measured(tokens(self.norm(x)))
+        h = self.proj_in.of_map(self.norm, x)
         for i, block in enumerate(self.transformer_blocks, 1):
             h = block(h, projected, last=i == len(self.transformer_blocks))
         return feature_map(self.proj_out(h.rows, as_often(tokens(x), projected)), x.shape[2], x.shape[3])

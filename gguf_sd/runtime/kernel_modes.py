@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import gguf_sd_kernels
-from gguf_sd.checkpoint.cache import cache_folder
 from gguf_sd.errors import GgufSdError
 from gguf_sd.models.layers import GroupNorm, LayerNorm, Quantized, resident
 from gguf_sd.models.unet import UNetEncoder
+from gguf_sd_kernels.cache_folder import cache_folder
 from gguf_sd_kernels.cpu import int8
 from gguf_sd_kernels.devices import emulated, gpu_of
 from gguf_sd_kernels.tuning.launch import load_measured, table_name

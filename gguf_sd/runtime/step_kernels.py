@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gguf_sd.models.layers import (
     AfterGroupNorm,
+    AroundNorm,
     GroupNorm,
     LayerNorm,
     PointwiseForward,
@@ -103,7 +104,7 @@ class _Recorder(nn.Module):
         return tuple(name for name, operand in added.items() if operand is not None)
 
 
-class _RecordingLinear(_Recorder):
+class _RecordingLinear(AroundNorm, _Recorder):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         n, k = self.shape
         self._note(Use(Product("linear", self.qtype, x.numel() // k, n, k), self._added(residual=residual)))

@@ -16,10 +16,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from gguf_sd.checkpoint.cache import cache_folder
 from gguf_sd.errors import GgufSdError
 from gguf_sd.models.unet import UNet
 from gguf_sd.runtime.step_kernels import StepKernels, step_kernels
+from gguf_sd_kernels.cache_folder import cache_folder
 from gguf_sd_kernels.devices import gpu_of
 from gguf_sd_kernels.repack import PACKED_TYPES
 from gguf_sd_kernels.tuning.child import ChildError, run_in_child

@@ -7,6 +7,7 @@ import torch
 
 from gguf_sd.errors import GgufSdError
 from gguf_sd.runtime.memory import (
+    LATER_IMPORTS,
     choose_device,
     choose_dtype,
     give_back,
@@ -79,5 +80,5 @@ def test_the_memory_of_the_process() -> None:
     del pieces
     give_back(cpu)
     assert process_memory(cpu) - before < 0.2 * size
-    assert (peak_memory(cpu) or 0) > before + 0.8 * size
+    assert (peak_memory(cpu) or 0) > before - LATER_IMPORTS + 0.8 * size  # which are not there yet
     assert len(kept) == 20

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from gguf_sd_kernels.cpu import processor
+from gguf_sd_kernels.cpu import native, processor
 
 # Bytes of weights alive at a time. Zen 4, 2 threads, 2 MiB L2, 32 MiB L3, [2, 8, 4096, 40]: 225 ms at 2 MiB, 198 at 4,
 # 219 at 8.
@@ -34,7 +34,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             f"attention takes q [B, H, N, D] with k and v [B, H, M, D], "
             f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
         )
-    if not q.is_cpu or q.dtype != torch.bfloat16 or processor.has_tiles():
+    if not q.is_cpu or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v)
+    if processor.has_tiles():
+        if native.attends(q, k, v):
+            return native.attention(q, k, v)
         return F.scaled_dot_product_attention(q, k, v)
     if processor.multiplies_bfloat16_fast():
         return _opaque(q, k, v) if is_compiling() else _attention_bf16(q, k, v)

@@ -7,8 +7,7 @@ for all of it, taken from its own range. Sums are exact, in int32. Such products
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -16,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gguf_sd_kernels.cpu import processor
+from gguf_sd_kernels.cpu import enlarged, native, processor
+from gguf_sd_kernels.cpu.linear import GEGLU_ROWS
+from gguf_sd_kernels.cpu.norm import check_group_norm, group_norm_silu
 from gguf_sd_kernels.formats import quant_format, row_values
 from gguf_sd_kernels.reference.decoders import decode_into
 
@@ -42,21 +43,32 @@ def is_fast() -> bool:
 
 
 class Activation(NamedTuple):
-    """``scale * (values - zero)``: uint8 of the activation's shape, channels-last where that is [B, C, H, W]."""
+    """``scale * (values - zero)``: uint8 of the activation's shape, channels-last where that is [B, C, H, W]; with a
+    ``margin``, memory goes on with a pixel of zeros all around."""
 
     values: Tensor
     scale: float
     zero: int
+    margin: bool = False
+
+    @property
+    def picture(self) -> native.Coded:
+        """The only picture of a map, [H, W, C]."""
+        return native.Coded(self.values[0].permute(1, 2, 0), self.scale, self.zero)
 
 
-def quantize(x: Tensor, silu: bool = False) -> Activation:
+def quantize(x: Tensor, silu: bool = False, margin: bool = False) -> Activation:
     """``x``, or SiLU of it, in 8 bits: float32 or bfloat16 of any shape, over its own range; laid out as x is, which is
-    contiguous or channels-last.
+    contiguous or channels-last. A ``margin`` is a wish, which a single picture [1, C, H, W] may be granted.
 
     Where a value is not finite, neither is the scale, nor any value of a product.
     """
     channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     kept = x.permute(0, 2, 3, 1) if channels_last else x.contiguous()
+    if native.quantizes(kept):
+        if margin and channels_last and len(kept) == 1:
+            return _map(native.quantize(kept[0], silu, margin=True), margin)
+        return _activation(native.quantize(kept, silu), channels_last)
     flat, codes = kept.view(-1), torch.empty(kept.shape, dtype=torch.uint8)
     low, high = _range(flat, silu)
     scale, zero = (high - low) / 255, 0
@@ -69,7 +81,41 @@ def quantize(x: Tensor, silu: bool = False) -> Activation:
     else:
         zero = round(-low / scale)
         _encode(flat, codes.view(-1), 1 / scale, zero, silu)
-    return Activation(codes.permute(0, 3, 1, 2) if channels_last else codes, scale, zero)
+    return _activation(native.Coded(codes, scale, zero), channels_last)
+
+
+def _activation(coded: native.Coded, channels_last: bool) -> Activation:
+    return Activation(coded.values.permute(0, 3, 1, 2) if channels_last else coded.values, coded.scale, coded.zero)
+
+
+def _map(coded: native.Coded, margin: bool) -> Activation:
+    """Of a single picture, [H, W, C]."""
+    return Activation(coded.values[None].permute(0, 3, 1, 2), coded.scale, coded.zero, margin)
+
+
+def quantize_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Activation:
+    """The layer norm of ``x [..., C]`` with ``weight, bias [C]``, as :func:`quantize` has it."""
+    width = x.shape[-1]
+    if weight.shape == bias.shape == (width,) and native.quantizes(x, width):
+        return _activation(native.layer_norm_quantize(x.contiguous(), *_wide(weight, bias), eps), False)
+    return quantize(F.layer_norm(x, (width,), weight, bias, eps))
+
+
+def quantize_group_norm(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool = False, margin: bool = False
+) -> Activation:
+    """The group norm of a picture ``x [1, C, H, W]``, channels-last, with ``weight, bias [C]``, or SiLU of it, as
+    :func:`quantize` has it."""
+    check_group_norm(x, groups, weight, bias)
+    rows = x.permute(0, 2, 3, 1)
+    if len(x) == 1 and rows.is_contiguous() and native.quantizes(x, x.shape[1]):
+        coded = native.group_norm_quantize(rows[0], groups, *_wide(weight, bias), eps, silu, margin)
+        return _map(coded, margin)
+    return quantize(group_norm_silu(x, groups, weight, bias, eps, silu=False), silu)
+
+
+def _wide(*parameters: Tensor) -> tuple[Tensor, ...]:
+    return tuple(parameter.float().contiguous() for parameter in parameters)
 
 
 def _range(x: Tensor, silu: bool) -> tuple[float, float]:
@@ -155,22 +201,53 @@ def _decoded(blocks: Tensor, qtype: str, cols: int) -> Iterator[Tensor]:
         yield some
 
 
-@dataclass(frozen=True)
-class LinearWeight:
-    """A linear layer's weight in 8 bits, in oneDNN's order."""
+class _Weight:
+    """A weight's codes, until its first product decides which order they get: that of tiles, which :mod:`native` takes,
+    or oneDNN's. They are held once."""
 
-    packed: Tensor
-    scales: Tensor  # float32 [out]
-    zeros: Tensor  # int32 [out], all zero
+    def __init__(self, codes: Codes):
+        self.scales = codes.scales  # float32 [out]
+        self._values: Tensor | None = codes.values
+        self._tiles: native.Packed | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.packed.numel() + self.scales.nbytes + self.zeros.nbytes
+        return self._codes.numel() + 2 * self.scales.nbytes
 
-    @classmethod
-    def of(cls, codes: Codes) -> LinearWeight:
-        zeros = torch.zeros(len(codes.scales), dtype=torch.int32)
-        return cls(torch.ops.onednn.qlinear_prepack(codes.values, None), codes.scales, zeros)
+    @property
+    def _codes(self) -> Tensor:
+        values = self._values if self._tiles is None else self._tiles.values
+        assert values is not None
+        return values
+
+    def _in_tiles(self, rows: Tensor) -> native.Packed:
+        """Of int8 [out, in] without gaps, which are the codes."""
+        if self._tiles is None:
+            self._tiles, self._values = native.pack(rows), None
+        return self._tiles
+
+
+class LinearWeight(_Weight):
+    """A linear layer's weight in 8 bits."""
+
+    def __init__(self, codes: Codes):
+        super().__init__(codes)
+        self.zeros = torch.zeros(len(codes.scales), dtype=torch.int32)
+        self._ordered = False
+
+    def tiles(self, dtype: torch.dtype) -> native.Packed | None:
+        """The weight in tiles, where results of ``dtype`` are computed there."""
+        if self._tiles is None and (
+            self._ordered or not native.multiplies(len(self.scales), self._codes.shape[1], dtype)
+        ):
+            return None
+        return self._in_tiles(self._codes)
+
+    def ordered(self) -> Tensor:
+        """The weight in oneDNN's order."""
+        if not self._ordered:
+            self._values, self._ordered = torch.ops.onednn.qlinear_prepack(self._codes, None), True
+        return self._codes
 
 
 def linear(
@@ -184,9 +261,14 @@ def linear(
     """``x [..., in]`` times the weight ``[out, in]``, plus ``bias`` float32 ``[out]`` and ``residual`` ``[..., out]``,
     -> ``[..., out]`` of ``dtype``; ``gelu``, which excludes a residual, is applied to it."""
     values = x.values.reshape(-1, x.values.shape[-1])
-    own = values, x.scale, x.zero, weight.packed, weight.scales, weight.zeros
-    if residual is not None:
-        added, multiply = residual.reshape(len(values), -1), torch.ops.onednn.qlinear_pointwise.binary
+    added = None if residual is None else residual.reshape(len(values), -1).contiguous()
+    if (tiles := weight.tiles(dtype)) is not None:
+        after = native.GELU if gelu else native.NOTHING
+        y = native.linear(native.Coded(values, x.scale, x.zero), tiles, weight.scales, bias, added, after)
+        return y.view(*x.values.shape[:-1], -1)
+    own = values, x.scale, x.zero, weight.ordered(), weight.scales, weight.zeros
+    if added is not None:
+        multiply = torch.ops.onednn.qlinear_pointwise.binary
         y = multiply(*own, added, bias, 1.0, 0, dtype, 1.0, 0, "add", 1.0, "none", [], "")
     else:
         post, kind = ("gelu", "none") if gelu else ("none", "")
@@ -194,30 +276,134 @@ def linear(
     return y.view(*x.values.shape[:-1], -1)
 
 
-@dataclass(frozen=True)
-class ConvWeight:
-    """A convolution's weight in 8 bits, in oneDNN's order, with its stride and padding."""
+class GatedWeight(_Weight):
+    """The weight of a GEGLU's projection in 8 bits, ``[2 F, in]``: values, then gates; its bias, float32 ``[2 F]``."""
 
-    packed: Tensor
-    scales: Tensor  # float32 [out]
-    zeros: Tensor  # int32 [out], all zero
-    stride: int
-    padding: int
+    def __init__(self, codes: Codes, bias: Tensor | None):
+        super().__init__(codes)
+        self.bias = bias
+        self._halves: tuple[LinearWeight, ...] | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.packed.numel() + self.scales.nbytes + self.zeros.nbytes
+        return super().nbytes if self._halves is None else sum(half.nbytes for half in self._halves)
 
-    @classmethod
-    def of(cls, codes: Codes, stride: int, padding: int) -> ConvWeight:
-        steps = [stride] * 2, [padding] * 2, [1, 1]
-        packed = torch.ops.onednn.qconv_prepack(codes.values, codes.scales, 1.0, 128, *steps, 1, None)
-        return cls(packed, codes.scales, torch.zeros(len(codes.scales), dtype=torch.int32), stride, padding)
+    def tiles(self, dtype: torch.dtype) -> native.Packed | None:
+        """The weight in tiles, where results of ``dtype`` are computed there; its blocks of columns, and from now on
+        scales and bias, hold some values and their gates in turn."""
+        if self._tiles is not None:
+            return self._tiles
+        if self._halves is not None or not native.multiplies(len(self.scales), self._codes.shape[1], dtype):
+            return None
+        order = self.mixed(torch.arange(len(self.scales)))
+        self.scales, self.bias = self.scales[order], None if self.bias is None else self.bias[order]
+        return self._in_tiles(self._codes[order])
+
+    @staticmethod
+    def mixed(halves: Tensor) -> Tensor:
+        """``[..., 2 F]``, values and then gates -> in the order of the blocks."""
+        return halves.unflatten(-1, (2, -1, native.BLOCK // 2)).transpose(-3, -2).flatten(-3)
+
+    @staticmethod
+    def unmixed(blocks: Tensor) -> Tensor:
+        """And back."""
+        return blocks.unflatten(-1, (-1, 2, native.BLOCK // 2)).transpose(-3, -2).flatten(-3)
+
+    def halves(self) -> tuple[LinearWeight, ...]:
+        """Those of the values and of the gates."""
+        if self._halves is None:
+            parts = zip(self._codes.chunk(2), self.scales.chunk(2), strict=True)
+            self._halves, self._values = tuple(LinearWeight(Codes(*part)) for part in parts), None
+        return self._halves
 
 
-def convolve(x: Activation, weight: ConvWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``x [B, in, H, W]`` convolved with the weight ``[out, in, kh, kw]``, plus ``bias`` float32 ``[out]`` ->
-    ``[B, out, H', W']`` of ``dtype``, channels-last."""
-    own = x.values, x.scale, x.zero, weight.packed, weight.scales, weight.zeros, bias
-    steps = [weight.stride] * 2, [weight.padding] * 2, [1, 1]
-    return torch.ops.onednn.qconv_pointwise(*own, *steps, 1, 1.0, 0, dtype, "none", [], "")
+def linear_geglu(x: Activation, weight: GatedWeight, dtype: torch.dtype) -> Tensor:
+    """``value * gelu(gate)``, the halves of the projection of ``x [..., in]`` -> ``[..., F]`` of ``dtype``."""
+    rows = x._replace(values=x.values.reshape(-1, x.values.shape[-1]))
+    if (tiles := weight.tiles(dtype)) is not None:
+        coded = native.Coded(*rows[:3])
+        out = native.linear(coded, tiles, weight.scales, weight.bias, after=native.GATE)
+        return out.view(*x.values.shape[:-1], -1)
+    value, gate = weight.halves()
+    value_bias, gate_bias = (None, None) if weight.bias is None else weight.bias.chunk(2)
+    out = torch.empty(len(rows.values), len(value.scales), dtype=dtype)
+    for codes, result in zip(rows.values.split(GEGLU_ROWS), out.split(GEGLU_ROWS), strict=True):
+        part = rows._replace(values=codes)
+        gates = linear(part, gate, gate_bias, dtype, gelu=True)
+        torch.mul(gates, linear(part, value, value_bias, dtype), out=result)
+    return out.view(*x.values.shape[:-1], -1)
+
+
+def linear_halves(x: Activation, weight: GatedWeight, dtype: torch.dtype) -> Tensor:
+    """The projection itself, ``[..., 2 F]``: the values, then the gates."""
+    if (tiles := weight.tiles(dtype)) is not None:
+        rows = native.Coded(x.values.reshape(-1, x.values.shape[-1]), x.scale, x.zero)
+        y = native.linear(rows, tiles, weight.scales, weight.bias)
+        return GatedWeight.unmixed(y).view(*x.values.shape[:-1], -1)
+    biases = (None, None) if weight.bias is None else weight.bias.chunk(2)
+    return torch.cat([linear(x, half, bias, dtype) for half, bias in zip(weight.halves(), biases, strict=True)], dim=-1)
+
+
+class ConvWeight(_Weight):
+    """A convolution's weight in 8 bits, with its stride and padding. oneDNN's order is that for maps as large as the
+    first it meets: with AMX that of others may differ, which costs a copy at each call."""
+
+    def __init__(self, codes: Codes, stride: int, padding: int):
+        super().__init__(codes)
+        self.stride, self.padding, self.shape = stride, padding, tuple(codes.values.shape)
+        self.zeros = torch.zeros(len(codes.scales), dtype=torch.int32)
+        self._ordered = False
+
+    @property
+    def steps(self) -> tuple[list[int], list[int], list[int]]:
+        """Strides, paddings and dilations."""
+        return [self.stride] * 2, [self.padding] * 2, [1, 1]
+
+    def tiles(self, dtype: torch.dtype) -> native.Packed | None:
+        """The weight in tiles, where results of ``dtype`` are computed there: of a map with a margin."""
+        out, channels, kernel, other = self.shape
+        plain = self.stride == self.padding == 1 and kernel == other and kernel in (2, 3)
+        if self._tiles is None and (self._ordered or not plain or not native.multiplies(out, channels, dtype)):
+            return None
+        return self._in_tiles(self._codes if self._tiles else self._codes.permute(0, 2, 3, 1).reshape(out, -1))
+
+    def ordered(self, shape: Sequence[int]) -> Tensor:
+        """The weight in oneDNN's order, for an x [B, in, H, W] of this shape where it is the first."""
+        if not self._ordered:
+            order = self.scales, 1.0, 128, *self.steps, 1, list(shape)
+            self._values, self._ordered = torch.ops.onednn.qconv_prepack(self._codes, *order), True
+        return self._codes
+
+
+def convolve(
+    x: Activation, weight: ConvWeight, bias: Tensor | None, dtype: torch.dtype, residual: Tensor | None = None
+) -> Tensor:
+    """``x [B, in, H, W]`` convolved with the weight ``[out, in, kh, kw]``, plus ``bias`` float32 ``[out]`` and
+    ``residual`` ``[B, out, H', W']`` -> ``[B, out, H', W']`` of ``dtype``, channels-last."""
+    tiles = weight.tiles(dtype) if len(x.values) == 1 and weight.shape[2] == 3 else None
+    if tiles is None:
+        own = x.values.contiguous(memory_format=torch.channels_last), x.scale, x.zero
+        packed = weight.ordered(x.values.shape), weight.scales, weight.zeros, bias
+        y = torch.ops.onednn.qconv_pointwise(*own, *packed, *weight.steps, 1, 1.0, 0, dtype, "none", [], "")
+        return y if residual is None else y.add_(residual)
+    added = None if residual is None else residual[0].permute(1, 2, 0).contiguous()
+    y = native.convolve(_with_margin(x).picture, tiles, weight.scales, bias, added)
+    return y[None].permute(0, 3, 1, 2)
+
+
+def convolve_enlarged(x: Activation, phases: Sequence[ConvWeight], bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The convolution of a picture ``x [1, in, H, W]`` enlarged to twice its size, by the weights of
+    :func:`gguf_sd_kernels.cpu.enlarged.phase_weights`, plus ``bias`` float32 ``[out]`` -> ``[1, out, 2 H, 2 W]``."""
+    tiles = [packed for weight in phases if (packed := weight.tiles(dtype)) is not None]
+    if len(tiles) < len(phases):
+        each = (convolve(x, weight, bias, dtype) for weight in phases)
+        return enlarged.interleaved(each, *x.values.shape[2:])
+    y = native.convolve_enlarged(_with_margin(x).picture, tiles, [weight.scales for weight in phases], bias)
+    return y[None].permute(0, 3, 1, 2)
+
+
+def _with_margin(x: Activation) -> Activation:
+    if x.margin:
+        return x
+    coded = x.picture
+    return _map(coded._replace(values=native.with_margin(coded.values, x.zero)), True)

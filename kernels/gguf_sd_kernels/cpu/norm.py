@@ -17,12 +17,17 @@ def group_norm_silu(
     That kernel takes the variance as E[x^2] - E[x]^2: at a mean of 30 deviations float32 keeps 5 digits.
     Raises ValueError when the groups do not divide the channels or the parameters do not fit.
     """
+    check_group_norm(x, groups, weight, bias)
+    kind = torch.float32 if x.device.type == "cpu" and x.dtype.itemsize == 2 else x.dtype
+    y = F.group_norm(x, groups, weight.to(kind), bias.to(kind), eps)
+    return F.silu(y, inplace=True) if silu else y
+
+
+def check_group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> None:
+    """Raises ValueError when the groups do not divide the channels or the parameters do not fit."""
     channels = x.shape[1] if x.ndim > 1 else 0
     if not channels or groups < 1 or channels % groups or weight.shape != (channels,) or bias.shape != (channels,):
         raise ValueError(
             f"group norm of {list(x.shape)} in {groups} groups takes weight and bias [{channels}] and groups that "
             f"divide it, got weight {list(weight.shape)}, bias {list(bias.shape)}"
         )
-    kind = torch.float32 if x.device.type == "cpu" and x.dtype.itemsize == 2 else x.dtype
-    y = F.group_norm(x, groups, weight.to(kind), bias.to(kind), eps)
-    return F.silu(y, inplace=True) if silu else y

@@ -34,6 +34,12 @@ def has_tiles() -> bool:
 
 
 @cache
+def has_byte_tiles() -> bool:
+    """Whether bytes are multiplied in AMX's tiles."""
+    return "amx_int8" in (flags() or ())
+
+
+@cache
 def multiplies_bfloat16_fast() -> bool:
     """Whether bfloat16 products take less time than float32's. Multiply-adds a second with AVX512-BF16, 2 cores: 210
     against 110 billion on a Zen 4, but 78 against 138 on an Emerald Rapids whose AMX is hidden, as in many virtual

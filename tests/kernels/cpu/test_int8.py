@@ -32,12 +32,13 @@ def test_activations(shape: tuple[int, ...], dtype: torch.dtype, silu: bool) -> 
     x = (3 * random(*shape) + 1).to(dtype)
     if len(shape) == 4:
         x = x.contiguous(memory_format=torch.channels_last)
-    values, scale, zero = int8.quantize(x, silu)
+    values, scale, zero, _ = int8.quantize(x, silu)
     want = F.silu(x.float()) if silu else x.float()
     assert values.shape == x.shape
     assert values.stride() == x.stride()
     error = scale * (values.float() - zero) - want
-    assert error.abs().max() <= 0.5001 * scale + 1e-6
+    of_silu = 1e-4 * want.abs() if silu and dtype == torch.bfloat16 else 0  # to which kernels in C++ compute it
+    assert (error.abs() - of_silu).max() <= 0.5001 * scale + 1e-6
     span = max(float(want.max()), 0.0) - min(float(want.min()), 0.0)
     assert scale <= 1.1 * span / 255 + 1e-3 * silu
 
@@ -57,7 +58,7 @@ def test_what_is_not_finite_stays_so(value: float, silu: bool) -> None:
     x[2, 5] = value
     if silu and value == -math.inf:
         pytest.skip("SiLU of minus infinity is no number in torch, and zero in the limit")
-    weight = int8.LinearWeight.of(int8.Codes.of(random(8, 32, seed=1)))
+    weight = int8.LinearWeight(int8.Codes.of(random(8, 32, seed=1)))
     assert not int8.linear(int8.quantize(x, silu), weight, None, torch.float32).isfinite().any()
 
 
@@ -97,7 +98,7 @@ def test_linear(shape: tuple[int, ...], out: int, dtype: torch.dtype) -> None:
     x, weight = int8.quantize(random(*shape).to(dtype)), int8.Codes.of(random(out, shape[-1], seed=1))
     bias, residual = random(out, seed=2), random(*shape[:-1], out, seed=3).to(dtype)
     own = x.scale * (x.values.double() - x.zero) @ (weight.scales[:, None].double() * weight.values).T + bias
-    packed = int8.LinearWeight.of(weight)
+    packed = int8.LinearWeight(weight)
     limit = 1e-5 if dtype == torch.float32 else 4e-3
     assert relative_error(int8.linear(x, packed, bias, dtype), own) < limit
     assert relative_error(int8.linear(x, packed, bias, dtype, gelu=True), F.gelu(own)) < limit
@@ -119,6 +120,17 @@ def test_convolution(stride: int, kernel: int, dtype: torch.dtype) -> None:
     want = F.conv2d(
         values, weight.scales[:, None, None, None].double() * weight.values, bias.double(), stride, kernel // 2
     )
-    got = int8.convolve(x, int8.ConvWeight.of(weight, stride, kernel // 2), bias, dtype)
+    got = int8.convolve(x, int8.ConvWeight(weight, stride, kernel // 2), bias, dtype)
     assert got.dtype == dtype
     assert relative_error(got, want) < (1e-5 if dtype == torch.float32 else 4e-3)
+
+
+def test_convolution_of_maps_of_several_sizes() -> None:
+    """A weight is put in the order for the first map, and right for all."""
+    weight = int8.Codes.of(random(24, 20, 3, 3, seed=1))
+    kept = int8.ConvWeight(weight, stride=1, padding=1)
+    for size in ((9, 11), (64, 64), (1, 1), (9, 11)):
+        x = int8.quantize(random(2, 20, *size).contiguous(memory_format=torch.channels_last))
+        values = x.scale * (x.values.double() - x.zero)
+        want = F.conv2d(values, weight.scales[:, None, None, None].double() * weight.values, padding=1)
+        assert relative_error(int8.convolve(x, kept, None, torch.float32), want) < 1e-5
