@@ -114,8 +114,8 @@ def quantize_group_norm(
     return quantize(group_norm_silu(x, groups, weight, bias, eps, silu=False), silu)
 
 
-def _wide(*parameters: Tensor) -> tuple[Tensor, ...]:
-    return tuple(parameter.float().contiguous() for parameter in parameters)
+def _wide(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return weight.float().contiguous(), bias.float().contiguous()
 
 
 def _range(x: Tensor, silu: bool) -> tuple[float, float]:

@@ -17,6 +17,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "exponential.h"
+
 namespace {
 
 using bf16 = uint16_t;
@@ -125,16 +127,6 @@ void pack_values(const bf16* v, int64_t stride, const Shape& shape, bf16* out) {
             transpose(rows);
             for (int64_t i = 0; i < TILE; i++) _mm512_storeu_si512(out + i * PAIR, rows[i]);
         }
-}
-
-// 2^x, to 7.5e-5 of it: a polynomial of the fraction, in [0, 1), that has the least relative error.
-inline __m512 exp2(__m512 x) {
-    const __m512 fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
-    __m512 y = _mm512_set1_ps(0.07802455f);
-    y = _mm512_fmadd_ps(y, fraction, _mm512_set1_ps(0.22606718f));
-    y = _mm512_fmadd_ps(y, fraction, _mm512_set1_ps(0.69583349f));
-    y = _mm512_fmadd_ps(y, fraction, _mm512_set1_ps(0.99992523f));
-    return _mm512_scalef_ps(y, x);
 }
 
 // Loads of tiles tell the compiler nothing of the memory they read: what was stored before has to be there.

@@ -112,7 +112,7 @@ def _name(compiler: tuple[str, ...], openmp: Path) -> str:
     """A hash of the sources, the compiler, the processor's features and the library it is linked with."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=SECONDS).stdout
     digest = hashlib.sha256(version)
-    for path in _sources():
+    for path in sorted([*_sources(), *SOURCES.glob("*.h")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     digest.update(repr((compiler, FLAGS, sorted(processor.flags() or ()), str(openmp))).encode())
     return digest.hexdigest()[:24]

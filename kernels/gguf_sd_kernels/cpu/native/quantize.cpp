@@ -12,6 +12,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "exponential.h"
+
 namespace {
 
 using bf16 = uint16_t;
@@ -37,14 +39,7 @@ inline Floats lesser(Floats a, Floats b) { return _mm512_min_ps(a, b); } // b, w
 inline Floats greater(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 
 // x / (1 + exp(-x)), to 1e-4 of it.
-inline Floats silu(Floats x) {
-    const Floats power = x * all(-1.44269504f);
-    const Floats part = _mm512_reduce_ps(power, _MM_FROUND_TO_NEAREST_INT); // in [-0.5, 0.5]
-    Floats mantissa = all(0.00961813f);
-    for (float factor : {0.05550411f, 0.24022651f, 0.69314718f, 1.0f})
-        mantissa = _mm512_fmadd_ps(mantissa, part, all(factor));
-    return x * _mm512_rcp14_ps(all(1) + _mm512_scalef_ps(mantissa, power - part));
-}
+inline Floats silu(Floats x) { return x * _mm512_rcp14_ps(all(1) + exp2(x * all(-1.44269504f))); }
 
 float silu(float x) { return x < -700 ? -0.0f : static_cast<float>(x / (1 + std::exp(-static_cast<double>(x)))); }
 
