@@ -38,6 +38,8 @@ def test_archive_and_wheel(tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {
         "gguf_sd", "gguf_sd_kernels", "gguf_sd_convert"
     }  # fmt: skip
+    sources = {name.rpartition("/")[2] for name in names if "/cpu/native/" in name}
+    assert {path.name for path in (ROOT / "kernels/gguf_sd_kernels/cpu/native").glob("*.*")} == sources
     installed = tmp_path / "installed"
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "-t", installed, wheel, cwd=tmp_path)
     elsewhere = tmp_path / "elsewhere"

@@ -1,23 +1,27 @@
-"""What the CPU path gains over plain torch, at the shapes of one SD 1.5 step of 512x512 with guidance (batch 2).
+"""What the CPU path gains over plain torch, at the shapes of one SD 1.5 step of 512x512 with guidance (batch 2); of
+what is in 8 bits, what the kernels in C++ gain over torch's operators (one picture at a time, as there).
 
 Both sides run alternately in one process; a time is the best of several, which on a shared machine is the one
-least disturbed. ``python -m benchmarks.cpu.bench_ops [--dtype float32] [--threads 2] [--json FILE]``
+least disturbed. ``python -m benchmarks.cpu.bench_ops [--dtype float32] [--threads 2] [--only "8 bits"] [--json FILE]``
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import date
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.cpu.bench_step import FLAGS, cpu_name
 from gguf_sd_kernels import ops
+from gguf_sd_kernels.cpu import int8, native, processor
 from gguf_sd_kernels.formats import block_format
 
 UNET_WEIGHTS = 859_520_964  # of SD 1.5
@@ -142,6 +146,62 @@ def norm_cases(dtype: torch.dtype) -> Iterator[Case]:
         )
 
 
+def int8_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Nothing in a dtype that has no kernels in C++."""
+    if not native.quantizes(torch.zeros(16, dtype=dtype)):
+        return
+    for rows, width, count in [(4096, 320, 10), (1024, 640, 10), (256, 1280, 10)]:
+        x, bias = torch.randn(rows, width).to(dtype), torch.randn(8 * width)
+        weight, codes, bias = int8.Codes.of(torch.randn(8 * width, width)), int8.quantize(x), torch.randn(8 * width)
+        norm = torch.randn(width), torch.randn(width), 1e-5
+        edge = round(rows**0.5)
+        image = x.view(1, edge, edge, width).permute(0, 3, 1, 2)
+        yield _both(f"8 bits: quantise [{rows}, {width}]", lambda x=x: int8.quantize(x), 2.5 * count)  # type: ignore[misc]
+        yield _both(
+            f"8 bits: layer norm [{rows}, {width}]",
+            lambda x=x, norm=norm: int8.quantize_layer_norm(x, *norm),  # type: ignore[misc]
+            3 * count,
+        )
+        yield _both(
+            f"8 bits: group norm, SiLU [{width}, {edge}, {edge}]",
+            lambda x=image, norm=norm: int8.quantize_group_norm(x, 32, *norm, silu=True),  # type: ignore[misc]
+            2 * count,
+        )
+        one, other = (int8.LinearWeight(int8.Codes(weight.values[:width], weight.scales[:width])) for _ in range(2))
+        yield _both(
+            f"8 bits: linear [{rows}, {width}] -> {width}",
+            lambda x=codes, w=one, b=bias[:width], r=x: int8.linear(x, w, b, dtype, r),  # type: ignore[misc]
+            5 * count,
+            lambda x=codes, w=other, b=bias[:width], r=x: int8.linear(x, w, b, dtype, r),  # type: ignore[misc]
+        )
+        gated, halves = (int8.GatedWeight(weight, bias) for _ in range(2))
+        yield _both(
+            f"8 bits: geglu(linear) [{rows}, {width}] -> {4 * width}",
+            lambda x=codes, w=gated: int8.linear_geglu(x, w, dtype),  # type: ignore[misc]
+            count,
+            lambda x=codes, w=halves: int8.linear_geglu(x, w, dtype),  # type: ignore[misc]
+        )
+        taps = int8.Codes.of(torch.randn(width, width, 3, 3))
+        conv, plain = (int8.ConvWeight(taps, 1, 1) for _ in range(2))
+        around, alone = int8.quantize(image, margin=True), int8.quantize(image)
+        yield _both(
+            f"8 bits: conv 3x3 {width} -> {width} at {edge}x{edge}",
+            lambda x=around, w=conv, b=bias[:width]: int8.convolve(x, w, b, dtype),  # type: ignore[misc]
+            1.4 * count,
+            lambda x=alone, w=plain, b=bias[:width]: int8.convolve(x, w, b, dtype),  # type: ignore[misc]
+        )
+
+
+def _both(name: str, call: Callable[[], object], per_step: float, plain: Callable[[], object] | None = None) -> Case:
+    """``call`` beside the same, or ``plain``, where torch's operators do it."""
+
+    def through_torch() -> object:
+        with patch.object(native, "is_there", lambda: False), patch.object(native, "multiplies", lambda *_: False):
+            return (plain or call)()
+
+    return Case(name, through_torch, call, per_step)
+
+
 def measure(case: Case, repeats: int) -> Result:
     """Alternates the two sides, after one call each to warm up."""
     best = [float("inf"), float("inf")]
@@ -167,19 +227,25 @@ def main() -> None:
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
     results = []
-    print(f"{args.dtype}, {args.threads} threads\n{'':52}{'plain ms':>10}{'ours ms':>10}{'ratio':>8}{'saved/step':>12}")
+    print(f"{args.dtype}, {args.threads} threads\n{'':56}{'plain ms':>10}{'ours ms':>10}{'ratio':>8}{'saved/step':>12}")
     with torch.inference_mode():
-        for cases in (attention_cases, dequantize_cases, conv_cases, linear_cases, norm_cases):
+        for cases in (attention_cases, dequantize_cases, conv_cases, linear_cases, norm_cases, int8_cases):
             for case in cases(dtype):
                 if args.only not in case.name:
                     continue
                 r = measure(case, args.repeats)
                 results.append(r)
                 print(
-                    f"{r.name:52}{r.plain_ms:10.2f}{r.ours_ms:10.2f}{r.ratio:8.2f}{r.saved_ms_a_step:12.1f}", flush=True
+                    f"{r.name:56}{r.plain_ms:10.2f}{r.ours_ms:10.2f}{r.ratio:8.2f}{r.saved_ms_a_step:12.1f}", flush=True
                 )
     if args.json:
-        about = {"dtype": args.dtype, "threads": args.threads, "torch": torch.__version__, "cpu": platform.processor()}
+        about = {
+            "date": date.today().isoformat(),
+            "machine": f"{cpu_name()}, {args.threads} threads",
+            "features": [flag for flag in FLAGS if flag in (processor.flags() or ())],
+            "torch": torch.__version__,
+            "dtype": args.dtype,
+        }
         with open(args.json, "w") as file:
             json.dump({**about, "results": [asdict(r) for r in results]}, file, indent=1)
 

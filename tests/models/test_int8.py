@@ -77,7 +77,7 @@ def test_bytes_are_known_ahead(models: dict[str, Path]) -> None:
 
 @fast
 def test_the_plan_takes_it_where_it_lasts(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "INT8_PAYS", 128)  # latent pixels: 16 of them, 4 steps, two halves
+    monkeypatch.setattr(planning, "int8_pays", lambda: 128)  # latent pixels: 16 of them, 4 steps, two halves
 
     def planned(kind: str, steps: int = 4, count: int = 1, **how: Any) -> str:
         pipeline = Pipeline.load(models[kind], "cpu", **({"dtype": "bfloat16"} | how))

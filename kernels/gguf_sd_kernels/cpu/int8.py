@@ -166,7 +166,10 @@ class Codes(NamedTuple):
         """Of quantised blocks, uint8 ``[out, row_bytes]``, of a weight of ``shape``; a convolution's rows hold
         (kh, kw, in) where ``tap_major``, else (in, kh, kw)."""
         cols = row_values(qtype, blocks.shape[1])
-        codes = cls._of_parts(_decoded(blocks, qtype, cols), torch.Size((len(blocks), cols)))
+        if native.encodes(blocks, qtype):
+            codes = cls(*native.encode(blocks, qtype))
+        else:
+            codes = cls._of_parts(_decoded(blocks, qtype, cols), torch.Size((len(blocks), cols)))
         if len(shape) == 2 or not tap_major:
             return codes._replace(values=codes.values.view(shape))
         out, channels, kh, kw = shape

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -429,3 +431,36 @@ def test_parameters_with_gaps() -> None:
     x, weight = random(5, 64).bfloat16(), random(128, seed=1)[::2]
     got = int8.quantize_layer_norm(x, weight, weight, EPS)
     assert_stands_for(native.Coded(*got[:3]), layer_norm(x, weight, weight))
+
+
+@pytest.mark.skipif(not native.is_there(), reason="no kernels in C++ here")
+@pytest.mark.parametrize("qtype", sorted(native.ENCODED))
+@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (7, 320), (40, 1152)])
+def test_blocks_in_8_bits(qtype: str, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within half a step of what gguf-py decodes, each row over its own range; and as through torch, but for ties."""
+    weight = np.random.default_rng(0).normal(size=(rows, columns)).astype(np.float32)
+    weight *= np.geomspace(1e-3, 10, rows, dtype=np.float32)[:, None]
+    if rows > 1:
+        weight[1] = 0
+    kind = gguf.GGMLQuantizationType[qtype]
+    packed = gguf.quants.quantize(weight, kind)
+    blocks, exact = torch.from_numpy(packed.copy()), torch.from_numpy(gguf.quants.dequantize(packed, kind)).double()
+    assert native.encodes(blocks, qtype)
+    codes = int8.Codes.of_blocks(blocks, qtype, (rows, columns))
+    steps = codes.scales.double()[:, None]
+    largest = exact.abs().amax(1, keepdim=True)
+    torch.testing.assert_close(steps, torch.where(largest > 0, largest / 127, 1.0), rtol=1e-6, atol=0)
+    assert ((codes.values.double() * steps - exact).abs() <= 0.5001 * steps).all()
+    monkeypatch.setattr(native, "encodes", lambda *_: False)
+    plain = int8.Codes.of_blocks(blocks, qtype, (rows, columns))
+    torch.testing.assert_close(codes.scales, plain.scales, rtol=1e-6, atol=0)
+    assert (codes.values != plain.values).float().mean() < 2e-3
+    assert (codes.values.int() - plain.values.int()).abs().max() <= 1
+
+
+def test_blocks_that_are_left_to_torch() -> None:
+    blocks = torch.zeros(4, 36, dtype=torch.uint8)
+    assert not native.encodes(blocks, "Q6_K")
+    assert not native.encodes(blocks[:, ::2], "Q4_0")  # with gaps
+    assert not native.encodes(blocks, "Q8_0")  # no whole blocks
+    assert native.encodes(blocks, "Q4_0") is native.is_there()

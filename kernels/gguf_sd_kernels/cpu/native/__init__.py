@@ -33,6 +33,7 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "quantize": ([_pointer, *[_int64] * 3, _int, _pointer, _pointer, _int], None),
     "layer_norm_quantize": ([_pointer, _int64, _int64, *[_pointer] * 2, _float, *[_pointer] * 3, _int], None),
     "group_norm_quantize": ([_pointer, *[_int64] * 4, *[_pointer] * 2, _float, _int, *[_pointer] * 3, _int], None),
+    "encode": ([_pointer, _int64, _int64, ctypes.c_int32, _pointer, _pointer, _int], None),
     "pack": ([_pointer, _int64, _int64, _pointer, _pointer, _int], None),
     "product": ([_pointer, _pointer, _pointer, _int], None),
     "tiles_allowed": ([], _int),
@@ -69,6 +70,7 @@ class Output(ctypes.Structure):
     )
 
 
+ENCODED = {"Q4_0": (0, 18), "Q4_1": (1, 20), "Q8_0": (2, 34)}  # how `encode` calls a type, and bytes of its 32 weights
 NOTHING, GELU, GATE = range(3)  # what comes after a product
 
 
@@ -147,6 +149,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         torch.get_num_threads(),
     )
     return out
+
+
+def encodes(blocks: Tensor, qtype: str) -> bool:
+    """Whether :func:`encode` takes blocks uint8 ``[rows, bytes]`` of this type, here and now."""
+    if qtype not in ENCODED or not is_there() or not hasattr(_library(), "encode"):
+        return False
+    return blocks.is_cpu and blocks.is_contiguous() and blocks.shape[1] % ENCODED[qtype][1] == 0
+
+
+def encode(blocks: Tensor, qtype: str) -> tuple[Tensor, Tensor]:
+    """The weights of blocks in 8 bits, int8 ``[rows, columns]``, and each row's scale, float32 ``[rows]``."""
+    library = _library()
+    assert library is not None
+    kind, nbytes = ENCODED[qtype]
+    columns = blocks.shape[1] // nbytes * 32
+    values, scales = torch.empty(len(blocks), columns, dtype=torch.int8), torch.empty(len(blocks))
+    operands = blocks.data_ptr(), len(blocks), columns, kind, values.data_ptr(), scales.data_ptr()
+    library.encode(*operands, torch.get_num_threads())
+    return values, scales
 
 
 def quantizes(x: Tensor, width: int = WIDTH) -> bool:
