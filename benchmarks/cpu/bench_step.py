@@ -174,7 +174,7 @@ def decode_contestants(path: Path, size: int, dtype: torch.dtype) -> dict[str, C
     if int8.is_fast():
         narrow = model.load_vae(dtype)
         with torch.no_grad():
-            use_int8_decoder(narrow)
+            use_int8_decoder(narrow, dtype)
         found["gguf-sd int8"] = lambda: narrow.decode(latents)
     return found
 

@@ -8,12 +8,13 @@ attention stay in 16 or 32 bits.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from gguf_sd.checkpoint.quant_tensor import QuantTensor
 from gguf_sd.models.layers import (
     AfterGroupNorm,
     AroundNorm,
@@ -45,6 +46,7 @@ IN_DECODER = re.compile(r"decoder\..*\.(?:block\.\d+|block_\d)\.conv\d\.weight")
 
 # Of a small map whose enlarged convolution is faster as four. Zen 4, 1280 channels: 16x16 0.46 of the time, 8x8 1.3.
 MIN_PHASE_PIXELS = 128
+PHASE_ROWS = 128  # outputs of such a convolution that are encoded at a time
 
 
 def stays_wide(name: str) -> bool:
@@ -62,6 +64,13 @@ class Int8Layer(nn.Module):
     @property
     def weights8(self) -> tuple[int8.LinearWeight | int8.GatedWeight | int8.ConvWeight, ...]:
         raise NotImplementedError
+
+    def in_tiles(self, dtype: torch.dtype) -> Int8Layer:
+        """The layer, its weights in the order of tiles where results of ``dtype`` are computed in those: before the
+        next layer is encoded, so that no two orders of all weights are ever in memory."""
+        for weight in self.weights8:
+            weight.tiles(dtype)
+        return self
 
     @property
     def nbytes(self) -> int:
@@ -186,9 +195,10 @@ class Int8Conv2d(AfterGroupNorm, Int8Layer):
 class Int8EnlargingConv2d(Int8Conv2d):
     """A 3x3 convolution that meets maps to be enlarged: to twice their size, as four of 2x2 taps."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        super().__init__(int8.Codes.of(weight), bias, stride=1, padding=1)
-        self.phases8 = [int8.ConvWeight(int8.Codes.of(phase), 1, 1) for phase in enlarged.phase_weights(weight)]
+    def __init__(self, codes: int8.Codes, phases: Iterable[int8.Codes], bias: Tensor | None):
+        """``phases``: those of the weights of :func:`gguf_sd_kernels.cpu.enlarged.phase_weights`."""
+        super().__init__(codes, bias, stride=1, padding=1)
+        self.phases8 = [int8.ConvWeight(phase, 1, 1) for phase in phases]
 
     @property
     def weights8(self) -> tuple[int8.ConvWeight, ...]:
@@ -227,40 +237,60 @@ def use_int8(unet: UNetEncoder, dtype: torch.dtype) -> None:
     """Has a UNet, or the way down of one, compute in 8 bits, in place: all its linears and convolutions but those that
     stay in 16 bits, which become plain ones of ``dtype``. The model is on the CPU."""
     unet.stack()
-    modules = list(unet.named_modules())
-    enlarging = {f"{name}.conv" for name, module in modules if isinstance(module, Upsample)}
-    for name, module in modules:
+    enlarging = {f"{name}.conv" for name, module in unet.named_modules() if isinstance(module, Upsample)}
+    # Only names are kept: what a layer had in blocks is let go with it.
+    for name in [
+        name for name, module in unet.named_modules() if isinstance(module, Stage | Quantized | Linear | Conv2d)
+    ]:
+        module = unet.get_submodule(name)
         if isinstance(module, Stage):
             module.by_picture = True
-        elif isinstance(module, Quantized | Linear | Conv2d):
-            if name in enlarging:
-                unet.set_submodule(name, _enlarging(module))
-            elif not stays_wide(name):
-                unet.set_submodule(name, in_8_bits(name, module))
-            elif isinstance(module, Quantized):
-                unet.set_submodule(name, resident(module, dtype))
+        elif name in enlarging:
+            unet.set_submodule(name, _enlarging(module).in_tiles(dtype))
+        elif not stays_wide(name):
+            unet.set_submodule(name, in_8_bits(name, module).in_tiles(dtype))
+        elif isinstance(module, Quantized):
+            unet.set_submodule(name, resident(module, dtype))
 
 
-def use_int8_decoder(vae: Autoencoder) -> None:
+def use_int8_decoder(vae: Autoencoder, dtype: torch.dtype) -> None:
     """Has the decoder's residual blocks, most of its work, compute in 8 bits, in place, on the CPU. What takes values
     that no norm has been over stays as it is. The demo's pictures are 53 dB from float32's, in bfloat16 54."""
     for block in [module for module in vae.decoder.modules() if isinstance(module, ResnetBlock)]:
         for name in ("conv1", "conv2"):
-            block.set_submodule(name, in_8_bits(name, block.get_submodule(name)))
+            block.set_submodule(name, in_8_bits(name, block.get_submodule(name)).in_tiles(dtype))
 
 
 def _enlarging(conv: nn.Module) -> Int8EnlargingConv2d:
     assert isinstance(conv, Conv2d | QuantConv2d)
-    weight = conv.weight if isinstance(conv, Conv2d) else conv.weight.dequantize(torch.float32)
-    return Int8EnlargingConv2d(weight.detach(), conv.bias)
+    out, channels = (conv.weight if isinstance(conv, Conv2d) else conv).shape[:2]
+    phases = [int8.Codes(torch.empty(out, 2, 2, channels, dtype=torch.int8), torch.empty(out)) for _ in enlarged.PHASES]
+    for start in range(0, out, PHASE_ROWS):  # in 32 bits there is only a part of them in memory
+        rows = slice(start, start + PHASE_ROWS)
+        for codes, weight in zip(phases, enlarged.phase_weights(_rows_of(conv, rows)), strict=True):
+            some = int8.Codes.of(weight)
+            codes.values[rows], codes.scales[rows] = some.values.permute(0, 2, 3, 1), some.scales
+    laid_out = (codes._replace(values=codes.values.permute(0, 3, 1, 2)) for codes in phases)
+    return Int8EnlargingConv2d(_codes(conv), laid_out, conv.bias)
+
+
+def _rows_of(conv: Conv2d | QuantConv2d, rows: slice) -> Tensor:
+    """The weights of some outputs, float32 or 16 bits ``[rows, in, 3, 3]``."""
+    if isinstance(conv, Conv2d):
+        return conv.weight[rows].detach()
+    blocks, shape = conv.blocks[rows], conv.shape
+    return QuantTensor(blocks, conv.qtype, (len(blocks), *shape[1:]), conv.tap_major).dequantize(torch.float32)
+
+
+def _codes(module: Quantized | Linear | Conv2d) -> int8.Codes:
+    if isinstance(module, Quantized):
+        return int8.Codes.of_blocks(module.blocks, module.qtype, module.shape, tap_major=module.tap_major)
+    return int8.Codes.of(module.weight)
 
 
 def in_8_bits(name: str, module: nn.Module) -> Int8Layer:
     assert isinstance(module, Quantized | Linear | Conv2d)
-    if isinstance(module, Quantized):
-        codes = int8.Codes.of_blocks(module.blocks, module.qtype, module.shape, tap_major=module.tap_major)
-    else:
-        codes = int8.Codes.of(module.weight)
+    codes = _codes(module)
     if isinstance(module, QuantConv2d):
         return Int8Conv2d(codes, module.bias, module.stride, module.padding)
     if isinstance(module, Conv2d):

@@ -222,7 +222,7 @@ class Parts:
             own, given = partial(self.model.load_vae, encodes=how.encodes), self.vae_file
             part = given.load(how.dtype) if given else own(how.dtype)
             if how.weights == "int8" and isinstance(part, Autoencoder):
-                use_int8_decoder(part)
+                use_int8_decoder(part, how.dtype)
         elif name == "safety":
             part = self.model.load_safety(how.dtype)
         else:

@@ -182,7 +182,7 @@ def test_other_weights_than_plain_are_refused() -> None:
     latents = torch.randn(1, SMALL.latent_channels, 16, 16)
     if int8.has_operators():
         vae = Autoencoder(SMALL).eval()
-        use_int8_decoder(vae)
+        use_int8_decoder(vae, torch.float32)
         with pytest.raises(TypeError, match="take convolutions with plain weights, got Int8Conv2d"):
             tiled_vae.decode(vae, latents, 8)
     with torch.device("meta"):

@@ -20,6 +20,11 @@ float half(const uint8_t* bytes) {
     return _cvtsh_ss(bits);
 }
 
+// a * b + c, rounded twice, as torch does: compilers join plain operators into one that rounds once.
+inline __m512 multiply_add(__m512 a, __m512 b, __m512 c) {
+    return _mm512_add_round_ps(a * b, c, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
 inline __m512 floats(__m512i integers) { return _mm512_cvtepi32_ps(integers); }
 inline __m128i load(const uint8_t* bytes) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)); }
 
@@ -48,7 +53,7 @@ struct Q4_1 {
     static Values of(const uint8_t* block) {
         const __m512 d = _mm512_set1_ps(half(block)), m = _mm512_set1_ps(half(block + 2));
         const Values q = nibbles(block + 4);
-        return {q.part[0] * d + m, q.part[1] * d + m};
+        return {multiply_add(q.part[0], d, m), multiply_add(q.part[1], d, m)};
     }
 };
 
@@ -75,7 +80,7 @@ void encode_rows(const uint8_t* blocks, int64_t rows, int64_t columns, int8_t* v
         int8_t* to = values + row * columns;
         for (int64_t i = 0; i < count; i++)
             for (const __m512& part : TYPE::of(from + i * TYPE::BYTES).part) {
-                const __m512i codes = _mm512_castps_si512(part * inverse + rounding);
+                const __m512i codes = _mm512_castps_si512(multiply_add(part, inverse, rounding));
                 _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(codes));
                 to += BLOCK / 2;
             }
