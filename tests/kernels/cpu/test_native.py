@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -463,3 +464,19 @@ def test_blocks_that_are_left_to_torch() -> None:
     assert not native.encodes(blocks[:, ::2], "Q4_0")  # with gaps
     assert not native.encodes(blocks, "Q8_0")  # no whole blocks
     assert native.encodes(blocks, "Q4_0") is native.is_there()
+
+
+@pytest.mark.usefixtures("tiles")
+def test_scores_far_apart_cost_no_more() -> None:
+    """Weights below 2^-126 are taken for zero, where each would cost a hundred cycles: ten times the time. And numbers
+    so small are what they were behind it."""
+    near, far = heads(256, 1024, 40), heads(256, 1024, 40, sharpness=30.0)
+    seconds = {"near": math.inf, "far": math.inf}
+    for _ in range(7):
+        for name, operands in (("near", near), ("far", far)):
+            started = time.perf_counter()
+            native.attention(*operands)
+            seconds[name] = min(seconds[name], time.perf_counter() - started)
+    assert seconds["far"] < 5 * seconds["near"]
+    tiny = torch.full((1 << 16,), 1e-40)
+    assert (tiny * 1.5 > 0).all()

@@ -306,6 +306,7 @@ extern "C" void attention(const bf16* q, const bf16* k, const bf16* v, bf16* out
     constexpr float LOG2_E = 1.44269504f;
 #pragma omp parallel num_threads(threads)
     {
+        const TinyIsZero here;
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < 2 * all; i++) {
             const int64_t head = i / 2;

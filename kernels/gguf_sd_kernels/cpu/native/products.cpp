@@ -183,6 +183,7 @@ extern "C" void product(const Input* input, const Weights* weights, const Output
     const auto done = output->after == GATE ? finish<GATE> : output->after == GELU ? finish<GELU> : finish<NOTHING>;
 #pragma omp parallel num_threads(threads)
     {
+        const TinyIsZero here;
         alignas(64) int32_t sums[BLOCK * BLOCK];
         std::vector<uint8_t> last; // rows of a linear layer's end, and as many more as a block has
         configure_tiles();

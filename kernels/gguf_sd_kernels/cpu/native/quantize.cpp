@@ -214,6 +214,7 @@ extern "C" void quantize(const bf16* x, int64_t rows, int64_t width, int64_t lin
     };
 #pragma omp parallel num_threads(std::min(team(rows * width, threads), 256))
     {
+        const TinyIsZero here;
         const Part part = own(rows);
         Range range;
         for (int64_t row = part.first; row < part.last; row++) {
@@ -246,6 +247,7 @@ extern "C" void layer_norm_quantize(const bf16* x, int64_t rows, int64_t width, 
     Encoder encoder{};
 #pragma omp parallel num_threads(std::min(team(rows * width, threads), 256))
     {
+        const TinyIsZero here;
         const Part part = own(rows);
         Range range;
         for (int64_t row = part.first; row < part.last; row++) {
@@ -286,6 +288,7 @@ extern "C" void group_norm_quantize(const bf16* x, int64_t rows, int64_t channel
     const Places places{rows, channels, line};
 #pragma omp parallel num_threads(team(rows * channels, threads))
     {
+        const TinyIsZero here;
         const Part part = own(rows);
         Channels mine(scratch + omp_get_thread_num() * Channels::FIELDS * channels, channels);
         mine.shift(x, rows, channels);
