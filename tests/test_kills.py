@@ -35,7 +35,12 @@ class Killer:
         self.whole = folder.parent / "whole.gguf"
         convert(source, self.whole, ConvertOptions(type="q4_0"))
         os.utime(self.whole)
-        self.environment = {"GGUF_SD_CACHE": str(folder), "TRITON_INTERPRET": "1", "GGUF_SD_SELF_CHECK": "1"}
+        self.environment = {
+            "GGUF_SD_CACHE": str(folder),
+            "GGUF_SD_NATIVE": "0",
+            "TRITON_INTERPRET": "1",
+            "GGUF_SD_SELF_CHECK": "1",
+        }
         prompts = folder.parent / "prompts.txt"
         prompts.write_text("a cat\n" * 4)
         whole, count = str(self.whole), ["--count", "4", "--seed", "1"]

@@ -45,6 +45,7 @@ def _run(arguments: list[str], folder: str, out: str, err: str, cost: str) -> No
     for descriptor, name in ((1, out), (2, err)):
         os.dup2(os.open(name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), descriptor)
     os.environ["GGUF_SD_CACHE"] = os.path.join(folder, "cache")
+    os.environ["GGUF_SD_NATIVE"] = "0"  # each attempt would build the kernels in C++ anew
     os.chdir(folder)
     from gguf_sd.cli.main import main
 

@@ -35,7 +35,12 @@ def hub() -> Iterator[Hub]:
 
 
 def environment(hub: Hub, home: Path, **more: str) -> dict[str, str]:
-    own = {"HF_ENDPOINT": hub.address, "HF_HOME": str(home / "hf"), "GGUF_SD_CACHE": str(home / "cache")}
+    own = {
+        "HF_ENDPOINT": hub.address,
+        "HF_HOME": str(home / "hf"),
+        "GGUF_SD_CACHE": str(home / "cache"),
+        "GGUF_SD_NATIVE": "0",
+    }
     own |= {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
     own |= {"HF_HUB_DISABLE_XET": "1"}  # a protocol of its own, between the client's library and the Hub's storage
     kept = {name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "HF_HUB_CACHE")}

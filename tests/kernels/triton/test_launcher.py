@@ -132,8 +132,8 @@ class Launcher:
         calls.append((self.name, x, y, z, stream, function, [known(a) for a in arguments]))
 
 def known(argument):
-    # A number, None, or that it is a tensor or an address.
-    address = isinstance(argument, torch.Tensor) or (isinstance(argument, int) and argument > 1 << 32)
+    # A number, None, or that it is a tensor or an address, which may be as low as a heap begins.
+    address = isinstance(argument, torch.Tensor) or (isinstance(argument, int) and argument > 1 << 24)
     return "an address" if address else argument
 
 class Driver:
