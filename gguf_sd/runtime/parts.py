@@ -236,7 +236,8 @@ class Parts:
         if how.weights == "resident":
             make_resident(unet, how.dtype, how.kernels)
         elif how.weights == "int8":
-            use_int8(unet, how.dtype)
+            with frugally(self.device):  # what layers were, and are encoded through, goes back at once
+                use_int8(unet, how.dtype)
         if how.weights != "quantized":
             file.forget_pages()
         if how.kernels != "torch":
