@@ -151,7 +151,7 @@ def int8_cases(dtype: torch.dtype) -> Iterator[Case]:
     if not native.quantizes(torch.zeros(16, dtype=dtype)):
         return
     for rows, width, count in [(4096, 320, 10), (1024, 640, 10), (256, 1280, 10)]:
-        x, bias = torch.randn(rows, width).to(dtype), torch.randn(8 * width)
+        x = torch.randn(rows, width).to(dtype)
         weight, codes, bias = int8.Codes.of(torch.randn(8 * width, width)), int8.quantize(x), torch.randn(8 * width)
         norm = torch.randn(width), torch.randn(width), 1e-5
         edge = round(rows**0.5)

@@ -468,7 +468,7 @@ def test_blocks_that_are_left_to_torch() -> None:
 
 @pytest.mark.usefixtures("tiles")
 def test_scores_far_apart_cost_no_more() -> None:
-    """Weights below 2^-126 are taken for zero, where each would cost a hundred cycles: ten times the time. And numbers
+    """Weights below 2^-126 are taken for zero; otherwise they take many times as long. And numbers
     so small are what they were behind it."""
     near, far = heads(256, 1024, 40), heads(256, 1024, 40, sharpness=30.0)
     seconds = {"near": math.inf, "far": math.inf}

@@ -17,13 +17,11 @@
 #include <cstdint>
 #include <cstring>
 
-#include "exponential.h"
+#include "tiles.h"
+#include "vectors.h"
 
 namespace {
 
-using bf16 = uint16_t;
-
-constexpr int64_t TILE = 16;          // rows of a tile, and its columns of 32 bits
 constexpr int64_t PAIR = 2 * TILE;    // its columns of 16 bits: what one instruction sums over
 constexpr int64_t SIZE = TILE * PAIR; // 16-bit values in a tile
 constexpr int64_t GROUP = PAIR;       // keys at a time
@@ -32,8 +30,6 @@ constexpr int64_t QUERIES = 2 * TILE; // at a time
 constexpr int64_t MAX_DIM = 256;
 constexpr float LOWEST = -1e38f;
 constexpr float LARGEST = 1 << 20; // sum of the weights of 32 keys, beyond which the reference moves
-
-constexpr int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 struct Shape {
     int64_t batch, heads, queries, keys, dim;
@@ -49,16 +45,6 @@ struct Shape {
 struct Strides { // in values; those of a head are side by side
     int64_t batch, head, row;
 };
-
-void configure_tiles() {
-    struct alignas(64) {
-        uint8_t palette = 1, start = 0, reserved[14] = {};
-        uint16_t column_bytes[16] = {};
-        uint8_t rows[16] = {};
-    } config;
-    for (int i = 0; i < 8; i++) config.column_bytes[i] = 64, config.rows[i] = TILE;
-    _tile_loadconfig(&config);
-}
 
 __mmask32 first_of_32(int64_t n) { return n >= 32 ? ~0u : (1u << std::max<int64_t>(n, 0)) - 1; }
 
@@ -128,9 +114,6 @@ void pack_values(const bf16* v, int64_t stride, const Shape& shape, bf16* out) {
             for (int64_t i = 0; i < TILE; i++) _mm512_storeu_si512(out + i * PAIR, rows[i]);
         }
 }
-
-// Loads of tiles tell the compiler nothing of the memory they read: what was stored before has to be there.
-inline void before_tiles() { asm volatile("" ::: "memory"); }
 
 // float32 [16 keys][16 queries] of each of two tiles of queries: the products of packed keys and queries.
 inline void score(const bf16* k, const bf16* q, int64_t steps, float* scores) {

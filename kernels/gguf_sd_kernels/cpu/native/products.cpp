@@ -13,30 +13,16 @@
 #include <cstring>
 #include <vector>
 
-#include "exponential.h"
+#include "tiles.h"
+#include "vectors.h"
 
 namespace {
 
-using bf16 = uint16_t;
-
-constexpr int64_t TILE = 16;         // rows of a tile, and its columns of 32 bits
 constexpr int64_t DEPTH = 4 * TILE;  // bytes in a tile's row: what one instruction sums over
 constexpr int64_t SIZE = TILE * DEPTH;
 constexpr int64_t BLOCK = 2 * TILE;  // rows and columns of results at a time
 constexpr int64_t KEPT = 1 << 19;    // bytes of weights, or of x, that are met again: a quarter of the L2 cache
 constexpr int64_t TASKS = 4;         // for each thread, at least
-
-constexpr int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
-void configure_tiles() {
-    struct alignas(64) {
-        uint8_t palette = 1, start = 0, reserved[14] = {};
-        uint16_t column_bytes[16] = {};
-        uint8_t rows[16] = {};
-    } config;
-    for (int i = 0; i < 8; i++) config.column_bytes[i] = 64, config.rows[i] = TILE;
-    _tile_loadconfig(&config);
-}
 
 // x times the normal distribution's share below x, to 3e-5: the logistic function of an odd polynomial, fitted to it. Beyond
 // six deviations nothing is left to tell.
@@ -46,11 +32,6 @@ inline __m512 gelu(__m512 x) {
     __m512 factor = _mm512_fmadd_ps(all(1.01461671e-3f), square, all(-0.106777901f));
     factor = _mm512_fmadd_ps(factor, square, all(-2.30111895f));
     return x * _mm512_rcp14_ps(all(1) + exp2(x * factor));
-}
-
-inline __m512 widen(const bf16* x) {
-    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
 inline void write(bf16* out, __m512 values) {
@@ -91,7 +72,7 @@ namespace {
 
 // The sums of 32 rows and columns.
 inline void multiply(const uint8_t* x, const Input& input, const int8_t* packed, int32_t* sums) {
-    asm volatile("" ::: "memory"); // loads of tiles tell the compiler nothing of the memory they read
+    before_tiles();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);

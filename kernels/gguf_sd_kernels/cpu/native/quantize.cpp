@@ -12,11 +12,10 @@
 #include <cstdint>
 #include <cstring>
 
-#include "exponential.h"
+#include "vectors.h"
 
 namespace {
 
-using bf16 = uint16_t;
 using Floats = __m512;
 
 constexpr int64_t WIDTH = 16;       // values in a vector
@@ -26,11 +25,6 @@ constexpr float LOWEST_SILU = -0.27846454f, AT = -1.2784645f; // the smallest va
 constexpr int64_t ROWS = 64;        // at a time, of a group norm's channels, before their sums are joined in 64 bits
 constexpr int64_t SAMPLES = 32;     // rows that a channel's mean is guessed from
 constexpr int64_t WORTH = 1 << 14;  // values that a thread of its own is worth
-
-inline Floats widen(const bf16* x) {
-    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
 
 inline Floats load(const float* x) { return _mm512_loadu_ps(x); }
 inline void store(float* x, Floats values) { _mm512_storeu_ps(x, values); }

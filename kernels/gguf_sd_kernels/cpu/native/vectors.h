@@ -1,11 +1,20 @@
-// The exponential in vectors, as all kernels here take it.
+// What kernels here do to vectors of 16 floats.
 
 #pragma once
 
 #include <immintrin.h>
 
-// While it lives, this thread takes numbers below 2^-126 for zero: exponentials far below the largest are such, and each
-// would cost a hundred cycles.
+#include <cstdint>
+
+using bf16 = uint16_t;
+
+inline __m512 widen(const bf16* x) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+// While it lives, this thread takes numbers below 2^-126 for zero: exponentials far below the largest are such, and
+// processors take many times as long for them.
 class TinyIsZero {
     const unsigned before = _mm_getcsr();
 
